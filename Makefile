@@ -1,0 +1,46 @@
+# make demo   trains a small Qwen3-VL-MoE from scratch and asks it about pictures it has never seen
+# make test   lints and runs the tests
+# Both make their environment in .venv, with the first Python >= 3.10 found. PIP_FLAGS goes to every pip install.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
+PIP_FLAGS ?=
+TORCH := torch==2.13.0
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-slow lint clean
+.DELETE_ON_ERROR:
+
+demo: .venv/.demo
+	.venv/bin/python tools/demo.py
+
+test: lint
+	.venv/bin/python -m pytest -q
+
+test-slow: .venv/.test .venv-4.57/.test
+	TRANSFORMERS_4_PYTHON=$(abspath .venv-4.57/bin/python) .venv/bin/python -m pytest -q -m slow
+
+lint: .venv/.test
+	.venv/bin/ruff check .
+
+clean:
+	rm -rf .venv .venv-4.57 demo_out
+
+.venv/.demo: pyproject.toml | .venv/bin/pip
+	.venv/bin/pip install $(PIP_FLAGS) $(TORCH) -e ".[plots]"
+	touch $@
+
+.venv/.test: pyproject.toml | .venv/bin/pip
+	.venv/bin/pip install $(PIP_FLAGS) $(TORCH) -e ".[test]"
+	touch $@
+
+# The oldest transformers with Qwen3-VL, to check that what we write loads there too.
+.venv-4.57/.test: pyproject.toml | .venv-4.57/bin/pip
+	.venv-4.57/bin/pip install $(PIP_FLAGS) $(TORCH) -e . transformers==4.57.6 pytest
+	touch $@
+
+# Debian's Python has no ensurepip without the python3-venv package: there pip installs itself from outside.
+%/bin/pip:
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.10 found; name one: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $* 2>/dev/null || \
+		{ $(PYTHON) -m venv --clear --without-pip $* && $(PYTHON) -m pip --python $*/bin/python install $(PIP_FLAGS) pip; }
