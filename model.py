@@ -1,0 +1,657 @@
+"""Qwen3-VL (arXiv:2511.21631): vision encoder, projector, dense or mixture-of-experts text decoder, and its loss.
+
+Tokens are always packed: samples lie end to end as [T, ...] with `cu_seqlens`, each attending to itself. There is no
+batch dimension, no padding and no attention mask. Parameter names, shapes and layouts are those of the published
+checkpoints, so that converting is reading and writing.
+
+Shapes: T tokens, D hidden size, H heads, K key-value heads, d head size, E experts, I expert width, V vocabulary;
+P patches, C vision hidden size, N pictures and videos.
+
+Four seams, plain callables with defaults here, let `parallel.py` and `infer.py` change what happens without being
+named in a forward: `attention` (of every attention module), `run_experts` (of every Experts), `run_block` (of both
+towers), `shard_sequence` (of the model).
+"""
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels_npu
+from kernels_npu import InputError
+
+# ---- configuration ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class VisionConfig:
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    num_position_embeddings: int
+    deepstack_visual_indexes: list[int]
+    in_channels: int = 3
+    patch_size: int = 16
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    initializer_range: float = 0.02
+    hidden_act: str = "gelu_pytorch_tanh"
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of one patch of pixels: 3 * 2 * 16 * 16 = 1536."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclass
+class TextConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float
+    mrope_section: list[int]
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    hidden_act: str = "silu"
+    num_experts: int = 0  # 0: dense
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    decoder_sparse_step: int = 1
+    mlp_only_layers: list[int] = field(default_factory=list)
+
+    def is_moe_layer(self, layer: int) -> bool:
+        sparse = self.num_experts > 0 and (layer + 1) % self.decoder_sparse_step == 0
+        return sparse and layer not in self.mlp_only_layers
+
+
+@dataclass
+class Qwen3VLConfig:
+    text: TextConfig
+    vision: VisionConfig
+    tie_word_embeddings: bool
+    image_token_id: int
+    video_token_id: int
+    dtype: str | None  # of the stored weights, as the file says
+
+    @staticmethod
+    def from_json(path: str | Path) -> Qwen3VLConfig:
+        """Reads a Hugging Face `config.json` (or the directory that holds it), as transformers 4.57 or 5 write it.
+
+        Raises InputError that names the file and the key for what is missing, of a wrong type, or cannot be built.
+        """
+        path = Path(path)
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as e:
+            raise InputError(f"{path}: cannot be read ({e.strerror}): give a Hugging Face directory with its config.json") from e
+        except ValueError as e:
+            raise InputError(f"{path}: is not valid JSON ({e})") from e
+        if not isinstance(raw, dict) or raw.get("model_type") not in ("qwen3_vl", "qwen3_vl_moe"):
+            found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
+            raise InputError(f"{path}: model_type is {found!r}, this program trains qwen3_vl and qwen3_vl_moe")
+        text, vision = raw.get("text_config"), raw.get("vision_config")
+        if not isinstance(text, dict) or not isinstance(vision, dict):
+            raise InputError(f"{path}: needs text_config and vision_config, each an object")
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}  # transformers 5 / 4
+        text = {
+            **text,
+            "head_dim": text.get("head_dim") or text.get("hidden_size", 0) // max(1, text.get("num_attention_heads", 1)),
+            "rope_theta": rope.get("rope_theta", text.get("rope_theta", 5e6)),
+            "mrope_section": rope.get("mrope_section", [24, 20, 20]),
+            "num_experts": text.get("num_experts", text.get("num_local_experts", 0)) if raw["model_type"].endswith("moe") else 0,
+        }
+        if rope.get("rope_type", "default") != "default":
+            raise InputError(f"{path}: rope_type {rope['rope_type']!r} is not supported, only 'default'")
+        config = Qwen3VLConfig(
+            text=_build(TextConfig, text, f"{path}: text_config"),
+            vision=_build(VisionConfig, vision, f"{path}: vision_config"),
+            # the nested value that transformers 5 writes for mixture-of-experts models says the opposite
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            image_token_id=raw.get("image_token_id", 151655),
+            video_token_id=raw.get("video_token_id", 151656),
+            dtype=raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype"),
+        )
+        config._check(path)
+        return config
+
+    def _check(self, path: Path) -> None:
+        t, v = self.text, self.vision
+        problems = {
+            "text_config.num_key_value_heads must divide num_attention_heads": t.num_attention_heads % t.num_key_value_heads,
+            "text_config.head_dim must be even": t.head_dim % 2,
+            "text_config.mrope_section must be three numbers that add up to head_dim / 2":
+                len(t.mrope_section) != 3 or sum(t.mrope_section) != t.head_dim // 2,
+            "text_config.hidden_act must be 'silu'": t.hidden_act != "silu",
+            "text_config.num_experts_per_tok must be between 1 and num_experts":
+                t.num_experts > 0 and not 1 <= t.num_experts_per_tok <= t.num_experts,
+            "text_config.moe_intermediate_size is missing": t.num_experts > 0 and t.moe_intermediate_size < 1,
+            "vision_config.num_heads must divide hidden_size": v.hidden_size % v.num_heads,
+            "vision_config.hidden_size / num_heads must be a multiple of 4": v.hidden_size // v.num_heads % 4,
+            "vision_config.out_hidden_size must equal text_config.hidden_size": v.out_hidden_size != t.hidden_size,
+            "vision_config.num_position_embeddings must be a square":
+                math.isqrt(v.num_position_embeddings) ** 2 != v.num_position_embeddings,
+            "vision_config.deepstack_visual_indexes must rise and stay below depth, and be no more than the text layers":
+                sorted(set(v.deepstack_visual_indexes)) != v.deepstack_visual_indexes
+                or any(not 0 <= i < v.depth for i in v.deepstack_visual_indexes)
+                or len(v.deepstack_visual_indexes) > t.num_hidden_layers,
+            "vision_config.hidden_act must be 'gelu_pytorch_tanh'": v.hidden_act != "gelu_pytorch_tanh",
+        }
+        for rule, broken in problems.items():
+            if broken:
+                raise InputError(f"{path}: {rule}")
+
+
+def _build(cls: type, values: dict, where: str):
+    """A config dataclass from a JSON object, its types checked; keys that it does not know are left alone."""
+    kinds = {"int": int, "float": (int, float), "str": str, "list[int]": list}
+    known = {}
+    for f in fields(cls):
+        value = values.get(f.name)
+        if value is None:
+            if f.name in values and f.name != "mlp_only_layers" or f.name not in values and _required(f):
+                raise InputError(f"{where}.{f.name} is missing")
+            continue
+        good = isinstance(value, kinds[f.type]) and not isinstance(value, bool)
+        if f.type == "list[int]":
+            good = good and all(isinstance(i, int) for i in value)
+        elif f.type in ("int", "float"):
+            good = good and value >= (0 if f.name in ("num_experts", "intermediate_size", "initializer_range") else 1e-12)
+        if not good:
+            raise InputError(f"{where}.{f.name} is {value!r}, it must be a {'positive ' if f.type != 'str' else ''}{f.type}")
+        known[f.name] = value
+    return cls(**known)
+
+
+def _required(f) -> bool:
+    return f.default is MISSING and f.default_factory is MISSING
+
+
+# ---- vision encoder and projector -----------------------------------------------------------------------------------------
+
+
+class PatchEmbed(nn.Module):
+    """The checkpoint's Conv3d with stride = kernel, which is a matrix product over the values of a patch."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel, stride=kernel)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """[P, 1536], each patch flattened as (channel, time, row, column) -> [P, C]."""
+        weight = self.proj.weight.flatten(1)
+        return F.linear(pixel_values.to(weight.dtype), weight, self.proj.bias)
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.attention: Callable = kernels_npu.ops.attention(kernels_npu.ops.default_attention)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: list[int]) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # [P, heads, d] each
+        q, k = (kernels_npu.ops.rotary(t, cos, sin) for t in (q, k))
+        return self.proj(self.attention(q, k, v, cu_seqlens, causal=False).flatten(1))
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=1e-6)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=1e-6)
+        self.attn = VisionAttention(config)
+        self.mlp = VisionMLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: list[int]) -> Tensor:
+        x = x + self.attn(self.norm1(x), cos, sin, cu_seqlens)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchMerger(nn.Module):
+    """2x2 patches -> one token of the text decoder. The final merger normalises patches, DeepStack's the merged ones."""
+
+    def __init__(self, config: VisionConfig, norm_after_merge: bool):
+        super().__init__()
+        self.merged_size = config.hidden_size * config.spatial_merge_size**2
+        self.norm_after_merge = norm_after_merge
+        self.norm = nn.LayerNorm(self.merged_size if norm_after_merge else config.hidden_size, eps=1e-6)
+        self.linear_fc1 = nn.Linear(self.merged_size, self.merged_size)
+        self.linear_fc2 = nn.Linear(self.merged_size, config.out_hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[P, C] in merge-block order -> [P/4, D]."""
+        x = self.norm(x.view(-1, self.merged_size) if self.norm_after_merge else x).view(-1, self.merged_size)
+        return self.linear_fc2(F.gelu(self.linear_fc1(x)))
+
+
+class VisionModel(nn.Module):
+    """Pictures and videos of any size, in one pass -> token embeddings and DeepStack features (arXiv:2406.04334)."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        self.merger = PatchMerger(config, norm_after_merge=False)
+        self.deepstack_merger_list = nn.ModuleList(
+            PatchMerger(config, norm_after_merge=True) for _ in config.deepstack_visual_indexes
+        )
+        self.run_block: Callable = call
+
+    def dummy(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(pixel_values, grid_thw) of the smallest picture: one token."""
+        side = self.config.spatial_merge_size
+        return torch.zeros(side**2, self.config.patch_dim, device=device), torch.tensor([[1, side, side]])
+
+    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """pixel_values [P, 1536] and grid_thw [N, 3] (on the host: frames, rows and columns of patches)
+        -> ([P/4, D], a [P/4, D] for each DeepStack layer)."""
+        device = pixel_values.device
+        rows, columns, corners, shares = patch_positions(grid_thw, self.config)
+        frames = torch.repeat_interleave(grid_thw[:, 1] * grid_thw[:, 2], grid_thw[:, 0])
+        cu_seqlens = [0, *frames.cumsum(0).tolist()]  # attention stays within a frame
+        cos, sin = self.rotary_tables(rows.to(device), columns.to(device))
+
+        x = self.patch_embed(pixel_values)
+        positions = self.pos_embed(corners.to(device)) * shares.to(device)[..., None]
+        x = x + positions.sum(1).to(x.dtype)
+        deepstack = []
+        for i, block in enumerate(self.blocks):
+            x = self.run_block(block, x, cos, sin, cu_seqlens)
+            if i in self.config.deepstack_visual_indexes:
+                merger = self.deepstack_merger_list[self.config.deepstack_visual_indexes.index(i)]
+                deepstack.append(merger(x))
+        return self.merger(x), deepstack
+
+    def rotary_tables(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """2-D rotary embedding: half of the frequencies turn with the row, half with the column. [P, d] float32 each."""
+        half = self.config.hidden_size // self.config.num_heads // 2
+        inv_freq = 1.0 / 10000.0 ** (torch.arange(0, half, 2, dtype=torch.float32, device=rows.device) / half)
+        angles = torch.cat((rows[:, None] * inv_freq, columns[:, None] * inv_freq), dim=-1)
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos(), angles.sin()
+
+
+def patch_positions(grid_thw: Tensor, config: VisionConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where each patch stands, in merge-block order (row/2, column/2, row%2, column%2), frame after frame.
+
+    Returns rows [P] and columns [P] in patches; and, for the learned square of position embeddings stretched over the
+    picture, the four entries around each patch, corners [P, 4], with their bilinear shares [P, 4].
+    """
+    side, merge = math.isqrt(config.num_position_embeddings), config.spatial_merge_size
+    parts = []
+    for t, h, w in grid_thw.tolist():
+        y = torch.arange(h)[:, None].expand(h, w)
+        x = torch.arange(w)[None, :].expand(h, w)
+        y, x = (
+            p.reshape(h // merge, merge, w // merge, merge).transpose(1, 2).flatten().repeat(t) for p in (y, x)
+        )
+        at_y, at_x = torch.linspace(0, side - 1, h)[y], torch.linspace(0, side - 1, w)[x]
+        top, left = at_y.long(), at_x.long()
+        bottom, right = (top + 1).clamp(max=side - 1), (left + 1).clamp(max=side - 1)
+        dy, dx = at_y - top, at_x - left
+        corners = torch.stack((top * side + left, top * side + right, bottom * side + left, bottom * side + right), -1)
+        shares = torch.stack(((1 - dy) * (1 - dx), (1 - dy) * dx, dy * (1 - dx), dy * dx), -1)
+        parts.append((y, x, corners, shares))
+    rows, columns, corners, shares = (torch.cat(p) for p in zip(*parts, strict=True))
+    return rows, columns, corners, shares
+
+
+# ---- text decoder ---------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels_npu.ops.rms_norm(x, self.weight, self.eps)
+
+
+class TextAttention(nn.Module):
+    """Grouped-query attention with normalised queries and keys."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.attention: Callable = kernels_npu.ops.attention(kernels_npu.ops.default_attention)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: list[int]) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q = kernels_npu.ops.rotary(self.q_norm(q), cos, sin)
+        k = kernels_npu.ops.rotary(self.k_norm(k), cos, sin)
+        return self.o_proj(self.attention(q, k, v, cu_seqlens, causal=True).flatten(1))
+
+
+class TextMLP(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), None
+
+
+def run_experts(x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """SwiGLU experts on their tokens: x [T,D], expert_ids and weights [T,k], gate_up [E,D,2I], down [E,I,D] -> [T,D]."""
+    ops = kernels_npu.ops
+    rows, where, counts = ops.moe_permute(x, expert_ids, gate_up.shape[0])
+    rows = ops.grouped_matmul(ops.swiglu(ops.grouped_matmul(rows, gate_up, counts)), down, counts)
+    return ops.moe_unpermute(rows, where, weights)
+
+
+class Experts(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        E, D, I = config.num_experts, config.hidden_size, config.moe_intermediate_size  # noqa: E741
+        self.gate_up_proj = nn.Parameter(torch.empty(E, D, 2 * I))
+        self.down_proj = nn.Parameter(torch.empty(E, I, D))
+        self.run_experts: Callable = run_experts
+
+    def forward(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        return self.run_experts(x, expert_ids, weights, self.gate_up_proj, self.down_proj)
+
+
+class SparseMLP(nn.Module):
+    """A mixture of experts: each token goes to its top k, weighted by the router's renormalised probabilities."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = Experts(config)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, D] -> ([T, D], router statistics [2, E]: assignments to each expert, sum of its probabilities)."""
+        probs, weights, expert_ids = kernels_npu.ops.moe_route(self.gate(x), self.top_k)
+        assigned = torch.zeros_like(probs).scatter_(1, expert_ids, 1.0).sum(0)
+        return self.experts(x, expert_ids, weights), torch.stack((assigned, probs.sum(0)))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: TextConfig, layer: int):
+        super().__init__()
+        self.self_attn = TextAttention(config)
+        self.mlp = SparseMLP(config) if config.is_moe_layer(layer) else TextMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: list[int]) -> tuple[Tensor, Tensor | None]:
+        """[T, D] -> ([T, D], router statistics or None)."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens)
+        out, router_stats = self.mlp(self.post_attention_layernorm(x))
+        return x + out, router_stats
+
+
+class TextModel(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.run_block: Callable = call
+
+    def forward(
+        self, x: Tensor, position_ids: Tensor, cu_seqlens: list[int], deepstack: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Embeddings x [T, D], position_ids [3, T] (time, row, column), DeepStack features [T, D] that are added after
+        the first layers -> (hidden states [T, D], router statistics [2, E] of each mixture-of-experts layer)."""
+        cos, sin = (table.to(x.dtype) for table in self.rotary_tables(position_ids))
+        stats = []
+        for i, layer in enumerate(self.layers):
+            x, router_stats = self.run_block(layer, x, cos, sin, cu_seqlens)
+            if i < len(deepstack):
+                x = x + deepstack[i]
+            if router_stats is not None:
+                stats.append(router_stats)
+        return self.norm(x), stats
+
+    def rotary_tables(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Interleaved mRoPE: frequencies 1, 4, 7... turn with the row and 2, 5, 8... with the column, as far as their
+        sections reach; the others turn with time. [T, d] float32 each."""
+        d, (_, height, width) = self.config.head_dim, self.config.mrope_section
+        device = position_ids.device
+        inv_freq = 1.0 / self.config.rope_theta ** (torch.arange(0, d, 2, dtype=torch.float32, device=device) / d)
+        axis = torch.zeros(d // 2, dtype=torch.long)
+        axis[1 : 3 * height : 3] = 1
+        axis[2 : 3 * width : 3] = 2
+        angles = position_ids.float()[axis.to(device)].T * inv_freq
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos(), angles.sin()
+
+
+# ---- loss -----------------------------------------------------------------------------------------------------------------
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """sum_i weights[i] * -log softmax(hidden[i] @ weight.T)[labels[i]], holding one chunk of logits at a time.
+
+    1. A chunk's logits are made, reduced to its loss, and turned in place into their own gradient.
+    2. That gradient goes into grad_hidden and is added to grad_weight in float32; then the logits are dropped.
+    3. Backward only scales what forward has made. So neither direction ever holds more than one chunk of logits.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, chunk_size: int, grads: bool):
+        """hidden [S,D], weight [V,D], labels [S], weights [S] float32 -> scalar float32."""
+        need_hidden, need_weight = (grads and need for need in ctx.needs_input_grad[:2])
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(labels), chunk_size or max(1, len(labels))):
+            part = slice(start, start + (chunk_size or len(labels)))
+            logits = (hidden[part] @ weight.T).float()
+            log_sum = logits.logsumexp(-1)
+            target = labels[part, None]
+            loss += weights[part] @ (log_sum - logits.gather(1, target)[:, 0])
+            if need_hidden or need_weight:
+                grad = logits.sub_(log_sum[:, None]).exp_()  # softmax, in the logits' own memory
+                grad.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32))
+                grad = grad.mul_(weights[part, None]).to(hidden.dtype)
+            if need_hidden:
+                torch.mm(grad, weight, out=grad_hidden[part])
+            if need_weight and grad.dtype == torch.float32:
+                grad_weight.addmm_(grad.T, hidden[part])
+            elif need_weight:
+                grad_weight += grad.T @ hidden[part]
+            logits = grad = None  # before the next chunk's are made, or two would be alive
+        ctx.grads = grad_hidden, grad_weight
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale: Tensor):
+        grads = ctx.grads
+        del ctx.grads  # scaled in place below, so a second backward must not find them
+        return (*(g if g is None else g.mul_(scale.to(g.dtype)) for g in grads), None, None, None, None)
+
+
+class LMHead(nn.Linear):
+    def forward(self, x: Tensor, labels: Tensor | None = None, weights: Tensor | None = None, chunk_size: int = 0) -> Tensor:
+        """x [S, D] -> logits [S, V]; with labels [S] and weights [S], their weighted cross entropy, a scalar.
+        In here and not beside it, so that FSDP's hooks gather this weight for it."""
+        if labels is None:
+            return super().forward(x)
+        return ChunkedCrossEntropy.apply(x, self.weight, labels, weights, chunk_size, torch.is_grad_enabled())
+
+
+def load_balancing_loss(router_stats: list[Tensor], num_tokens: int) -> Tensor:
+    """E * sum_e f_e P_e (arXiv:2101.03961, equations 4 to 6), pooled over layers and tokens; even routing gives k.
+
+    router_stats: [2, E] for each layer; num_tokens: how many tokens one layer saw.
+    """
+    assigned, probs = torch.stack(router_stats).sum(0) / (len(router_stats) * num_tokens)
+    return len(probs) * (assigned * probs).sum()
+
+
+# ---- the whole model --------------------------------------------------------------------------------------------------------
+
+
+def call(block: nn.Module, *args):
+    """The default of the `run_block` seam."""
+    return block(*args)
+
+
+def whole_sequence(batch, x: Tensor, deepstack: list[Tensor]):
+    """The default of the `shard_sequence` seam."""
+    return batch, x, deepstack
+
+
+class Qwen3VL(nn.Module):
+    """Build it under `torch.device("meta")`, then `to_empty`, then `init_weights` or a checkpoint: it has no buffers."""
+
+    def __init__(self, config: Qwen3VLConfig):
+        super().__init__()
+        self.config = config
+        self.model = nn.Module()  # only a level in the published names
+        self.model.visual = VisionModel(config.vision)
+        self.model.language_model = TextModel(config.text)
+        self.lm_head = LMHead(config.text.hidden_size, config.text.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.language_model.embed_tokens.weight
+        self.shard_sequence: Callable = whole_sequence
+        self.loss_chunk_size = 1024
+        self.router_aux_loss_coef = 0.0
+
+    def set_attention(self, text: str | None = None, vision: str | None = None) -> None:
+        """Chooses the attention implementation of each tower ('eager', 'sdpa', ...; None: the device's default)."""
+        ops = kernels_npu.ops
+        for module in self.modules():
+            if isinstance(module, TextAttention):
+                module.attention = ops.attention(text or ops.default_attention)
+            elif isinstance(module, VisionAttention):
+                module.attention = ops.attention(vision or ops.default_attention)
+
+    def embed(self, batch) -> tuple[Tensor, list[Tensor]]:
+        """Token embeddings [T, D] with pictures and videos in their places, and DeepStack features [T, D] each."""
+        x = self.model.language_model.embed_tokens(batch.input_ids)
+        if len(batch.grid_thw) == 0:
+            # Every rank must run the vision encoder: FSDP's collectives have to match, and its gradients to exist.
+            features, deepstack = self.model.visual(*self.model.visual.dummy(x.device))
+            return x + 0.0 * sum(f.sum() for f in (features, *deepstack)).to(x.dtype), []
+        features, deepstack = self.model.visual(batch.pixel_values, batch.grid_thw)
+        if len(features) != len(batch.visual_index):
+            raise InputError(f"the row has {len(batch.visual_index)} media tokens, its pictures make {len(features)}")
+        deepstack = [torch.zeros_like(x).index_copy(0, batch.visual_index, f.to(x.dtype)) for f in deepstack]
+        return x.index_copy(0, batch.visual_index, features.to(x.dtype)), deepstack
+
+    def hidden_states(self, batch) -> tuple[Tensor, list[Tensor], object]:
+        """-> (hidden states [T, D] after the last norm, router statistics of the layers, the batch as it was sharded)."""
+        batch, x, deepstack = self.shard_sequence(batch, *self.embed(batch))
+        x, router_stats = self.model.language_model(x, batch.position_ids, batch.cu_seqlens, deepstack)
+        return x, router_stats, batch
+
+    def forward(self, batch) -> tuple[Tensor, Tensor]:
+        """batch: a `data.Batch` on the model's device with its `loss_weights` -> (loss to call backward on, its router
+        auxiliary part before the coefficient and detached): both this micro-batch's share of the whole step's."""
+        x, router_stats, batch = self.hidden_states(batch)
+        at = batch.supervised_index
+        loss = self.lm_head(x[at], batch.labels[at], batch.loss_weights[at], self.loss_chunk_size)
+        aux_loss = loss.new_zeros(())
+        if router_stats:
+            aux_loss = load_balancing_loss(router_stats, len(x)) * batch.aux_weight
+            if self.router_aux_loss_coef:
+                loss = loss + self.router_aux_loss_coef * aux_loss
+        return loss, aux_loss.detach()
+
+    @torch.no_grad()
+    def init_weights(self, seed: int, write: Callable[[Tensor, Tensor], None] = Tensor.copy_) -> None:
+        """Fills every parameter for training from scratch: normal with the configuration's deviation, biases 0, norms 1.
+
+        Each parameter has its own generator, seeded by `seed` and its name, so that values do not depend on how the
+        model is sharded. `write(parameter, whole value)` stores it: `parallel.py` passes one that keeps a rank's slice.
+        """
+        for name, param in self.named_parameters():
+            module, _, leaf = name.rpartition(".")
+            owner = self.get_submodule(module)
+            if leaf == "bias":
+                value = torch.zeros(param.shape)
+            elif isinstance(owner, (RMSNorm, nn.LayerNorm)):
+                value = torch.ones(param.shape)
+            else:
+                std = (self.config.vision if ".visual." in name else self.config.text).initializer_range
+                generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+                value = torch.empty(param.shape).normal_(0.0, std, generator=generator)
+            write(param, value)
+
+
+TOWERS = ("vision encoder", "vision projector", "text decoder")
+
+
+def tower_of(name: str) -> str:
+    """The tower that a parameter belongs to, by its name: the projector is the merger and the DeepStack mergers."""
+    if name.startswith(("model.visual.merger.", "model.visual.deepstack_merger_list.")):
+        return "vision projector"
+    return "vision encoder" if name.startswith("model.visual.") else "text decoder"
+
+
+def step_flops(config: Qwen3VLConfig, cu_seqlens: list[int], grid_thw: Tensor, num_supervised: int) -> float:
+    """Floating point operations of forward and backward (3 times forward) of one packed row, without recompute.
+
+    Matrix products only, counted from the row's own lengths and grids, causal attention at half; an unsupervised token
+    has no logits. Frozen towers are counted as if they were trained.
+    """
+    t, v = config.text, config.vision
+    q, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
+    num_moe = sum(t.is_moe_layer(i) for i in range(t.num_hidden_layers))
+    attention = t.hidden_size * (2 * q + 2 * kv) * t.num_hidden_layers
+    dense = 3 * t.hidden_size * t.intermediate_size * (t.num_hidden_layers - num_moe)
+    sparse = (3 * t.num_experts_per_tok * t.moe_intermediate_size + t.num_experts) * t.hidden_size * num_moe
+    macs = cu_seqlens[-1] * (attention + dense + sparse) + num_supervised * t.hidden_size * t.vocab_size
+    macs += t.num_hidden_layers * sum(q * (b - a) ** 2 for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False))
+    merged = v.hidden_size * v.spatial_merge_size**2
+    merger = (merged * merged + merged * v.out_hidden_size) * (1 + len(v.deepstack_visual_indexes))
+    for frames, h, w in grid_thw.tolist():
+        patches = frames * h * w
+        block = patches * (4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size)
+        macs += v.depth * (block + 2 * v.hidden_size * patches * h * w)
+        macs += patches * v.patch_dim * v.hidden_size + patches // v.spatial_merge_size**2 * merger
+    return 3 * 2.0 * macs
+
+
+def parameter_table(named_parameters: Iterator[tuple[str, nn.Parameter]]) -> dict[str, tuple[int, int]]:
+    """{tower: (parameters, trainable parameters)}."""
+    table = {tower: (0, 0) for tower in TOWERS}
+    for name, p in named_parameters:
+        total, trainable = table[tower_of(name)]
+        table[tower_of(name)] = total + p.numel(), trainable + p.numel() * p.requires_grad
+    return table

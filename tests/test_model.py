@@ -1,0 +1,239 @@
+"""The model against transformers, in float32: logits to 1e-5 of the largest, gradients to 1e-4 of each one's norm.
+
+Both do the same float32 arithmetic in another order: measured differences are around 1e-6, so that the bounds leave a
+factor of ten and still catch any wrong term.
+"""
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels_npu import InputError
+from model import LMHead, Qwen3VL, Qwen3VLConfig, load_balancing_loss, parameter_table
+
+ROWS = {
+    "picture": [5, ("image", 4, 6), 9],
+    "pictures": [3, ("image", 2, 2), 4, ("image", 6, 4), 1, ("image", 2, 8), 6],
+    "text": [17],
+    "video": [4, ("video", 3, 4, 4), 8],
+    "picture and video": [2, ("image", 4, 4), 3, ("video", 2, 2, 6), 5, ("image", 2, 4), 7],
+}
+MODELS = {"dense": {}, "dense tied": {"tied": True}, "moe": {"moe": True}, "moe tied": {"moe": True, "tied": True}}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request, tmp_path_factory):
+    raw = tiny.config_dict(**MODELS[request.param])
+    hf = tiny.hf_model(raw)
+    return hf, tiny.ours_from_hf(hf, raw, tmp_path_factory.mktemp("config"))
+
+
+def positions(hf, inputs):
+    ids, _ = hf.model.get_rope_index(
+        inputs["input_ids"], mm_token_type_ids=inputs["mm_token_type_ids"], image_grid_thw=inputs.get("image_grid_thw"),
+        video_grid_thw=inputs.get("video_grid_thw"), attention_mask=inputs["attention_mask"])
+    return ids[-3:, 0]
+
+
+def hf_loss(logits, labels):
+    return torch.nn.functional.cross_entropy(logits.float(), labels, ignore_index=-100)
+
+
+def assert_gradients_equal(hf, ours):
+    hf_grads = {n: p.grad for n, p in hf.named_parameters()}
+    for name, p in ours.named_parameters():
+        expected = hf_grads.pop(name)
+        expected = torch.zeros_like(p) if expected is None else tiny.our_layout(name, expected)
+        grad = torch.zeros_like(p) if p.grad is None else p.grad
+        # q and k see no gradient through a bias that softmax cancels: compare with the largest norm around as a floor
+        assert (grad - expected).norm() <= 1e-4 * expected.norm() + 1e-7, name
+    assert not hf_grads
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ROWS)
+def test_logits_loss_and_gradients_equal_transformers(pair, kind, attention):
+    hf, ours = pair
+    ours.set_attention(text=attention, vision=attention)
+    sample = tiny.row(ROWS[kind])
+    inputs = tiny.hf_inputs(sample)
+    batch = tiny.batch_of([sample], [positions(hf, inputs)])
+    hf.zero_grad()
+    ours.zero_grad()
+
+    expected = hf(**inputs).logits[0]
+    logits = ours.lm_head(ours.hidden_states(batch)[0])
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+    loss = hf_loss(expected, batch.labels)
+    loss.backward()
+    our_loss, _ = ours(batch)
+    our_loss.backward()
+    assert our_loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert_gradients_equal(hf, ours)
+
+
+def test_packed_samples_equal_each_alone(pair):
+    hf, ours = pair
+    samples = [tiny.row(parts, seed) for seed, parts in enumerate(ROWS.values())]
+    places = [positions(hf, tiny.hf_inputs(s)) for s in samples]
+    packed = ours.lm_head(ours.hidden_states(tiny.batch_of(samples, places))[0])
+    alone = torch.cat([hf(**tiny.hf_inputs(s)).logits[0] for s in samples])
+    assert (packed - alone).abs().max() <= 1e-5 * alone.abs().max()
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 1024, 0])
+def test_chunked_loss_equals_whole(pair, chunk_size):
+    """Loss and gradients of the autograd.Function against plain cross entropy on whole logits, uneven weights."""
+    _, ours = pair
+    head = ours.lm_head
+    x = torch.randn(23, 56, requires_grad=True)
+    labels, weights = torch.randint(0, 260, (23,)), torch.rand(23)
+    whole = (torch.nn.functional.cross_entropy(head(x), labels, reduction="none") * weights).sum() * 3
+    expected = torch.autograd.grad(whole, (x, head.weight))
+    chunked = head(x, labels, weights, chunk_size) * 3
+    grads = torch.autograd.grad(chunked, (x, head.weight))
+    assert chunked.item() == pytest.approx(whole.item(), rel=1e-6)
+    for a, b in zip(grads, expected, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def test_chunked_loss_holds_one_chunk_of_logits():
+    """Counts the storage of every [*, V] tensor alive at once, forward and backward."""
+    V, D, S, chunk = 1009, 8, 64, 4
+    alive: dict[int, int] = {}
+    peak = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal peak
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.ndim == 2 and out.shape[1] == V and out.shape[0] != D:
+                store = out.untyped_storage()
+                if store.data_ptr() not in alive:
+                    alive[store.data_ptr()] = out.shape[0]
+                    weakref.finalize(out, alive.pop, store.data_ptr(), None)
+                peak = max(peak, sum(alive.values()))
+            return out
+
+    head = LMHead(D, V, bias=False)
+    x = torch.randn(S, D, requires_grad=True)
+    labels, weights = torch.randint(0, V, (S,)), torch.ones(S)
+    with Watch():
+        head(x, labels, weights, chunk).backward()
+    gc.collect()
+    assert 0 < peak <= chunk
+    assert x.grad is not None and head.weight.grad is not None
+    peak = 0
+    with Watch():
+        head(x, labels, weights, 0).backward()
+    assert peak == S  # the counter does see whole logits
+
+
+def test_router_auxiliary_loss_equals_transformers(pair):
+    hf, ours = pair
+    if not ours.config.text.num_experts:
+        pytest.skip("a dense model has no router")
+    sample = tiny.row(ROWS["picture and video"])
+    inputs = tiny.hf_inputs(sample)
+    batch = tiny.batch_of([sample], [positions(hf, inputs)])
+    hf.zero_grad()
+    ours.zero_grad()
+    out = hf(**inputs, output_router_logits=True)
+    (hf_loss(out.logits[0], batch.labels) + 0.5 * out.aux_loss).backward()
+    ours.router_aux_loss_coef = 0.5
+    loss, aux = ours(batch)
+    loss.backward()
+    ours.router_aux_loss_coef = 0.0
+    assert aux.item() == pytest.approx(out.aux_loss.item(), rel=1e-5)
+    assert_gradients_equal(hf, ours)
+
+
+def test_even_routing_has_auxiliary_loss_k():
+    E, k, T = 8, 2, 40
+    even = torch.stack((torch.full((E,), T * k / E), torch.full((E,), T / E)))
+    assert load_balancing_loss([even, even], T).item() == pytest.approx(k)
+
+
+def test_dense_layers_among_experts_equal_transformers(tmp_path):
+    raw = tiny.config_dict(moe=True)
+    raw["text_config"] |= {"mlp_only_layers": [1], "decoder_sparse_step": 2}
+    hf = tiny.hf_model(raw)
+    ours = tiny.ours_from_hf(hf, raw, tmp_path)
+    sample = tiny.row(ROWS["picture"])
+    inputs = tiny.hf_inputs(sample)
+    expected = hf(**inputs).logits[0]
+    logits = ours.lm_head(ours.hidden_states(tiny.batch_of([sample], [positions(hf, inputs)]))[0])
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+# facts of the published checkpoints: parameters as the model cards' safetensors have them
+PUBLISHED = {
+    "qwen3-vl-2b": 2_127_532_032, "qwen3-vl-4b": 4_437_815_808, "qwen3-vl-8b": 8_767_123_696,
+    "qwen3-vl-32b": 33_357_390_064, "qwen3-vl-30b-a3b": 31_070_754_032, "qwen3-vl-235b-a22b": 235_670_022_896,
+}
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations(name):
+    """Every parameter's name and shape equals transformers' (experts in the published layout), on the meta device."""
+    import transformers as t
+
+    raw = json.loads((CONFIGS / name / "config.json").read_text())
+    moe = raw["model_type"] == "qwen3_vl_moe"
+    with torch.device("meta"):
+        ours = Qwen3VL(Qwen3VLConfig.from_json(CONFIGS / name))
+        hf = (t.Qwen3VLMoeForConditionalGeneration if moe else t.Qwen3VLForConditionalGeneration)._from_config(
+            (t.Qwen3VLMoeConfig if moe else t.Qwen3VLConfig)(**raw))
+    shapes = {n: tuple(p.shape) for n, p in ours.named_parameters()}
+    assert shapes == {n: tuple(tiny.our_layout(n, p).shape) for n, p in hf.named_parameters()}
+    assert sum(total for total, _ in parameter_table(ours.named_parameters()).values()) == PUBLISHED[name]
+    assert not list(ours.buffers())
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda c: c.update(model_type="llama"), "model_type is 'llama'"),
+    (lambda c: c.pop("vision_config"), "text_config and vision_config"),
+    (lambda c: c["text_config"].pop("hidden_size"), "text_config.hidden_size is missing"),
+    (lambda c: c["text_config"].update(num_hidden_layers="4"), "num_hidden_layers is '4'"),
+    (lambda c: c["text_config"].update(num_key_value_heads=4), "num_key_value_heads must divide"),
+    (lambda c: c["text_config"]["rope_parameters"].update(mrope_section=[1, 2, 3]), "mrope_section"),
+    (lambda c: c["text_config"]["rope_parameters"].update(rope_type="yarn"), "rope_type 'yarn'"),
+    (lambda c: c["vision_config"].update(deepstack_visual_indexes=[1, 9]), "deepstack_visual_indexes"),
+    (lambda c: c["vision_config"].update(out_hidden_size=60), "out_hidden_size must equal"),
+    (lambda c: c["vision_config"].update(depth=-1), "vision_config.depth is -1"),
+])
+def test_bad_configuration_is_one_line_that_names_the_key(tmp_path, change, message):
+    raw = tiny.config_dict()
+    change(raw)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match=message) as e:
+        Qwen3VLConfig.from_json(tmp_path)
+    assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_flash_attention_is_refused_where_it_is_not(pair):
+    with pytest.raises(InputError, match="flash_attention_2.*take one of eager, sdpa"):
+        pair[1].set_attention(text="flash_attention_2")
+
+
+def test_random_weights_do_not_depend_on_the_order_of_parameters(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny.config_dict(moe=True)))
+    config = Qwen3VLConfig.from_json(tmp_path)
+    a, b = Qwen3VL(config), Qwen3VL(config)
+    a.init_weights(1)
+    torch.randn(5)
+    b.init_weights(1)
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    b.init_weights(2)
+    assert not torch.equal(a.lm_head.weight, b.lm_head.weight)
+    assert a.lm_head.weight.std().item() == pytest.approx(0.1, rel=0.05)

@@ -1,0 +1,131 @@
+"""Small models whose sizes are not round, and rows for them: what several tests need."""
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+IMAGE, VIDEO, START, END = 251, 252, 249, 250  # of the tiny vocabulary
+
+
+def config_dict(moe: bool = False, tied: bool = False, vocab_size: int = 260, layers: int = 4, **text) -> dict:
+    """A Hugging Face configuration as transformers 5 takes it: 3 heads for a key-value head, head size 24, I != D,
+    2I != D, three DeepStack layers, unequal mrope sections, 25 learned positions."""
+    text = {
+        "model_type": "qwen3_vl_moe_text" if moe else "qwen3_vl_text",
+        "vocab_size": vocab_size, "hidden_size": 56, "intermediate_size": 72, "num_hidden_layers": layers,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 24, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 4096, "initializer_range": 0.1, "attention_bias": False, "rope_theta": 10000.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [5, 4, 3],
+                            "mrope_interleaved": True},
+        "pad_token_id": None,
+        **text,
+    }
+    text["rope_scaling"] = {k: v for k, v in text["rope_parameters"].items() if k != "rope_theta"}  # transformers 4
+    if moe:
+        text |= {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "decoder_sparse_step": 1,
+                 "mlp_only_layers": [], "norm_topk_prob": True}
+    vision = {
+        "model_type": "qwen3_vl_moe" if moe else "qwen3_vl", "depth": 5, "hidden_size": 48, "intermediate_size": 68,
+        "num_heads": 3, "in_channels": 3, "patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2,
+        "out_hidden_size": 56, "num_position_embeddings": 25, "deepstack_visual_indexes": [0, 2, 3],
+        "hidden_act": "gelu_pytorch_tanh", "initializer_range": 0.1,
+    }
+    return {
+        "architectures": ["Qwen3VLMoeForConditionalGeneration" if moe else "Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl_moe" if moe else "qwen3_vl", "text_config": text, "vision_config": vision,
+        "tie_word_embeddings": tied, "image_token_id": IMAGE, "video_token_id": VIDEO,
+        "vision_start_token_id": START, "vision_end_token_id": END,
+    }
+
+
+def hf_model(raw: dict, seed: int = 0):
+    """transformers' model of a configuration, in float32, every parameter random (norms and biases too)."""
+    import transformers as t
+
+    moe = raw["model_type"] == "qwen3_vl_moe"
+    config = (t.Qwen3VLMoeConfig if moe else t.Qwen3VLConfig)(**raw)
+    torch.manual_seed(seed)
+    model = (t.Qwen3VLMoeForConditionalGeneration if moe else t.Qwen3VLForConditionalGeneration)(config).float()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.05)
+    return model
+
+
+def our_layout(name: str, value: torch.Tensor) -> torch.Tensor:
+    """A transformers 5 tensor in the published layout: experts [E,2I,D] -> [E,D,2I], [E,D,I] -> [E,I,D]."""
+    return value.transpose(1, 2) if name.endswith(("experts.gate_up_proj", "experts.down_proj")) else value
+
+
+def ours_from_hf(hf, raw: dict, tmp_path: Path):
+    """Our model with the weights of transformers' one."""
+    import json
+
+    from model import Qwen3VL, Qwen3VLConfig
+
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    model = Qwen3VL(Qwen3VLConfig.from_json(tmp_path))
+    state = {k: our_layout(k, v) for k, v in hf.state_dict().items()}
+    model.load_state_dict(state)
+    return model
+
+
+def row(parts: list, seed: int = 0):
+    """One sample: integers are runs of that many text tokens, ("image", h, w) a picture and ("video", t, h, w) a video
+    of patches. Returns input_ids, pixel_values and grid_thw in token order, and the kinds 'image' / 'video' of the grids."""
+    generator = torch.Generator().manual_seed(seed)
+    ids, pixels, grids, kinds = [], [], [], []
+    for part in parts:
+        if isinstance(part, int):
+            ids += torch.randint(0, START, (part,), generator=generator).tolist()
+            continue
+        kind, *grid = part
+        t, h, w = grid if kind == "video" else (1, *grid)
+        for _ in range(t):
+            ids += [START] + [IMAGE if kind == "image" else VIDEO] * (h * w // 4) + [END]
+            if kind == "video":
+                ids += [7, 8]  # stands for the time stamp of the next frame
+        pixels.append(torch.randn(t * h * w, 1536, generator=generator))
+        grids.append([t, h, w])
+        kinds.append(kind)
+    return SimpleNamespace(
+        input_ids=torch.tensor(ids), kinds=kinds, pixel_values=torch.cat(pixels) if pixels else torch.zeros(0, 1536),
+        grid_thw=torch.tensor(grids, dtype=torch.long).reshape(-1, 3),
+    )
+
+
+def hf_inputs(sample) -> dict:
+    """What transformers 5's forward takes for `row`'s sample."""
+    ids = sample.input_ids[None]
+    out = {"input_ids": ids, "attention_mask": torch.ones_like(ids),
+           "mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
+    sizes = sample.grid_thw.prod(1).tolist()
+    for kind, pixel_key, grid_key in (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw")):
+        pieces = [p for p, k in zip(sample.pixel_values.split(sizes), sample.kinds, strict=True) if k == kind]
+        if pieces:
+            out[pixel_key] = torch.cat(pieces)
+            out[grid_key] = sample.grid_thw[[i for i, k in enumerate(sample.kinds) if k == kind]]
+    return out
+
+
+def batch_of(samples: list, positions: list[torch.Tensor], labels: list[torch.Tensor] | None = None):
+    """Samples packed for our model; positions [3, T] of each; labels (already shifted) default to the next token,
+    except where that is a media token."""
+    ids = torch.cat([s.input_ids for s in samples])
+    if labels is None:
+        labels = []
+        for s in samples:
+            target = torch.cat([s.input_ids[1:], torch.tensor([-100])])
+            labels.append(target.masked_fill((target == IMAGE) | (target == VIDEO), -100))
+    labels = torch.cat(labels)
+    supervised = (labels != -100).nonzero()[:, 0]
+    lengths = torch.tensor([len(s.input_ids) for s in samples])
+    return SimpleNamespace(
+        input_ids=ids, labels=labels, position_ids=torch.cat(positions, dim=1), supervised_index=supervised,
+        cu_seqlens=[0, *lengths.cumsum(0).tolist()], pixel_values=torch.cat([s.pixel_values for s in samples]),
+        grid_thw=torch.cat([s.grid_thw for s in samples]), visual_index=((ids == IMAGE) | (ids == VIDEO)).nonzero()[:, 0],
+        loss_weights=torch.full((len(ids),), 1.0 / max(1, len(supervised))), aux_weight=1.0,
+    )
