@@ -1,0 +1,376 @@
+"""Makes what `make demo` trains on: drawn pictures with questions, a tiny tokenizer, the description of a small model.
+
+    python tools/demo_data.py --output demo_out [--train-rows 6000] [--held-out 80] [--seed 0]
+
+A picture is up to six coloured shapes, one to a cell of a 3 x 3 grid, with position, size, angle and shade jittered.
+Rows are in the LLaVA format of `data.py`: a training row asks several questions about its one or two pictures (or, text
+only, about numbers); a held-out row asks one. No arrangement of shapes, and no question about numbers, occurs twice, so
+none of the held-out ones is in training. Nothing is downloaded, and the same seed gives the same files.
+"""
+
+import argparse
+import colorsys
+import json
+import math
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tqdm import tqdm
+
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+COLOURS = {  # hue, saturation, value: the middle of each colour's shades
+    "red": (0.985, 0.76, 0.88),
+    "orange": (0.075, 0.84, 0.95),
+    "yellow": (0.140, 0.80, 0.97),
+    "green": (0.390, 0.66, 0.64),
+    "blue": (0.590, 0.74, 0.85),
+    "purple": (0.760, 0.58, 0.75),
+}
+PLACES = {"top left": (0, 0), "top right": (0, 2), "middle": (1, 1), "bottom left": (2, 0), "bottom right": (2, 2)}
+WORDINGS = {
+    "colour": ("What colour is the {}?", "Which colour does the {} have?"),
+    "place": ("Which shape is in the {}?", "What is in the {}?"),
+    "count": ("How many {} are there?", "Count the {}."),
+    "relation": ("Is the {}?",),
+    "compare": ("Which picture has more {}?",),
+    "numbers": ("Which is the {}?",),
+}
+COUNTS = ("none", "one", "two", "three", "four")
+KINDS = {"colour": 1, "place": 1, "count": 1, "relation": 1, "compare": 2, "numbers": 0}  # of question: its pictures
+
+PICTURE_PIXELS = 192  # as drawn; the processor halves it
+MODEL_PIXELS = 96  # as the model sees it: 6 x 6 patches, 9 tokens
+
+SPECIAL_TOKENS = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+]  # fmt: skip
+# How Qwen's tokenizer cuts text into words before merging bytes.
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Thing(NamedTuple):
+    """One shape of a picture, in the cell (row, column) of the 3 x 3 grid, both from 0 at the top left."""
+
+    shape: str
+    colour: str
+    row: int
+    column: int
+
+
+Scene = tuple[Thing, ...]  # sorted, at most one thing in a cell
+
+
+class Question(NamedTuple):
+    """What is asked, without the wording: `kind` is a key of WORDINGS and `subject` goes into its gap."""
+
+    kind: str
+    subject: str
+    answer: str
+
+
+def make_scene(rng: random.Random) -> Scene:
+    """Draws a random arrangement of two to six things; one shape is often there several times, so that counts vary."""
+    shapes = [rng.choice(SHAPES)] * rng.choice([0, 0, 1, 2, 3, 4]) + rng.choices(SHAPES, k=6)
+    cells = rng.sample([(row, column) for row in range(3) for column in range(3)], rng.randint(2, 6))
+    return tuple(sorted(Thing(s, rng.choice(list(COLOURS)), *cell) for s, cell in zip(shapes, cells, strict=False)))
+
+
+def ask(kind: str, scenes: list[Scene], rng: random.Random) -> Question | None:
+    """Asks a question of a kind about one scene (two for `compare`, none for `numbers`); None where there is none.
+
+    Each possible answer is about as likely as the others, so that guessing is worth little.
+    """
+    if kind == "numbers":
+        numbers = rng.sample(range(10), 4)
+        word, pick = rng.choice([("largest", max), ("smallest", min)])
+        return Question(kind, "{} of {}, {}, {} and {}".format(word, *numbers), str(pick(numbers)))
+    counts = [{shape: sum(thing.shape == shape for thing in scene) for shape in SHAPES} for scene in scenes]
+    if kind == "compare":
+        unequal = [shape for shape in SHAPES if counts[0][shape] != counts[1][shape]]
+        if not unequal:
+            return None
+        shape = rng.choice(unequal)
+        return Question(kind, _plural(shape), "the first" if counts[0][shape] > counts[1][shape] else "the second")
+    if kind == "count":
+        shapes = [shape for shape in SHAPES if counts[0][shape] < len(COUNTS)]
+        shape = rng.choices(shapes, [counts[0][shape] + 0.5 for shape in shapes])[0]
+        return Question(kind, _plural(shape), COUNTS[counts[0][shape]])
+    if kind == "place":
+        shape_at = {(thing.row, thing.column): thing.shape for thing in scenes[0]}
+        places = [place for place, cell in PLACES.items() if cell in shape_at]
+        if not places:
+            return None
+        place = rng.choice(places)
+        return Question(kind, place, shape_at[PLACES[place]])
+    single = [thing for thing in scenes[0] if counts[0][thing.shape] == 1]
+    if kind == "colour" and single:
+        thing = rng.choice(single)
+        return Question(kind, thing.shape, thing.colour)
+    if kind == "relation" and len(single) >= 2:
+        one, other = rng.sample(single, 2)
+        holds = {
+            "left of": one.column < other.column,
+            "right of": one.column > other.column,
+            "above": one.row < other.row,
+            "below": one.row > other.row,
+        }
+        answer = rng.random() < 0.5
+        relation = rng.choice([r for r in holds if holds[r] == answer])  # there is one: no two share a cell
+        return Question(kind, f"{one.shape} {relation} the {other.shape}", "yes" if answer else "no")
+    return None
+
+
+def _plural(shape: str) -> str:
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+def draw(scene: Scene, rng: random.Random) -> Image.Image:
+    """Draws a scene as an RGB picture of PICTURE_PIXELS squared, jittering everything that no question asks about."""
+    scale = 2  # drawn larger, then averaged down: smooth edges
+    cell = PICTURE_PIXELS * scale / 3
+    dark = rng.random() < 0.25
+    saturation, value = (rng.uniform(0.15, 0.3), rng.uniform(0.16, 0.26)) if dark else (rng.uniform(0, 0.09), 0.98)
+    image = Image.new("RGB", (PICTURE_PIXELS * scale,) * 2, _rgb(rng.random(), saturation, value))
+    canvas = ImageDraw.Draw(image)
+    for thing in scene:
+        hue, saturation, value = COLOURS[thing.colour]
+        fill = _rgb(
+            hue + rng.uniform(-0.012, 0.012), saturation * rng.uniform(0.88, 1.08), value * rng.uniform(0.9, 1.03)
+        )
+        radius = cell * rng.uniform(0.27, 0.42)
+        slack = cell / 2 - radius * 1.05
+        x = (thing.column + 0.5) * cell + rng.uniform(-slack, slack)
+        y = (thing.row + 0.5) * cell + rng.uniform(-slack, slack)
+        if thing.shape == "circle":
+            radius *= 0.9
+            canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+        else:
+            canvas.polygon(_corners(thing.shape, x, y, radius, rng.uniform(-12, 12)), fill=fill)
+    return image.reduce(scale)
+
+
+def _corners(shape: str, x: float, y: float, radius: float, degrees: float) -> list[tuple[float, float]]:
+    """The corners of a shape around (x, y), none farther than `radius`, turned by an angle."""
+    if shape == "cross":  # the corners of a plus sign with arms of half-width 0.3
+        arm, end = 0.3, math.sqrt(1 - 0.3**2)
+        quarter = [(arm, -arm), (arm, -end), (-arm, -end)]
+        polar = []
+        for turn in range(4):
+            polar += [(math.hypot(a, b), math.atan2(b, a) - turn * math.pi / 2) for a, b in quarter]
+    else:
+        number = {"square": 4, "triangle": 3, "star": 10}[shape]
+        start = math.pi / 4 if shape == "square" else math.pi / 2
+        polar = [(0.45 if shape == "star" and i % 2 else 1.0, 2 * math.pi * i / number - start) for i in range(number)]
+    turn = math.radians(degrees)
+    return [(x + radius * r * math.cos(a + turn), y + radius * r * math.sin(a + turn)) for r, a in polar]
+
+
+def _rgb(hue: float, saturation: float, value: float) -> tuple[int, ...]:
+    """An RGB colour of 0 to 255 from hue, saturation and value of 0 to 1 (hue wraps, the others are clipped)."""
+    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue % 1, min(saturation, 1), min(value, 1)))
+
+
+def make_rows(num_train: int, num_held_out: int, seed: int, folder: Path) -> tuple[list[dict], list[dict]]:
+    """Draws the pictures into `folder`/pictures and returns (training rows, held-out rows).
+
+    Args:
+        num_train: training rows; of eight, five have one picture, two have two, one is text only.
+        num_held_out: held-out rows of each kind of question.
+        seed: the same seed gives the same rows and pictures.
+        folder: rows name their pictures relative to it.
+    """
+    rng = random.Random(seed)
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    used: set[Scene | Question] = set()  # no arrangement, and no question about numbers, occurs twice anywhere
+
+    def new_scenes(number: int) -> list[Scene]:
+        scenes: list[Scene] = []
+        while len(scenes) < number:
+            scene = make_scene(rng)
+            if scene not in used:
+                used.add(scene)
+                scenes.append(scene)
+        return scenes
+
+    def make_row(name: str, kinds: list[str]) -> dict:
+        questions: dict[Question, str] = {}  # with their wording
+        while not questions:
+            scenes = new_scenes(KINDS[kinds[0]])
+            for kind in rng.sample(kinds, len(kinds)):
+                question = ask(kind, scenes, rng)
+                if question and question not in used:
+                    questions[question] = rng.choice(WORDINGS[kind]).format(question.subject)
+        used.update(question for question in questions if question.kind == "numbers")
+        paths = [f"pictures/{name}{letter}.png" for letter in ("", "b")[: len(scenes)]]
+        for path, scene in zip(paths, scenes, strict=True):
+            draw(scene, rng).save(folder / path, compress_level=1)
+        conversations = []
+        for question, text in questions.items():
+            conversations.append({"from": "human", "value": text})
+            conversations.append({"from": "gpt", "value": question.answer})
+        conversations[0]["value"] = "<image>" * len(scenes) + conversations[0]["value"]
+        row = {"id": name, "kinds": [question.kind for question in questions], "conversations": conversations}
+        return row | {"image": paths if len(paths) > 1 else paths[0]} if paths else row
+
+    held_out_kinds = [[kind] for kind in KINDS for _ in range(num_held_out)]
+    held_out = [make_row(f"held-out-{i:04d}", k) for i, k in enumerate(tqdm(held_out_kinds, "drawing held-out rows"))]
+    one_picture = [kind for kind in KINDS if KINDS[kind] == 1]
+    groups = [one_picture] * 5 + [["compare"] * 3] * 2 + [["numbers"] * 3]
+    train = [make_row(f"train-{i:05d}", groups[i % 8]) for i in tqdm(range(num_train), "drawing training rows")]
+    return train, held_out
+
+
+def make_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """Trains a byte-level BPE tokenizer built as Qwen's is, with Qwen's special tokens, on some texts."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    return tokenizer
+
+
+def make_config(tokenizer: Tokenizer) -> dict:
+    """The `config.json` of a small Qwen3-VL-MoE whose ids match the tokenizer's.
+
+    The sizes differ from each other on purpose (no two dimensions of an expert are equal), so that a transposed weight
+    cannot go unnoticed.
+    """
+    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    hidden_size = 128
+    return {
+        "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+        "model_type": "qwen3_vl_moe",
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+        "tie_word_embeddings": True,
+        "text_config": {
+            "model_type": "qwen3_vl_moe_text",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": ids["<|endoftext|>"],
+            "eos_token_id": ids["<|im_end|>"],
+            "decoder_sparse_step": 1,
+            "dtype": "float32",
+            "head_dim": 32,
+            "hidden_act": "silu",
+            "hidden_size": hidden_size,
+            "initializer_range": 0.02,
+            "intermediate_size": 320,
+            "max_position_embeddings": 4096,
+            "mlp_only_layers": [],
+            "moe_intermediate_size": 96,
+            "norm_topk_prob": True,
+            "num_attention_heads": 4,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-6,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [6, 5, 5], "rope_type": "default"},
+            "rope_theta": 10000,
+            "use_cache": True,
+            "vocab_size": tokenizer.get_vocab_size(),
+        },
+        "vision_config": {
+            "model_type": "qwen3_vl_moe",
+            "deepstack_visual_indexes": [0, 1],
+            "depth": 3,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": 96,
+            "in_channels": 3,
+            "initializer_range": 0.02,
+            "intermediate_size": 256,
+            "num_heads": 3,
+            "num_position_embeddings": (MODEL_PIXELS // 16) ** 2,
+            "out_hidden_size": hidden_size,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+    }
+
+
+def write_model_assets(folder: Path, texts: Iterable[str]) -> None:
+    """Writes what `train.py --init random` reads: tokenizer, configuration, preprocessors, end tokens. No weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(texts)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    pixels = MODEL_PIXELS**2
+    preprocessor = {
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "processor_class": "Qwen3VLProcessor",
+        "size": {"shortest_edge": pixels, "longest_edge": pixels},
+    }
+    for name, content in {
+        "config.json": make_config(tokenizer),
+        "tokenizer_config.json": {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+        },
+        "generation_config.json": {
+            "bos_token_id": ids["<|endoftext|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+            "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
+            "do_sample": False,
+        },
+        "preprocessor_config.json": preprocessor | {"image_processor_type": "Qwen2VLImageProcessorFast"},
+        "video_preprocessor_config.json": preprocessor
+        | {
+            "video_processor_type": "Qwen3VLVideoProcessor",
+            "size": {"shortest_edge": pixels, "longest_edge": 32 * pixels},
+        },
+    }.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def make_demo_data(output: Path, num_train: int, num_held_out: int, seed: int) -> None:
+    """Writes `output`/data (train.json, held_out.json, questions.json: the held-out rows without answers) and /base."""
+    data = output / "data"
+    train, held_out = make_rows(num_train, num_held_out, seed, data)
+    questions = [row | {"conversations": row["conversations"][:-1]} for row in held_out]
+    for name, rows in {"train": train, "held_out": held_out, "questions": questions}.items():
+        (data / f"{name}.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    write_model_assets(
+        output / "base", (turn["value"].replace("<image>", "") for row in train for turn in row["conversations"])
+    )
+
+
+def main() -> None:
+    """The command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Makes the demo's dataset, tokenizer and model description.")
+    parser.add_argument("--output", type=Path, default=Path("demo_out"), help="folder for data/ and base/")
+    parser.add_argument("--train-rows", type=int, default=6000, help="training rows")
+    parser.add_argument("--held-out", type=int, default=80, help="held-out rows of each kind of question")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    make_demo_data(args.output, args.train_rows, args.held_out, args.seed)
+
+
+if __name__ == "__main__":
+    main()
