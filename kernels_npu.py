@@ -31,12 +31,12 @@ class Torch:
     def __init__(self, device: torch.device):
         self.device = device
 
-    # ---- attention ------------------------------------------------------------------------------------------------
+    # ---- attention -------------------------------------------------------------------------------------------------
 
     default_attention = "sdpa"
 
     def attention(self, implementation: str) -> Callable[..., Tensor]:
-        """The attention named `implementation`: a callable (q [T,H,d], k [T,K,d], v [T,K,d], cu_seqlens, causal) -> [T,H,d].
+        """The attention named so: a callable (q [T,H,d], k [T,K,d], v [T,K,d], cu_seqlens, causal) -> [T,H,d].
 
         `cu_seqlens` is a host list [0, ..., T]: every sequence attends to itself alone. The scale is d ** -0.5.
         """
@@ -63,10 +63,10 @@ class Torch:
         sdpa = functools.partial(F.scaled_dot_product_attention, is_causal=causal)
         return _per_sequence(sdpa, q, k, v, cu_seqlens)
 
-    # ---- pointwise ------------------------------------------------------------------------------------------------
+    # ---- pointwise -------------------------------------------------------------------------------------------------
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Root mean square norm (arXiv:1910.07467) over the last dimension: float32 inside, cast back, then times weight."""
+        """Root mean square norm (arXiv:1910.07467) of the last dimension: float32, cast back, then times weight."""
         normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
         return weight * normed.to(x.dtype)
 
@@ -84,7 +84,7 @@ class Torch:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    # ---- mixture of experts -----------------------------------------------------------------------------------------
+    # ---- mixture of experts ----------------------------------------------------------------------------------------
 
     def moe_route(self, router_logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
         """[T,E] logits -> (probabilities [T,E] float32, weights [T,k] float32 that add up to 1, expert ids [T,k])."""
@@ -112,7 +112,7 @@ class Torch:
         # unbind, not indexing: its backward stacks once, where indexing would add E zero-filled [E,K,M] tensors
         return torch.cat([rows @ w for rows, w in zip(x.split(counts.tolist()), weight.unbind(0), strict=True)])
 
-    # ---- optimizer and device -----------------------------------------------------------------------------------------
+    # ---- optimizer and device --------------------------------------------------------------------------------------
 
     def adamw(self, groups: list[dict], **settings) -> torch.optim.Optimizer:
         """AdamW (arXiv:1711.05101) over parameter groups."""
@@ -202,7 +202,7 @@ def select(device: str = "auto") -> Torch:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         if not torch.cuda.is_available():
-            raise InputError("--device cuda: this PyTorch sees no CUDA device; take --device cpu, or install a CUDA build")
+            raise InputError("--device cuda: this PyTorch sees no CUDA device: take --device cpu or a CUDA build")
         if local_rank >= torch.cuda.device_count():
             raise InputError(f"--device cuda: local rank {local_rank} has no device, this machine has "
                              f"{torch.cuda.device_count()}: start no more processes than that (--nproc-per-node)")

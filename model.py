@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import kernels_npu
 from kernels_npu import InputError
 
-# ---- configuration ------------------------------------------------------------------------------------------------------
+# ---- configuration -------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Qwen3VLConfig:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except OSError as e:
-            raise InputError(f"{path}: cannot be read ({e.strerror}): give a Hugging Face directory with its config.json") from e
+            raise InputError(f"{path}: cannot be read ({e.strerror}): give a Hugging Face directory") from e
         except ValueError as e:
             raise InputError(f"{path}: is not valid JSON ({e})") from e
         if not isinstance(raw, dict) or raw.get("model_type") not in ("qwen3_vl", "qwen3_vl_moe"):
@@ -106,13 +106,13 @@ class Qwen3VLConfig:
         text, vision = raw.get("text_config"), raw.get("vision_config")
         if not isinstance(text, dict) or not isinstance(vision, dict):
             raise InputError(f"{path}: needs text_config and vision_config, each an object")
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}  # transformers 5 / 4
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}  # transformers 5, transformers 4
+        moe = raw["model_type"] == "qwen3_vl_moe"
         text = {
             **text,
-            "head_dim": text.get("head_dim") or text.get("hidden_size", 0) // max(1, text.get("num_attention_heads", 1)),
             "rope_theta": rope.get("rope_theta", text.get("rope_theta", 5e6)),
             "mrope_section": rope.get("mrope_section", [24, 20, 20]),
-            "num_experts": text.get("num_experts", text.get("num_local_experts", 0)) if raw["model_type"].endswith("moe") else 0,
+            "num_experts": text.get("num_experts", text.get("num_local_experts")) if moe else 0,
         }
         if rope.get("rope_type", "default") != "default":
             raise InputError(f"{path}: rope_type {rope['rope_type']!r} is not supported, only 'default'")
@@ -131,7 +131,8 @@ class Qwen3VLConfig:
     def _check(self, path: Path) -> None:
         t, v = self.text, self.vision
         problems = {
-            "text_config.num_key_value_heads must divide num_attention_heads": t.num_attention_heads % t.num_key_value_heads,
+            "text_config.num_key_value_heads must divide num_attention_heads":
+                t.num_attention_heads % t.num_key_value_heads,
             "text_config.head_dim must be even": t.head_dim % 2,
             "text_config.mrope_section must be three numbers that add up to head_dim / 2":
                 len(t.mrope_section) != 3 or sum(t.mrope_section) != t.head_dim // 2,
@@ -144,7 +145,7 @@ class Qwen3VLConfig:
             "vision_config.out_hidden_size must equal text_config.hidden_size": v.out_hidden_size != t.hidden_size,
             "vision_config.num_position_embeddings must be a square":
                 math.isqrt(v.num_position_embeddings) ** 2 != v.num_position_embeddings,
-            "vision_config.deepstack_visual_indexes must rise and stay below depth, and be no more than the text layers":
+            "vision_config.deepstack_visual_indexes must rise, stay below depth, and be no more than the text layers":
                 sorted(set(v.deepstack_visual_indexes)) != v.deepstack_visual_indexes
                 or any(not 0 <= i < v.depth for i in v.deepstack_visual_indexes)
                 or len(v.deepstack_visual_indexes) > t.num_hidden_layers,
@@ -157,30 +158,29 @@ class Qwen3VLConfig:
 
 def _build(cls: type, values: dict, where: str):
     """A config dataclass from a JSON object, its types checked; keys that it does not know are left alone."""
-    kinds = {"int": int, "float": (int, float), "str": str, "list[int]": list}
+    kinds = {
+        "int": (int, "a whole number above 0"), "float": ((int, float), "a number above 0"), "str": (str, "a text"),
+        "list[int]": (list, "a list of whole numbers"),
+    }
     known = {}
     for f in fields(cls):
-        value = values.get(f.name)
+        value, (kind, wanted) = values.get(f.name), kinds[f.type]
         if value is None:
-            if f.name in values and f.name != "mlp_only_layers" or f.name not in values and _required(f):
+            if f.default is MISSING and f.default_factory is MISSING:
                 raise InputError(f"{where}.{f.name} is missing")
             continue
-        good = isinstance(value, kinds[f.type]) and not isinstance(value, bool)
-        if f.type == "list[int]":
-            good = good and all(isinstance(i, int) for i in value)
-        elif f.type in ("int", "float"):
-            good = good and value >= (0 if f.name in ("num_experts", "intermediate_size", "initializer_range") else 1e-12)
+        good = isinstance(value, kind) and not isinstance(value, bool)
+        if f.type in ("int", "float"):
+            good = good and (value > 0 or value == 0 and f.name in ("num_experts", "initializer_range"))
+        elif f.type == "list[int]":
+            good = good and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
         if not good:
-            raise InputError(f"{where}.{f.name} is {value!r}, it must be a {'positive ' if f.type != 'str' else ''}{f.type}")
+            raise InputError(f"{where}.{f.name} is {value!r}, it must be {wanted}")
         known[f.name] = value
     return cls(**known)
 
 
-def _required(f) -> bool:
-    return f.default is MISSING and f.default_factory is MISSING
-
-
-# ---- vision encoder and projector -----------------------------------------------------------------------------------------
+# ---- vision encoder and projector ----------------------------------------------------------------------------------
 
 
 class PatchEmbed(nn.Module):
@@ -235,7 +235,7 @@ class VisionBlock(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """2x2 patches -> one token of the text decoder. The final merger normalises patches, DeepStack's the merged ones."""
+    """2x2 patches -> one token of the text decoder. The last merger normalises patches, DeepStack's the merged ones."""
 
     def __init__(self, config: VisionConfig, norm_after_merge: bool):
         super().__init__()
@@ -292,7 +292,7 @@ class VisionModel(nn.Module):
         return self.merger(x), deepstack
 
     def rotary_tables(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """2-D rotary embedding: half of the frequencies turn with the row, half with the column. [P, d] float32 each."""
+        """2-D rotary embedding: half of the angles turn with the row, half with the column. [P, d] float32 each."""
         half = self.config.hidden_size // self.config.num_heads // 2
         inv_freq = 1.0 / 10000.0 ** (torch.arange(0, half, 2, dtype=torch.float32, device=rows.device) / half)
         angles = torch.cat((rows[:, None] * inv_freq, columns[:, None] * inv_freq), dim=-1)
@@ -325,7 +325,7 @@ def patch_positions(grid_thw: Tensor, config: VisionConfig) -> tuple[Tensor, Ten
     return rows, columns, corners, shares
 
 
-# ---- text decoder ---------------------------------------------------------------------------------------------------------
+# ---- text decoder --------------------------------------------------------------------------------------------------
 
 
 class RMSNorm(nn.Module):
@@ -371,7 +371,7 @@ class TextMLP(nn.Module):
 
 
 def run_experts(x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """SwiGLU experts on their tokens: x [T,D], expert_ids and weights [T,k], gate_up [E,D,2I], down [E,I,D] -> [T,D]."""
+    """SwiGLU experts on their tokens: x [T,D], expert_ids, weights [T,k], gate_up [E,D,2I], down [E,I,D] -> [T,D]."""
     ops = kernels_npu.ops
     rows, where, counts = ops.moe_permute(x, expert_ids, gate_up.shape[0])
     rows = ops.grouped_matmul(ops.swiglu(ops.grouped_matmul(rows, gate_up, counts)), down, counts)
@@ -459,7 +459,7 @@ class TextModel(nn.Module):
         return angles.cos(), angles.sin()
 
 
-# ---- loss -----------------------------------------------------------------------------------------------------------------
+# ---- loss ----------------------------------------------------------------------------------------------------------
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -506,7 +506,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class LMHead(nn.Linear):
-    def forward(self, x: Tensor, labels: Tensor | None = None, weights: Tensor | None = None, chunk_size: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, labels: Tensor | None = None, weights: Tensor | None = None, chunk_size: int = 0
+    ) -> Tensor:
         """x [S, D] -> logits [S, V]; with labels [S] and weights [S], their weighted cross entropy, a scalar.
         In here and not beside it, so that FSDP's hooks gather this weight for it."""
         if labels is None:
@@ -523,7 +525,7 @@ def load_balancing_loss(router_stats: list[Tensor], num_tokens: int) -> Tensor:
     return len(probs) * (assigned * probs).sum()
 
 
-# ---- the whole model --------------------------------------------------------------------------------------------------------
+# ---- the whole model -----------------------------------------------------------------------------------------------
 
 
 def call(block: nn.Module, *args):
@@ -537,7 +539,7 @@ def whole_sequence(batch, x: Tensor, deepstack: list[Tensor]):
 
 
 class Qwen3VL(nn.Module):
-    """Build it under `torch.device("meta")`, then `to_empty`, then `init_weights` or a checkpoint: it has no buffers."""
+    """Build it under `torch.device("meta")`, `to_empty`, then `init_weights` or a checkpoint. It has no buffers."""
 
     def __init__(self, config: Qwen3VLConfig):
         super().__init__()
@@ -575,7 +577,7 @@ class Qwen3VL(nn.Module):
         return x.index_copy(0, batch.visual_index, features.to(x.dtype)), deepstack
 
     def hidden_states(self, batch) -> tuple[Tensor, list[Tensor], object]:
-        """-> (hidden states [T, D] after the last norm, router statistics of the layers, the batch as it was sharded)."""
+        """-> (hidden states [T, D] after the last norm, router statistics of the layers, the batch as sharded)."""
         batch, x, deepstack = self.shard_sequence(batch, *self.embed(batch))
         x, router_stats = self.model.language_model(x, batch.position_ids, batch.cu_seqlens, deepstack)
         return x, router_stats, batch
@@ -595,7 +597,7 @@ class Qwen3VL(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int, write: Callable[[Tensor, Tensor], None] = Tensor.copy_) -> None:
-        """Fills every parameter for training from scratch: normal with the configuration's deviation, biases 0, norms 1.
+        """Fills every parameter for training from scratch: normal with the config's deviation, biases 0, norms 1.
 
         Each parameter has its own generator, seeded by `seed` and its name, so that values do not depend on how the
         model is sharded. `write(parameter, whole value)` stores it: `parallel.py` passes one that keeps a rank's slice.
@@ -609,7 +611,7 @@ class Qwen3VL(nn.Module):
                 value = torch.ones(param.shape)
             else:
                 std = (self.config.vision if ".visual." in name else self.config.text).initializer_range
-                generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # takes 32 bits
                 value = torch.empty(param.shape).normal_(0.0, std, generator=generator)
             write(param, value)
 

@@ -75,7 +75,7 @@ def ours_from_hf(hf, raw: dict, tmp_path: Path):
 
 def row(parts: list, seed: int = 0):
     """One sample: integers are runs of that many text tokens, ("image", h, w) a picture and ("video", t, h, w) a video
-    of patches. Returns input_ids, pixel_values and grid_thw in token order, and the kinds 'image' / 'video' of the grids."""
+    of patches. Returns input_ids, and pixel_values, grid_thw and kinds ('image' or 'video') in token order."""
     generator = torch.Generator().manual_seed(seed)
     ids, pixels, grids, kinds = [], [], [], []
     for part in parts:
@@ -103,11 +103,11 @@ def hf_inputs(sample) -> dict:
     out = {"input_ids": ids, "attention_mask": torch.ones_like(ids),
            "mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
     sizes = sample.grid_thw.prod(1).tolist()
-    for kind, pixel_key, grid_key in (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw")):
+    for kind, pixel_key in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         pieces = [p for p, k in zip(sample.pixel_values.split(sizes), sample.kinds, strict=True) if k == kind]
         if pieces:
             out[pixel_key] = torch.cat(pieces)
-            out[grid_key] = sample.grid_thw[[i for i, k in enumerate(sample.kinds) if k == kind]]
+            out[f"{kind}_grid_thw"] = sample.grid_thw[[i for i, k in enumerate(sample.kinds) if k == kind]]
     return out
 
 
@@ -126,6 +126,7 @@ def batch_of(samples: list, positions: list[torch.Tensor], labels: list[torch.Te
     return SimpleNamespace(
         input_ids=ids, labels=labels, position_ids=torch.cat(positions, dim=1), supervised_index=supervised,
         cu_seqlens=[0, *lengths.cumsum(0).tolist()], pixel_values=torch.cat([s.pixel_values for s in samples]),
-        grid_thw=torch.cat([s.grid_thw for s in samples]), visual_index=((ids == IMAGE) | (ids == VIDEO)).nonzero()[:, 0],
+        grid_thw=torch.cat([s.grid_thw for s in samples]),
+        visual_index=((ids == IMAGE) | (ids == VIDEO)).nonzero()[:, 0],
         loss_weights=torch.full((len(ids),), 1.0 / max(1, len(supervised))), aux_weight=1.0,
     )
