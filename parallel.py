@@ -1,0 +1,134 @@
+"""Ranks as a grid, and what is done to a built model from outside: freezing, recompute, FSDP2, gradient clipping.
+
+Nothing here is called by `model.py`: the seams that it documents are replaced, and FSDP2 hooks onto its modules, so that
+the same forward runs on one process and on many. A world of one goes the same way as a large one.
+"""
+from __future__ import annotations
+
+import functools
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from kernels_npu import Torch
+from model import Qwen3VL, tower_of
+
+
+class Ranks:
+    """This process among all of them. `dp_rank` / `dp_size`: which share of the rows it reads, of how many."""
+
+    def __init__(self, ops: Torch, timeout_minutes: float = 10):
+        """Joins the process group that torchrun describes in the environment; without torchrun, a group of one."""
+        timeout = timedelta(minutes=timeout_minutes)
+        if "RANK" in os.environ:
+            dist.init_process_group(ops.distributed_backend, timeout=timeout)
+        else:
+            dist.init_process_group(
+                ops.distributed_backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1
+            )
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.dp_rank, self.dp_size = self.rank, self.world
+        self.mesh = init_device_mesh(ops.device.type, (self.world,))
+        self.device = ops.device
+
+    def sum(self, *values: float | Tensor) -> list[float]:
+        """Each value summed over all ranks, in float64: one small all-reduce."""
+        total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+
+def freeze(model: Qwen3VL, towers: set[str]) -> None:
+    """Stops the training of every parameter of the named towers (`model.TOWERS`)."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(tower_of(name) not in towers)
+
+
+def recompute_block(block: nn.Module, *args):
+    """The `run_block` seam with recompute: backward runs the block again instead of keeping what is inside it.
+
+    Top-k's result is kept: in a second run, rounding could send a token to other experts than the first forward did.
+    """
+    if not torch.is_grad_enabled():
+        return block(*args)
+    keep_routing = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.topk.default])
+    return checkpoint(
+        block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=keep_routing, determinism_check="none"
+    )
+
+
+def parallelize(model: Qwen3VL, ranks: Ranks, *, compute_dtype: torch.dtype, recompute: bool, compile: bool) -> None:
+    """Recompute, compilation and FSDP2 for a model on the meta device (or the CPU), in place.
+
+    Parameters stay float32 shards; each group is gathered in `compute_dtype` when its module runs, and its gradients
+    are reduced in float32.
+    """
+    visual, text = model.model.visual, model.model.language_model
+    if recompute:
+        visual.run_block = text.run_block = recompute_block
+    if compile:
+        for block in (*visual.blocks, *text.layers):
+            block.compile()
+
+    shard = functools.partial(
+        fully_shard,
+        mesh=ranks.mesh,
+        # cast_forward_inputs would turn loss weights and rotary tables into bf16
+        mp_policy=MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False),
+    )
+    order = [text.embed_tokens, *visual.blocks, *visual.deepstack_merger_list, visual.merger, *text.layers]
+    if model.config.tie_word_embeddings:
+        shard([text.embed_tokens, model.lm_head], reshard_after_forward=False)  # apart, they would come untied
+    else:
+        shard(text.embed_tokens)
+        shard(model.lm_head, reshard_after_forward=False)
+        order.append(model.lm_head)
+    for module in order[1 : 1 + len(visual.blocks) + len(visual.deepstack_merger_list) + 1 + len(text.layers)]:
+        shard(module, reshard_after_forward=module is not text.layers[-1])  # backward needs the last one at once
+    shard(model, reshard_after_forward=False)
+    for module, following in zip(order, order[1:], strict=False):
+        module.set_modules_to_forward_prefetch([following])
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees what a forward without a backward left gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@torch.no_grad()
+def write_shard(param: Tensor, value: Tensor) -> None:
+    """Stores a whole value in a parameter, of which this rank may hold a slice only."""
+    if isinstance(param, DTensor):
+        shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+        value = value[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+        param = param.to_local()
+    param.copy_(value)
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float, ranks: Ranks) -> float:
+    """Scales the gradients down to a total 2-norm of `max_norm` (0: never) and returns the norm that they had.
+
+    Every element of a gradient lies on one rank, so the ranks' sums of squares, in float64, add up to the whole norm.
+    """
+    grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
+    squares = [n.double() ** 2 for n in torch._foreach_norm(grads)]
+    (total,) = ranks.sum(torch.stack(squares).sum() if squares else 0.0)
+    norm = total**0.5
+    if max_norm > 0 and norm > max_norm:
+        torch._foreach_mul_(grads, max_norm / (norm + 1e-6))
+    return norm
