@@ -8,8 +8,16 @@ Shapes: T tokens, H heads, K key-value heads, d head size, D hidden size, E expe
 """
 from __future__ import annotations
 
+import argparse
+import difflib
 import functools
 import os
+import re
+import shlex
+import signal
+import sys
+import time
+import traceback
 from collections.abc import Callable
 
 import torch
@@ -213,3 +221,66 @@ def select(device: str = "auto") -> Torch:
     else:
         ops = Torch(torch.device("cpu"))
     return ops
+
+
+# ---- what the programs share: one line for a person's mistake ------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags whose errors are one line that says what to give instead. `@FILE` reads them from a file, # for comments."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings, allow_abbrev=False, fromfile_prefix_chars="@")
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        return shlex.split(line, comments=True)
+
+    def error(self, message: str):
+        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        for word in re.findall(r"--[\w-]+", message) if "unrecognized" in message else ():
+            near = difflib.get_close_matches(word, flags, n=1)
+            message += f" (did you mean {near[0]}?)" if near else f" ({self.prog} --help lists the flags)"
+        raise UsageError(message)
+
+
+class UsageError(Exception):
+    """The command line is wrong: exit status 2."""
+
+
+def number(kind: type, low: float, high: float = float("inf"), above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a number of `kind` in [low, high], or above low if `above`."""
+
+    def parse(text: str):
+        wanted = f"{'above' if above else 'at least'} {low:g}" + (f" and at most {high:g}" if high < float("inf") else "")
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not (low < value if above else low <= value) or not value <= high or value == float("inf"):
+            what = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {what} {wanted}")
+        return value
+
+    return parse
+
+
+def run_program(main: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Runs `main` and returns the exit status: 0; 1 for input that cannot be used; 2 for a wrong command line.
+
+    A person's mistake is one line on standard error, a traceback with `--debug`. Under torchrun every rank often finds
+    the same mistake: rank 0 says it at once, the others after a pause in which torchrun ends them if rank 0 has spoken.
+    """
+    try:
+        main(argv)
+        return 0
+    except (UsageError, ValueError, OSError) as e:
+        if "--debug" in argv:
+            traceback.print_exc()
+        mistake, status = e, 2 if isinstance(e, UsageError) else 1
+    if int(os.environ.get("RANK", 0)) > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+    if isinstance(mistake, OSError) and mistake.filename is not None:
+        mistake = f"{mistake.filename}: {mistake.strerror}"
+    print("error:", " ".join(str(mistake).split("\n")), file=sys.stderr, flush=True)
+    return status
