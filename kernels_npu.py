@@ -227,7 +227,7 @@ def select(device: str = "auto") -> Torch:
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags whose errors are one line that says what to give instead. `@FILE` reads them from a file, # for comments."""
+    """Flags whose errors are one line that says what to give instead. `@FILE` reads flags from a file."""
 
     def __init__(self, **settings):
         super().__init__(**settings, allow_abbrev=False, fromfile_prefix_chars="@")
@@ -251,7 +251,8 @@ def number(kind: type, low: float, high: float = float("inf"), above: bool = Fal
     """An argparse type: a number of `kind` in [low, high], or above low if `above`."""
 
     def parse(text: str):
-        wanted = f"{'above' if above else 'at least'} {low:g}" + (f" and at most {high:g}" if high < float("inf") else "")
+        wanted = f"{'above' if above else 'at least'} {low:g}"
+        wanted += f" and at most {high:g}" if high < float("inf") else ""
         try:
             value = kind(text)
         except ValueError:
@@ -264,16 +265,17 @@ def number(kind: type, low: float, high: float = float("inf"), above: bool = Fal
     return parse
 
 
-def run_program(main: Callable[[list[str]], None], argv: list[str]) -> int:
+def run_program(main: Callable[[list[str]], None], argv: list[str], *mistakes: type[Exception]) -> int:
     """Runs `main` and returns the exit status: 0; 1 for input that cannot be used; 2 for a wrong command line.
 
-    A person's mistake is one line on standard error, a traceback with `--debug`. Under torchrun every rank often finds
-    the same mistake: rank 0 says it at once, the others after a pause in which torchrun ends them if rank 0 has spoken.
+    A person's mistake (InputError, OSError and `mistakes`) is one line on standard error, a traceback with `--debug`;
+    anything else is ours, and shows its traceback. Under torchrun every rank often finds the same mistake: rank 0 says
+    it at once, the others after a pause in which torchrun ends them if rank 0 has spoken.
     """
     try:
         main(argv)
         return 0
-    except (UsageError, ValueError, OSError) as e:
+    except (UsageError, InputError, OSError, *mistakes) as e:
         if "--debug" in argv:
             traceback.print_exc()
         mistake, status = e, 2 if isinstance(e, UsageError) else 1
