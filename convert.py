@@ -1,0 +1,862 @@
+"""Weights and checkpoints: Hugging Face safetensors <-> model <-> DCP, crash-safe saves, and the two conversions.
+
+A *source* is a directory of stored weights, opened without reading them: `tensors` says each one's type and shape, and
+`read(name, offset, sizes)` brings one window. `HuggingFaceWeights` (safetensors) and `CheckpointWeights` (DCP) are the
+two; loading a model, resharding and both conversions are windows copied from one of them, so that nobody holds more
+than a piece. Files are memory-mapped: what is read of them is page cache, not the process's own memory.
+
+What is written is torch.distributed.checkpoint's format (`dcp.load` reads it): tensors in pieces of at most
+`PIECE_BYTES`, parameters under their Hugging Face names, optimizer state as `optimizer.exp_avg.NAME`. Beside it
+`checksums.json`, and each rank's `trainer_state_rank_00000.pt`. A stranger's pickle runs no code: see `read_metadata`.
+
+    python convert.py hf_to_dcp --hf_dir DIR --dcp_dir DIR
+    python convert.py dcp_to_hf --load_dir ITER_DIR --save_dir DIR --model_assets_dir HF_DIR
+    python convert.py verify DIR
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import pickle
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.utils import _create_file_view
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from kernels_npu import InputError, Parser, run_program
+from model import Qwen3VL, Qwen3VLConfig
+
+PIECE_BYTES = 64 << 20
+TRACKER = "latest_checkpointed_iteration.txt"
+CHECKSUMS = "checksums.json"
+INDEX = "model.safetensors.index.json"
+SAFETENSORS_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
+
+Stored = tuple[torch.dtype, torch.Size]  # what a source knows of a tensor without reading it
+
+logger = logging.getLogger(__name__)
+
+
+# ---- windows into tensors ------------------------------------------------------------------------------------------
+
+
+def _window(offset: Iterable[int], sizes: Iterable[int]) -> tuple[slice, ...]:
+    return tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))
+
+
+def _pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(offset, sizes) of runs of rows that are at most PIECE_BYTES (a longer single row stays whole)."""
+    if not shape:
+        yield (), ()
+    elif 0 not in shape:
+        rows = max(1, PIECE_BYTES // (math.prod(shape[1:]) * itemsize))
+        for start in range(0, shape[0], rows):
+            yield (start, *(0 for _ in shape[1:])), (min(rows, shape[0] - start), *shape[1:])
+
+
+def _local(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """This rank's part of a DTensor, or all of a plain tensor, and where it begins in the whole."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach(), (0,) * tensor.ndim
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.detach().to_local(), tuple(offset)
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    model.state_dict()  # FSDP2 reshards here; after a no_grad forward named_parameters would give whole plain tensors
+    return dict(model.named_parameters())
+
+
+def _fill(target: Tensor, source: HuggingFaceWeights | CheckpointWeights, name: str) -> None:
+    """Reads this rank's part of the stored tensor into `target`, converting to its type."""
+    local, origin = _local(target)
+    for offset, sizes in _pieces(local.shape, local.element_size()):
+        begin = tuple(a + b for a, b in zip(origin, offset, strict=True))
+        local[_window(offset, sizes)].copy_(source.read(name, begin, sizes))
+
+
+# ---- sources -------------------------------------------------------------------------------------------------------
+
+
+def _check_fit(tensors: dict[str, Stored], expected: dict[str, torch.Size], where: Path) -> None:
+    """Names and shapes in a source against the model's. Left unread: the layers of a model that config.json cuts, and
+    the copy of the embedding that some tied checkpoints carry as lm_head.weight."""
+    counts: dict[str, int] = {}
+    for name in expected:
+        if m := re.match(r"(.+\.(?:layers|blocks|deepstack_merger_list))\.(\d+)\.", name):
+            counts[m[1]] = max(counts.get(m[1], 0), int(m[2]) + 1)
+
+    def is_spare(name: str) -> bool:
+        m = re.match(r"(.+\.(?:layers|blocks|deepstack_merger_list))\.(\d+)\.", name)
+        return name == "lm_head.weight" or m is not None and int(m[2]) >= counts.get(m[1], 0)
+
+    missing = [name for name in expected if name not in tensors]
+    unknown = [name for name in tensors if name not in expected and not is_spare(name)]
+    problems = [f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+                for what, names in (("missing", missing), ("unknown", unknown)) if names]
+    if problems:
+        raise InputError(f"{where}: its tensors are not those of the model that config.json describes: "
+                         f"{'; '.join(problems)}; take the config.json that belongs to these weights")
+    for name, shape in expected.items():
+        if tensors[name][1] != shape:
+            raise InputError(f"{where}: {name} has shape {list(tensors[name][1])}, config.json makes it {list(shape)}")
+
+
+def hf_has_weights(hf_dir: str | Path) -> bool:
+    """Whether a Hugging Face directory holds safetensors (one file, or an index of several)."""
+    return any((Path(hf_dir) / name).exists() for name in ("model.safetensors", INDEX))
+
+
+class HuggingFaceWeights:
+    """The safetensors of a Hugging Face directory. Raises InputError for what is missing, truncated or inconsistent."""
+
+    def __init__(self, hf_dir: str | Path):
+        self.path = Path(hf_dir)
+        self.files = self._files()  # file name -> names of its tensors, in stored order
+        self.tensors: dict[str, Stored] = {}
+        self._slices = {}
+        self._transposed: set[str] = set()
+        for file, names in self.files.items():
+            try:
+                handle = safe_open(self.path / file, "pt")
+                stored = set(handle.keys())
+                if lacking := [name for name in names if name not in stored]:
+                    raise InputError(f"{self.path / file}: lacks {lacking[0]}, which {INDEX} says is there")
+                for name in names or sorted(stored):
+                    self._slices[name] = view = handle.get_slice(name)
+                    if view.get_dtype() not in SAFETENSORS_TYPES:
+                        raise InputError(f"{self.path / file}: {name} is {view.get_dtype()}; only weights in "
+                                         f"{', '.join(SAFETENSORS_TYPES)} can be used, not quantised ones")
+                    self.tensors[name] = SAFETENSORS_TYPES[view.get_dtype()], torch.Size(view.get_shape())
+            except SafetensorError as e:  # the header must cover the file exactly, so this is where truncation shows
+                raise InputError(f"{self.path / file}: is damaged or incomplete ({e}); download it again") from e
+            except OSError as e:
+                raise InputError(f"{self.path / file}: cannot be read ({e}); download it again") from e
+            self.files[file] = names or sorted(stored)
+
+    def _files(self) -> dict[str, list[str]]:
+        if (self.path / "model.safetensors").exists():
+            return {"model.safetensors": []}
+        index = self.path / INDEX
+        if not index.exists():
+            pickles = [*self.path.glob("pytorch_model*.bin")]
+            raise InputError(f"{pickles[0]}: is a pickle, which can run code; only safetensors are read" if pickles else
+                             f"{self.path}: holds no weights (neither model.safetensors nor {INDEX})")
+        files: dict[str, list[str]] = {}
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError(f"{index}: has no weight_map; download it again")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise InputError(f"{index}: {name} is said to be in {file!r}, which is not a file of this directory")
+            files.setdefault(file, []).append(name)
+        return files
+
+    def fit(self, expected: dict[str, torch.Size]) -> None:
+        """Checks names and shapes against a model's, and finds out which way round the experts lie.
+
+        Published checkpoints and transformers 4 store [E, D, 2I] and [E, I, D]; transformers 5 writes [E, 2I, D] and
+        [E, D, I] under the same names. A square tensor (2I == D or I == D) cannot tell, and its neighbour is no
+        evidence either: transformers 5 turns a published checkpoint's other experts on loading, but never square ones,
+        and then saves both (huggingface/transformers#47031).
+        """
+        for name, shape in expected.items():
+            if name.endswith(EXPERTS) and name in self.tensors:
+                dtype, stored = self.tensors[name]
+                turned = torch.Size((shape[0], shape[2], shape[1]))
+                if stored == shape == turned:
+                    raise InputError(
+                        f"{self.path}: {name} is square, {list(shape)}: its shape cannot tell the published layout "
+                        "from transformers 5's transposed one; change moe_intermediate_size or hidden_size")
+                if stored == turned:
+                    self._transposed.add(name)
+                    self.tensors[name] = dtype, shape
+        _check_fit(self.tensors, expected, self.path)
+
+    def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        """One window of a tensor, in the published layout; it may be a view of the mapped file: do not write to it."""
+        window = _window(offset, sizes)
+        if name in self._transposed:
+            return self._slices[name][window[0], window[2], window[1]].transpose(1, 2)
+        return self._slices[name][window]
+
+
+def load_hf_weights(model: nn.Module, hf_dir: str | Path) -> None:
+    """Fills every parameter (plain or DTensor) from safetensors, in its own type; a rank reads its own slices only.
+
+    Raises InputError for missing, unknown, misshapen or ambiguous tensors and for damaged files.
+    """
+    source = HuggingFaceWeights(hf_dir)
+    parameters = _parameters(model)
+    source.fit({name: p.shape for name, p in parameters.items()})
+    for name, p in parameters.items():
+        _fill(p, source, name)
+
+
+_DCP_CLASSES = {  # all that the pickle of a DCP checkpoint's description needs
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(str(d).removeprefix("torch.") for d in vars(torch).values() if isinstance(d, torch.dtype))},
+    "pathlib": {"PosixPath"},
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        if name not in _DCP_CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """DCP's description of a checkpoint: a pickle, read admitting only the plain classes that DCP writes into it."""
+    path = directory / ".metadata"
+    try:
+        with open(path, "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise TypeError(f"it holds a {type(metadata).__name__}")
+        return metadata
+    except FileNotFoundError as e:
+        raise InputError(f"{directory}: is not a checkpoint (it has no .metadata)") from e
+    except Exception as e:  # a damaged pickle can raise nearly anything
+        raise InputError(f"{path}: is damaged or not a DCP checkpoint's ({e})") from e
+
+
+class CheckpointWeights:
+    """A DCP directory. Opening it checks that every tensor is whole and every piece inside its file."""
+
+    def __init__(self, directory: str | Path):
+        self.path = Path(directory)
+        metadata = read_metadata(self.path)
+        self.tensors: dict[str, Stored] = {}
+        self._chunks: dict[str, list[tuple[torch.Size, torch.Size, _StorageInfo]]] = {}
+        self._mapped: dict[str, Tensor] = {}
+        try:
+            lengths: dict[str, int] = {}
+            for name, tensor in metadata.state_dict_metadata.items():
+                if not isinstance(tensor, TensorStorageMetadata):
+                    continue  # objects of other tools: they are pickles, and stay unread
+                self.tensors[name] = tensor.properties.dtype, tensor.size
+                self._chunks[name] = [(c.offsets, c.sizes, metadata.storage_data[MetadataIndex(name, c.offsets)])
+                                      for c in tensor.chunks]
+                for _, _, info in self._chunks[name]:
+                    lengths[info.relative_path] = max(lengths.get(info.relative_path, 0), info.offset + info.length)
+                if sum(c.sizes.numel() for c in tensor.chunks) != tensor.size.numel():
+                    raise InputError(f"{self.path}: {name} {list(tensor.size)} is not whole; take another checkpoint")
+        except (AttributeError, KeyError, TypeError) as e:
+            raise InputError(f"{self.path / '.metadata'}: is damaged ({e!r})") from e
+        for file, length in lengths.items():
+            if Path(file).name != file:
+                raise InputError(f"{self.path / '.metadata'}: names {file!r}, which is not a file of this directory")
+            size = (self.path / file).stat().st_size if (self.path / file).exists() else 0
+            if size < length:
+                raise InputError(f"{self.path / file}: is damaged ({size} of {length} bytes); take another checkpoint")
+
+    def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        """One window of a tensor, put together from the pieces that overlap it."""
+        window = torch.empty(sizes, dtype=self.tensors[name][0])
+        for at, shape, info in self._chunks[name]:
+            begin = [max(a, b) for a, b in zip(offset, at, strict=True)]
+            counts = [min(a + n, b + m) - c for a, n, b, m, c in zip(offset, sizes, at, shape, begin, strict=True)]
+            if all(n > 0 for n in counts):
+                piece = self._piece(name, shape, info)[_window((a - b for a, b in zip(begin, at, strict=True)), counts)]
+                window[_window((a - b for a, b in zip(begin, offset, strict=True)), counts)] = piece
+        return window
+
+    def _piece(self, name: str, shape: torch.Size, info: _StorageInfo) -> Tensor:
+        """A stored piece as a view of the mapped file: torch.save wrote it, a zip with the values uncompressed."""
+        path = self.path / info.relative_path
+        try:
+            with open(path, "rb") as file:
+                view = _create_file_view(file, info.offset, info.length)
+                form = torch.load(view, map_location="meta", weights_only=True)
+                view.seek(0)
+                start = info.offset + torch._C.PyTorchFileReader(view).get_record_offset("data/0")
+            if (form.shape, form.dtype) != (shape, self.tensors[name][0]) or not form.is_contiguous():
+                raise ValueError(f"it holds {form.dtype} {list(form.shape)}")
+            if info.relative_path not in self._mapped:
+                self._mapped[info.relative_path] = torch.from_file(
+                    str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+            raw = self._mapped[info.relative_path][start : start + form.nbytes]
+            return (raw if start % form.itemsize == 0 else raw.clone()).view(form.dtype).view(shape)
+        except (AttributeError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as e:
+            reason = str(e).partition("\n")[0]
+            raise InputError(f"{path}: the piece of {name} at byte {info.offset} is damaged ({reason})") from e
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+class _HashedFile:
+    """A new file that knows the SHA-256 of what it was given, and is on the disk when its `with` block ends."""
+
+    def __init__(self, path: Path):
+        self.path, self.size, self._hash = path, 0, hashlib.sha256()
+
+    def __enter__(self) -> _HashedFile:
+        self._file = open(self.path, "xb")
+        return self
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._hash.update(data)
+        self.size += self._file.write(data)
+
+    def __exit__(self, *exception) -> None:
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    @property
+    def record(self) -> dict[str, dict]:
+        """Its entry in checksums.json."""
+        return {self.path.name: {"bytes": self.size, "sha256": self._hash.hexdigest()}}
+
+
+def _write_bytes(path: Path, data: bytes) -> dict[str, dict]:
+    with _HashedFile(path) as file:
+        file.write(data)
+    return file.record
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _write_shard(path: Path, pieces: Iterable[tuple[str, torch.Size, tuple[int, ...], Tensor]]) -> tuple[list, dict]:
+    """Writes (name, whole shape, offset, values) one after the other. Returns what `_write_metadata` needs, and the
+    file's entry in checksums.json."""
+    entries = []
+    with _HashedFile(path) as file:
+        for name, whole, offset, values in pieces:
+            values = values.cpu().contiguous()
+            if values.untyped_storage().nbytes() != values.nbytes:
+                values = values.clone()  # torch.save would write all of the memory that this is a view of
+            buffer = io.BytesIO()
+            torch.save(values, buffer)
+            file.write(b"\0" * (-file.size % 64))  # aligned, so that a reader can map the values
+            info = _StorageInfo(path.name, file.size, buffer.getbuffer().nbytes)
+            file.write(buffer.getbuffer())
+            entries.append((name, values.dtype, whole, torch.Size(offset), values.shape, info))
+    return entries, file.record
+
+
+def _write_metadata(directory: Path, entries: list) -> dict[str, dict]:
+    """The `.metadata` that makes a DCP checkpoint of written shards. Returns its entry in checksums.json."""
+    tensors: dict[str, TensorStorageMetadata] = {}
+    storage = {}
+    for name, dtype, whole, offset, shape, info in entries:
+        chunks = tensors.setdefault(name, TensorStorageMetadata(TensorProperties(dtype=dtype), whole, [])).chunks
+        storage[MetadataIndex(name, offset, len(chunks))] = info
+        chunks.append(ChunkStorageMetadata(offset, shape))
+    return _write_bytes(directory / ".metadata", pickle.dumps(Metadata(tensors, storage_data=storage, version="1.0.0")))
+
+
+def _sync(directory: Path) -> None:
+    """Flushes a directory's names to the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _begin(final: Path) -> Path:
+    """An empty directory to write `final` in. Removes what a killed writer of it left behind."""
+    partial, aside = final.with_name(f".tmp_{final.name}"), final.with_name(f".old_{final.name}")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    if aside.exists() and not final.exists():
+        os.rename(aside, final)
+    shutil.rmtree(aside, ignore_errors=True)
+    partial.mkdir()
+    return partial
+
+
+def _complete(partial: Path, final: Path, files: dict[str, dict], tracker: str | None = None) -> None:
+    """The promise: a directory is complete or it is not there, whatever happens.
+
+    The files are already on the disk (`_HashedFile`). Their sizes are checked, the checksums written, the names
+    flushed; only then is the directory renamed to its real name, and only then does the tracker point to it.
+    """
+    for name, record in files.items():
+        size = (partial / name).stat().st_size if (partial / name).exists() else 0
+        if size != record["bytes"]:
+            raise InputError(f"{partial / name}: {size} bytes are there, {record['bytes']} were written: it must be on "
+                             "storage that every node shares")
+    _write_bytes(partial / CHECKSUMS, json.dumps(files, indent=1, sort_keys=True).encode())
+    _sync(partial)
+    aside = final.with_name(f".old_{final.name}")
+    if final.exists():
+        os.rename(final, aside)  # find_checkpoint takes it from there if we die before the next line
+    os.rename(partial, final)
+    _sync(final.parent)
+    if tracker is not None:
+        temporary = final.with_name(f".tmp_{TRACKER}")
+        temporary.unlink(missing_ok=True)
+        _write_bytes(temporary, tracker.encode())
+        os.replace(temporary, final.with_name(TRACKER))
+        _sync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _building(final: Path, nbytes: int, tracker: str | None = None) -> Iterator[tuple[Path, dict, tqdm]]:
+    """A conversion's output: (the directory to write in, its files' entries for checksums.json, a bar of bytes done).
+    Complete when the block ends, gone if it fails."""
+    there = next(d for d in final.parents if d.exists())
+    free = shutil.disk_usage(there).free
+    if free < nbytes:
+        raise InputError(f"{there}: {nbytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+    partial = _begin(final)
+    try:
+        files: dict[str, dict] = {}
+        with tqdm(total=nbytes, desc=final.name, unit="B", unit_scale=True) as bar:
+            yield partial, files, bar
+        _complete(partial, final, files, tracker)
+    except OSError as e:
+        raise InputError(f"{final}: cannot be written ({e.strerror}); nothing is left of it") from e
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+# ---- a training run's checkpoints ----------------------------------------------------------------------------------
+
+
+def _together(action: Callable[[], object], on_rank_0: bool = False) -> list:
+    """Runs `action` on every rank (or on rank 0 alone) and gathers the results. If it fails on one it raises on all:
+    no rank goes on to wait for another that will not come."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    result, failure, cause = None, None, None
+    try:
+        if rank == 0 or not on_rank_0:
+            result = action()
+    except (OSError, RuntimeError, ValueError) as e:
+        failure, cause = f"{e} (rank {rank})" if dist.is_initialized() else str(e), e
+    outcomes = [(result, failure)]
+    if dist.is_initialized():
+        outcomes = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, (result, failure))
+    for _, problem in outcomes:
+        if problem is not None:
+            raise InputError(problem) from cause
+    return [value for value, _ in outcomes]
+
+
+def _own_pieces(state: dict[str, Tensor]) -> Iterator[tuple[str, torch.Size, tuple[int, ...], Tensor]]:
+    """What this rank writes: its part of every DTensor (replicas take turns), and on rank 0 the plain tensors."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    for i, (name, tensor) in enumerate(state.items()):
+        local, origin = _local(tensor)
+        if isinstance(tensor, DTensor):
+            mesh = tensor.device_mesh
+            places = zip(mesh.get_coordinate(), mesh.shape, tensor.placements, strict=True)
+            mine = all(at == i % n for at, n, placement in places if placement.is_replicate())
+        else:
+            mine = rank == 0
+        for offset, sizes in _pieces(local.shape, local.element_size()) if mine else ():
+            begin = tuple(a + b for a, b in zip(origin, offset, strict=True))
+            yield name, tensor.shape, begin, local[_window(offset, sizes)]
+
+
+def save_checkpoint(
+    save_dir: str | Path, iteration: int, model: nn.Module, optimizer: Optimizer | None = None,
+    trainer_state: dict | None = None, retain: int | None = None,
+) -> Path:
+    """Writes `save_dir/iter_XXXXXXX` and points the tracker to it; every rank calls it. Returns the directory.
+
+    `trainer_state` is this rank's: plain types and tensors. `retain`: of the iterations up to this one keep the newest
+    N. Whatever happens, the directory is complete or it is not there (see `_complete`), and a failure on one rank (a
+    full disk, say) raises InputError on all of them, with the earlier iterations as they were.
+    """
+    final = Path(save_dir) / f"iter_{iteration:07d}"
+    partial = final.with_name(f".tmp_{final.name}")
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    parameters = _parameters(model)
+    state: dict[str, Tensor] = dict(parameters)
+    for name, p in parameters.items():
+        moments = optimizer.state.get(p, {}) if optimizer is not None else {}
+        state |= {f"optimizer.{key}.{name}": value for key, value in moments.items()}
+
+    def begin() -> None:
+        for left in final.parent.glob(".tmp_iter_*"):
+            shutil.rmtree(left)
+        _begin(final)
+
+    def write() -> tuple[list, dict]:
+        entries, files = _write_shard(partial / f"__{rank}_0.distcp", _own_pieces(state))
+        if trainer_state is not None:
+            buffer = io.BytesIO()
+            torch.save(trainer_state, buffer)
+            torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)  # what could not be loaded is not saved
+            files |= _write_bytes(partial / f"trainer_state_rank_{rank:05d}.pt", buffer.getvalue())
+        return entries, files
+
+    def complete() -> None:
+        files = _write_metadata(partial, [entry for entries, _ in written for entry in entries])
+        CheckpointWeights(partial)  # every tensor whole
+        for _, records in written:
+            files |= records
+        _complete(partial, final, files, tracker=str(iteration))
+
+    try:
+        _together(begin, on_rank_0=True)
+        written = _together(write)
+        _together(complete, on_rank_0=True)
+    except InputError as e:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(f"{final}: was not saved: {e}; the iterations before it are as they were") from e
+    if retain:
+        _together(lambda: _prune(final.parent, iteration, retain), on_rank_0=True)
+    return final
+
+
+def _iterations(save_dir: Path) -> dict[int, Path]:
+    found = {int(d.name[5:]): d for d in save_dir.glob("iter_*") if re.fullmatch(r"iter_\d{7,}", d.name)}
+    return dict(sorted(found.items()))
+
+
+def _prune(save_dir: Path, newest: int, retain: int) -> None:
+    for directory in [d for i, d in _iterations(save_dir).items() if i <= newest][:-retain]:
+        doomed = directory.with_name(f".tmp_{directory.name}")
+        os.rename(directory, doomed)  # first the name: half a removal must not look like an iteration
+        shutil.rmtree(doomed)
+
+
+def find_checkpoint(load_dir: str | Path) -> tuple[Path, str]:
+    """(directory, its name in a tracker: '100' or 'release') of a run's save directory (its latest complete
+    iteration), of one `iter_XXXXXXX`, or of a converted directory. Raises InputError if there is none."""
+    path = Path(load_dir)
+    if (path / ".metadata").exists():
+        name = path.resolve().name
+        return path, str(int(name[5:])) if re.fullmatch(r"iter_\d+", name) else name
+    if not (path / TRACKER).exists():
+        known = ", ".join(d.name for d in _iterations(path).values())
+        hint = (f"name one of its iterations ({known})" if known else
+                "convert it first (convert.py hf_to_dcp)" if hf_has_weights(path) else
+                "give a save directory, one of its iter_XXXXXXX, or what hf_to_dcp wrote")
+        raise InputError(f"{path}: {'is not there' if not path.exists() else f'has no {TRACKER}'}: {hint}")
+    tracker = (path / TRACKER).read_text(errors="replace").strip()
+    if tracker != "release" and not re.fullmatch(r"\d{1,12}", tracker):
+        raise InputError(f"{path / TRACKER}: holds {tracker[:40]!r}, not an iteration's number or 'release'")
+    name = tracker if tracker == "release" else f"iter_{int(tracker):07d}"
+    for directory in (path / name, path / f".old_{name}"):  # the second: a save that replaced it was killed
+        if (directory / ".metadata").exists():
+            return directory, tracker
+    raise InputError(f"{path / TRACKER}: names {name}, which is not there; name another one of "
+                     f"{', '.join(d.name for d in _iterations(path).values()) or 'none'}")
+
+
+def load_checkpoint(iteration_dir: str | Path, model: nn.Module, optimizer: Optimizer | None = None) -> dict | None:
+    """Loads weights, and the optimizer's state if given and stored, whatever layout wrote them; a rank reads its own
+    slices. Parameters whose state was not saved (they were frozen) start fresh, and the log says so.
+
+    Returns this rank's trainer state with `optimizer_loaded` added, or None (a converted checkpoint has none). A rank
+    that the saving run did not have gets rank 0's. Raises InputError for damaged files, missing tensors, other shapes.
+    """
+    source = CheckpointWeights(iteration_dir)
+    parameters = _parameters(model)
+    weights = {name: tensor for name, tensor in source.tensors.items() if not name.startswith("optimizer.")}
+    _check_fit(weights, {name: p.shape for name, p in parameters.items()}, source.path)
+    for name, p in parameters.items():
+        _fill(p, source, name)
+    loaded = optimizer is not None and _load_optimizer(source, parameters, optimizer)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    for path in (source.path / f"trainer_state_rank_{r:05d}.pt" for r in (rank, 0)):
+        if path.exists():
+            try:
+                return {**torch.load(path, map_location="cpu", weights_only=True), "optimizer_loaded": loaded}
+            except (EOFError, OSError, RuntimeError, TypeError, pickle.UnpicklingError) as e:
+                reason = str(e).partition("\n")[0]
+                raise InputError(f"{path}: is damaged ({reason}); take another checkpoint") from e
+    return None
+
+
+def _load_optimizer(source: CheckpointWeights, parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> bool:
+    fresh, loaded = [], False
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    for name, p in parameters.items():
+        if p not in groups:
+            continue
+        on_device = groups[p].get("fused") or groups[p].get("capturable")
+        state = {"step": torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu"),
+                 "exp_avg": torch.zeros_like(p.detach()), "exp_avg_sq": torch.zeros_like(p.detach())}
+        keys = {key: f"optimizer.{key}.{name}" for key in state}
+        if not all(key in source.tensors for key in keys.values()):
+            fresh.append(name)
+            continue
+        for key, stored in keys.items():
+            if source.tensors[stored][1] != state[key].shape:
+                raise InputError(f"{source.path}: {stored} has shape {list(source.tensors[stored][1])}, "
+                                 f"the model's is {list(state[key].shape)}")
+            _fill(state[key], source, stored)
+        optimizer.state[p] = state
+        loaded = True
+    if fresh:
+        logger.warning("%s: no optimizer state for %d of %d trainable parameters (%s, ...): theirs starts fresh",
+                       source.path, len(fresh), len(groups), fresh[0])
+    return loaded
+
+
+# ---- the conversions -----------------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read ({e})") from e
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: is not a JSON object")
+    return content
+
+
+def expected_shapes(hf_dir: str | Path) -> dict[str, torch.Size]:
+    """The parameters that a directory's config.json implies."""
+    with torch.device("meta"):
+        model = Qwen3VL(Qwen3VLConfig.from_json(hf_dir))
+    return {name: p.shape for name, p in model.named_parameters()}
+
+
+def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, overwrite: bool = False) -> Path:
+    """Writes `dcp_dir/release` (types as stored, published layout, a shard for each source file) and the tracker."""
+    expected = expected_shapes(hf_dir)
+    source = HuggingFaceWeights(hf_dir)
+    source.fit(expected)
+    final = Path(dcp_dir).resolve() / "release"
+    if not overwrite and (final.exists() or final.with_name(TRACKER).exists()):
+        raise InputError(f"{final.parent}: holds a checkpoint already; choose another --dcp_dir, or give --overwrite")
+    itemsize = {name: source.tensors[name][0].itemsize for name in expected}
+
+    def pieces(names: list[str]) -> Iterator[tuple[str, torch.Size, tuple[int, ...], Tensor]]:
+        for name in names:
+            for offset, sizes in _pieces(expected[name], itemsize[name]):
+                yield name, expected[name], offset, source.read(name, offset, sizes)
+                bar.update(math.prod(sizes) * itemsize[name])
+
+    total = sum(itemsize[name] * shape.numel() for name, shape in expected.items())
+    with _building(final, total, tracker="release") as (partial, files, bar):
+        entries = []
+        for i, names in enumerate(source.files.values()):
+            written, record = _write_shard(partial / f"__0_{i}.distcp", pieces([n for n in names if n in expected]))
+            entries += written
+            files |= record
+        files |= _write_metadata(partial, entries)
+    return final
+
+
+def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str | Path, dtype: str | None = None,
+              overwrite: bool = False, max_shard_bytes: int = 5 * 10**9) -> Path:
+    """Writes a checkpoint's parameters as a Hugging Face directory: safetensors, index, the base model's assets.
+
+    `dtype` ('bfloat16', ...) defaults to the one that the assets' config.json names, else to what is stored.
+    """
+    assets = Path(model_assets_dir)
+    expected = expected_shapes(assets)
+    source = CheckpointWeights(find_checkpoint(load_dir)[0])
+    _check_fit({n: t for n, t in source.tensors.items() if not n.startswith("optimizer.")}, expected, source.path)
+    final = Path(save_dir).resolve()
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        if not overwrite:
+            raise InputError(f"{final}: is there already; choose another --save_dir, or give --overwrite")
+        inputs = [assets.resolve(), source.path.resolve()]
+        if not (final / INDEX).exists() or any(final == d or final in d.parents for d in inputs):
+            raise InputError(f"{final}: is not the output of an earlier conversion, or holds this one's input: "
+                             "it is not overwritten; choose another --save_dir")
+    named = dtype or Qwen3VLConfig.from_json(assets).dtype
+    target = getattr(torch, named, None) if named else None
+    if named and target not in SAFETENSORS_TYPES.values():
+        raise InputError(f"{assets / 'config.json'}: dtype {named!r} is not a weight's; give --dtype bfloat16")
+    for name, shape in expected.items():
+        if name.endswith(EXPERTS) and shape[1] == shape[2]:
+            logger.warning("%s is square, %s: transformers 5 will take it for its own transposed layout and give wrong "
+                           "answers, and hf_to_dcp will refuse it; transformers 4 and the checkpoint itself are fine",
+                           name, list(shape))
+            break
+    types = {name: target or source.tensors[name][0] for name in expected}
+    nbytes = {name: types[name].itemsize * shape.numel() for name, shape in expected.items()}
+    shards: list[list[str]] = [[]]
+    for name in expected:
+        if shards[-1] and sum(nbytes[n] for n in shards[-1]) + nbytes[name] > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    total = sum(nbytes.values())
+    with _building(final, total) as (partial, files, bar):
+        weight_map = {}
+        for i, names in enumerate(shards):
+            file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            weight_map |= dict.fromkeys(names, file)
+            files |= _write_safetensors(partial / file, names, types, expected, source, bar)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        files |= _write_bytes(partial / INDEX, json.dumps(index, indent=2).encode())
+        for path in sorted(assets.iterdir()):
+            if path.is_file() and _is_asset(path.name):
+                data = path.read_bytes()
+                if path.name == "config.json" and target is not None:
+                    data = _config_with_dtype(data, named)
+                files |= _write_bytes(partial / path.name, data)
+    return final
+
+
+def _write_safetensors(
+    path: Path, names: list[str], types: dict, shapes: dict, source: CheckpointWeights, bar: tqdm
+) -> dict:
+    """One safetensors file, piece by piece. Wide types go first: readers map the values, and need them aligned."""
+    names = sorted(names, key=lambda name: -types[name].itemsize)
+    labels = {dtype: label for label, dtype in SAFETENSORS_TYPES.items()}
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        begin, end = end, end + types[name].itemsize * shapes[name].numel()
+        header[name] = {"dtype": labels[types[name]], "shape": list(shapes[name]), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with _HashedFile(path) as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in names:
+            for offset, sizes in _pieces(shapes[name], max(types[name].itemsize, source.tensors[name][0].itemsize)):
+                data = _raw(source.read(name, offset, sizes).to(types[name]))
+                file.write(data)
+                bar.update(len(data))
+    return file.record
+
+
+def _is_asset(name: str) -> bool:
+    """Configurations, tokenizer, chat template, licence; not weights, and no code."""
+    known = name.endswith((".json", ".txt", ".jinja", ".model")) or name.startswith(("LICENSE", "LICENCE", "NOTICE"))
+    return known and not name.endswith(".index.json") and name != CHECKSUMS
+
+
+def _config_with_dtype(data: bytes, dtype: str) -> bytes:
+    """config.json with the type of the weights beside it; the user's own bytes where that is what it says already."""
+    config = json.loads(data)
+    changed = False
+    for part in (config, config["text_config"], config["vision_config"]):
+        for key in ("dtype", "torch_dtype"):
+            if part.get(key, dtype) != dtype:
+                part[key], changed = dtype, True
+    if not any(key in part for part in (config, config["text_config"]) for key in ("dtype", "torch_dtype")):
+        config["dtype"], changed = dtype, True
+    return json.dumps(config, indent=2, ensure_ascii=False).encode() if changed else data
+
+
+def verify(directory: str | Path) -> list[str]:
+    """Checks a directory's files against checksums.json, or what can be checked without one: the sizes that headers and
+    indices give. A save directory: each of its iterations. Returns one line for each; raises InputError at the first
+    directory that is damaged."""
+    path = Path(directory)
+    if not path.is_dir():
+        raise InputError(f"{path}: is not a directory")
+    parts = [*_iterations(path).values(), *([path / "release"] if (path / "release").is_dir() else [])]
+    if (path / TRACKER).exists():
+        find_checkpoint(path)
+    return [_verify_one(part) for part in parts or [path]]
+
+
+def _verify_one(path: Path) -> str:
+    if not (path / CHECKSUMS).exists():
+        if (path / ".metadata").exists():
+            count = len(CheckpointWeights(path).tensors)
+        elif hf_has_weights(path) or [*path.glob("*.safetensors")]:
+            count = len(HuggingFaceWeights(path).tensors)
+        else:
+            raise InputError(f"{path}: holds neither {CHECKSUMS}, a DCP checkpoint nor safetensors")
+        return f"{path}: {count} tensors, sizes are right (there is no {CHECKSUMS}: contents cannot be checked)"
+    records = _read_json(path / CHECKSUMS)
+    for name, record in records.items():
+        if Path(name).name != name or not isinstance(record, dict) or {"bytes", "sha256"} - record.keys():
+            raise InputError(f"{path / CHECKSUMS}: its entry {name!r} is damaged")
+    bad = []
+    with tqdm(total=sum(r["bytes"] for r in records.values()), desc=path.name, unit="B", unit_scale=True) as bar:
+        for name, record in records.items():
+            size = (path / name).stat().st_size if (path / name).exists() else None
+            if size != record["bytes"]:
+                bad.append(f"{name} is missing" if size is None else f"{name} has {size} bytes, not {record['bytes']}")
+                continue
+            digest = hashlib.sha256()
+            with open(path / name, "rb") as file:
+                while data := file.read(1 << 20):
+                    digest.update(data)
+                    bar.update(len(data))
+            if digest.hexdigest() != record["sha256"]:
+                bad.append(f"{name} has other contents than were written")
+    if bad:
+        raise InputError(f"{path}: {len(bad)} of {len(records)} files are damaged: {'; '.join(bad[:3])}")
+    return f"{path}: {len(records)} files, {sum(r['bytes'] for r in records.values()) / 1e9:.3f} GB, all as written"
+
+
+# ---- command line --------------------------------------------------------------------------------------------------
+
+
+def _size(text: str) -> int:
+    """'5GB', '200MB' or a number of bytes."""
+    match = re.fullmatch(r"(\d+)([KMG]B)?", text)
+    if not match or int(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: give 5GB, 200MB or bytes")
+    return int(match[1]) * {None: 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]]
+
+
+def main(argv: list[str]) -> None:
+    """The command line; raises what `kernels_npu.run_program` reports."""
+    parser = Parser(description="Hugging Face safetensors <-> DCP checkpoints", prog="convert.py")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{hf_to_dcp,dcp_to_hf,verify}")
+    to_dcp = commands.add_parser("hf_to_dcp", help="makes DCP_DIR/release of a Hugging Face directory")
+    to_dcp.add_argument("--hf_dir", required=True, help="config.json and safetensors")
+    to_dcp.add_argument("--dcp_dir", required=True, help="gets release/ and the tracker file")
+    to_hf = commands.add_parser("dcp_to_hf", help="makes a Hugging Face directory of a checkpoint")
+    to_hf.add_argument("--load_dir", required=True, help="an iteration's directory (of a save directory: its latest)")
+    to_hf.add_argument("--save_dir", required=True, help="the Hugging Face directory to write")
+    to_hf.add_argument("--model_assets_dir", required=True, help="where configuration, tokenizer and licence come from")
+    to_hf.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
+                       help="of the weights written (default: the assets' configuration's, else as stored)")
+    to_hf.add_argument("--max-shard-size", type=_size, default="5GB", help="of one safetensors file (default 5GB)")
+    for command in (to_dcp, to_hf):
+        command.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    verifier = commands.add_parser("verify", help="checks a directory's files against their checksums")
+    verifier.add_argument("dir", help="a checkpoint, a save directory or a Hugging Face directory")
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:  # said by the command's own parser, which knows the flags that come near
+        commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    if args.command == "hf_to_dcp":
+        print("wrote", hf_to_dcp(args.hf_dir, args.dcp_dir, args.overwrite))
+    elif args.command == "dcp_to_hf":
+        print("wrote", dcp_to_hf(args.load_dir, args.save_dir, args.model_assets_dir, args.dtype, args.overwrite,
+                                 args.max_shard_size))
+    else:
+        print("\n".join(verify(args.dir)))
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main, sys.argv[1:]))
