@@ -237,25 +237,35 @@ def _type(value) -> str:
 
 
 def resolve_path(path: str, media_dir: str | Path, confine: bool) -> Path:
-    """`path` from `media_dir` on; with `confine` it must stay inside. Raises InputError, also if there is no such file."""
+    """`path`, relative to `media_dir`. Raises InputError if there is no such file or it is outside and `confine`."""
     if not isinstance(path, str) or not path or "\0" in path:
         raise InputError(f"a path is needed, this is {_type(path)}{': ' + repr(path) if path else ''}")
     if path.startswith(("http://", "https://", "data:")):
         raise InputError(f"{path[:80]} is not a file on disk: download it first")
     full = Path(media_dir, path)
-    if confine and not full.resolve().is_relative_to(Path(media_dir).resolve()):
+    if confine and not Path(os.path.realpath(full)).is_relative_to(os.path.realpath(media_dir)):
         raise InputError(f"{path} is outside {media_dir}, which --confine-paths forbids")
-    if not full.exists():
+    if not os.path.exists(full):
         raise InputError(f"{full} does not exist")
     return full
 
 
 def load_picture(path: Path) -> Image.Image:
-    """The picture upright and in RGB, as transformers' `load_image` makes it: EXIF rotation applied, alpha dropped."""
+    """The picture upright and in RGB, as transformers 5.23 makes it from a path. Raises InputError.
+
+    EXIF rotation is applied and an alpha channel dropped, but what has one transparent colour (palettes, some PNG) is
+    laid on white: its `load_image` leaves that colour in `info`, where its picture processor then finds it.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is not a file")
     try:
         with Image.open(path) as image:
             ImageOps.exif_transpose(image, in_place=True)
-            return image.convert("RGB")
+            image = image.convert("RGB")
+        if image.info.get("transparency") is not None:
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        return image
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
         raise InputError(f"{path} cannot be read as a picture: {_one_line(error)}") from error
 
@@ -485,7 +495,7 @@ class Processor:
         Supervised are each answer, its <|im_end|> and the newline after it; with `mask_history` the last answer
         only; with `train_on_prompt` every token but the media's (pads, <|vision_start|>, <|vision_end|>). A sample
         longer than `seq_length` loses whole exchanges (question and answer) from its end; if the first alone is too
-        long, the end of its answer. `for_generation` drops a last answer and ends with "<|im_start|>assistant\n".
+        long, the end of its answer. `for_generation` drops a last answer and ends with "<|im_start|>assistant\\n".
         `confine` refuses media outside `media_dir`. Raises InputError, whose message begins with `source`.
         """
         try:
@@ -693,7 +703,7 @@ class RowDataset:
         except (ValueError, RecursionError) as error:
             raise InputError(f"{source} is not JSON in UTF-8: {_one_line(error)}") from error
         if isinstance(row, dict) and row.get("id") is not None:
-            source += f" (id {row['id']})"
+            source += f" (id {' '.join(str(row['id']).split())[:100]})"
         return row, source, self.media_dirs[file]
 
 
@@ -756,12 +766,14 @@ def _scan_array(path: Path, stream, offset: int) -> Iterator[tuple[int, int]]:
         nonlocal text, at, lines, read_bytes
         chunk = stream.read(max(1 << 20, len(text) - at))  # doubles while a row outgrows the window
         read_bytes += len(chunk)
-        lines += text.count("\n", 0, at)
         try:
-            text, at = text[at:] + decode(chunk, final=not chunk), 0
+            new = decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
             place = read_bytes - len(error.object) + error.start
             raise InputError(f"{path} is not UTF-8: {error.reason} at byte {place}") from error
+        if chunk:
+            lines += text.count("\n", 0, at)
+            text, at = text[at:] + new, 0
         return bool(chunk)
 
     def fail(message: str, place: int) -> InputError:
@@ -859,9 +871,12 @@ class Loader:
                     logger.warning("skipped: %s", message)
                     logged.add(message)
                 bad[file] += 1
-                # Until this rank has seen its share of the file once, a tenth of the share is what may be bad.
+                # A tenth of what this rank sees of the file in whole epochs; by chance one rank of many sees more.
                 share = len(self.dataset.ranges[file]) / self.dp_size
-                if seen[file] >= 10 and bad[file] > 0.1 * max(seen[file], share):
+                allowed = 0.1 * share * math.ceil(seen[file] / share)
+                if self.dp_size > 1:
+                    allowed += 3 * math.sqrt(allowed)
+                if seen[file] >= 10 and bad[file] > allowed:
                     raise InputError(
                         f"{self.dataset.paths[file]}: {int(bad[file])} of {int(seen[file])} rows read are bad, more "
                         "than a tenth of the dataset; the reasons are above"
