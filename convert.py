@@ -15,8 +15,8 @@ What is written is torch.distributed.checkpoint's format (`dcp.load` reads it): 
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
+import glob
 import hashlib
 import io
 import json
@@ -48,10 +48,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from kernels_npu import InputError, Parser, run_program
+from kernels_npu import InputError, Parser, number, run_program
 from model import Qwen3VL, Qwen3VLConfig
 
-PIECE_BYTES = 64 << 20
+PIECE_BYTES = 32 << 20
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
 INDEX = "model.safetensors.index.json"
@@ -104,17 +104,17 @@ def _fill(target: Tensor, source: HuggingFaceWeights | CheckpointWeights, name: 
 # ---- sources -------------------------------------------------------------------------------------------------------
 
 
+_LAYER = re.compile(r"model\.(?:language_model\.layers|visual\.blocks|visual\.deepstack_merger_list)\.\d+")
+
+
 def _check_fit(tensors: dict[str, Stored], expected: dict[str, torch.Size], where: Path) -> None:
-    """Names and shapes in a source against the model's. Left unread: the layers of a model that config.json cuts, and
-    the copy of the embedding that some tied checkpoints carry as lm_head.weight."""
-    counts: dict[str, int] = {}
-    for name in expected:
-        if m := re.match(r"(.+\.(?:layers|blocks|deepstack_merger_list))\.(\d+)\.", name):
-            counts[m[1]] = max(counts.get(m[1], 0), int(m[2]) + 1)
+    """Names and shapes in a source against the model's. Left unread: layers that config.json no longer has (editing it
+    is how a user cuts them), and the copy of the embedding that some tied checkpoints carry as lm_head.weight."""
+    layers = {m[0] for name in expected if (m := _LAYER.match(name))}
 
     def is_spare(name: str) -> bool:
-        m = re.match(r"(.+\.(?:layers|blocks|deepstack_merger_list))\.(\d+)\.", name)
-        return name == "lm_head.weight" or m is not None and int(m[2]) >= counts.get(m[1], 0)
+        layer = _LAYER.match(name)
+        return layer is not None and layer[0] not in layers or name == "lm_head.weight"
 
     missing = [name for name in expected if name not in tensors]
     unknown = [name for name in tensors if name not in expected and not is_spare(name)]
@@ -123,6 +123,8 @@ def _check_fit(tensors: dict[str, Stored], expected: dict[str, torch.Size], wher
     if problems:
         raise InputError(f"{where}: its tensors are not those of the model that config.json describes: "
                          f"{'; '.join(problems)}; take the config.json that belongs to these weights")
+    if cut := {m[0] for name in tensors if (m := _LAYER.match(name))} - layers:
+        logger.warning("%s: %d layers are not in config.json and stay unread", where, len(cut))
     for name, shape in expected.items():
         if tensors[name][1] != shape:
             raise InputError(f"{where}: {name} has shape {list(tensors[name][1])}, config.json makes it {list(shape)}")
@@ -307,6 +309,7 @@ class CheckpointWeights:
             if info.relative_path not in self._mapped:
                 self._mapped[info.relative_path] = torch.from_file(
                     str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+            start += form.storage_offset() * form.itemsize
             raw = self._mapped[info.relative_path][start : start + form.nbytes]
             return (raw if start % form.itemsize == 0 else raw.clone()).view(form.dtype).view(shape)
         except (AttributeError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as e:
@@ -358,16 +361,21 @@ def _write_shard(path: Path, pieces: Iterable[tuple[str, torch.Size, tuple[int, 
     entries = []
     with _HashedFile(path) as file:
         for name, whole, offset, values in pieces:
-            values = values.cpu().contiguous()
-            if values.untyped_storage().nbytes() != values.nbytes:
-                values = values.clone()  # torch.save would write all of the memory that this is a view of
-            buffer = io.BytesIO()
-            torch.save(values, buffer)
             file.write(b"\0" * (-file.size % 64))  # aligned, so that a reader can map the values
-            info = _StorageInfo(path.name, file.size, buffer.getbuffer().nbytes)
-            file.write(buffer.getbuffer())
+            start = file.size
+            _write_tensor(file, values)
+            info = _StorageInfo(path.name, start, file.size - start)
             entries.append((name, values.dtype, whole, torch.Size(offset), values.shape, info))
     return entries, file.record
+
+
+def _write_tensor(file: _HashedFile, values: Tensor) -> None:
+    values = values.cpu().contiguous()
+    if values.untyped_storage().nbytes() != values.nbytes:
+        values = values.clone()  # torch.save would write all of the memory that this is a view of
+    buffer = io.BytesIO()  # torch.save straight into a file hides why a write failed
+    torch.save(values, buffer)
+    file.write(buffer.getbuffer())
 
 
 def _write_metadata(directory: Path, entries: list) -> dict[str, dict]:
@@ -390,14 +398,16 @@ def _sync(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _begin(final: Path) -> Path:
-    """An empty directory to write `final` in. Removes what a killed writer of it left behind."""
-    partial, aside = final.with_name(f".tmp_{final.name}"), final.with_name(f".old_{final.name}")
+def _begin(final: Path, family: str | None = None) -> Path:
+    """An empty directory to write `final` in. Clears up after killed writers of it (or of all that match `family`)."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    if aside.exists() and not final.exists():
-        os.rename(aside, final)
-    shutil.rmtree(aside, ignore_errors=True)
+    family = family or glob.escape(final.name)
+    for left in final.parent.glob(f".tmp_{family}"):
+        shutil.rmtree(left)
+    for aside in final.parent.glob(f".old_{family}"):
+        replaced = aside.with_name(aside.name.removeprefix(".old_"))
+        shutil.rmtree(aside) if replaced.exists() else os.rename(aside, replaced)
+    partial = final.with_name(f".tmp_{final.name}")
     partial.mkdir()
     return partial
 
@@ -460,7 +470,7 @@ def _together(action: Callable[[], object], on_rank_0: bool = False) -> list:
     try:
         if rank == 0 or not on_rank_0:
             result = action()
-    except (OSError, RuntimeError, ValueError) as e:
+    except Exception as e:  # whatever it is: the others wait for this rank's word
         failure, cause = f"{e} (rank {rank})" if dist.is_initialized() else str(e), e
     outcomes = [(result, failure)]
     if dist.is_initialized():
@@ -507,11 +517,6 @@ def save_checkpoint(
         moments = optimizer.state.get(p, {}) if optimizer is not None else {}
         state |= {f"optimizer.{key}.{name}": value for key, value in moments.items()}
 
-    def begin() -> None:
-        for left in final.parent.glob(".tmp_iter_*"):
-            shutil.rmtree(left)
-        _begin(final)
-
     def write() -> tuple[list, dict]:
         entries, files = _write_shard(partial / f"__{rank}_0.distcp", _own_pieces(state))
         if trainer_state is not None:
@@ -529,7 +534,7 @@ def save_checkpoint(
         _complete(partial, final, files, tracker=str(iteration))
 
     try:
-        _together(begin, on_rank_0=True)
+        _together(lambda: _begin(final, "iter_*"), on_rank_0=True)
         written = _together(write)
         _together(complete, on_rank_0=True)
     except InputError as e:
@@ -676,7 +681,7 @@ def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, overwrite: bool = False) 
 
 
 def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str | Path, dtype: str | None = None,
-              overwrite: bool = False, max_shard_bytes: int = 5 * 10**9) -> Path:
+              overwrite: bool = False, max_shard_gb: float = 5) -> Path:
     """Writes a checkpoint's parameters as a Hugging Face directory: safetensors, index, the base model's assets.
 
     `dtype` ('bfloat16', ...) defaults to the one that the assets' config.json names, else to what is stored.
@@ -707,7 +712,7 @@ def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str 
     nbytes = {name: types[name].itemsize * shape.numel() for name, shape in expected.items()}
     shards: list[list[str]] = [[]]
     for name in expected:
-        if shards[-1] and sum(nbytes[n] for n in shards[-1]) + nbytes[name] > max_shard_bytes:
+        if shards[-1] and sum(nbytes[n] for n in shards[-1]) + nbytes[name] > max_shard_gb * 1e9:
             shards.append([])
         shards[-1].append(name)
     total = sum(nbytes.values())
@@ -818,14 +823,6 @@ def _verify_one(path: Path) -> str:
 # ---- command line --------------------------------------------------------------------------------------------------
 
 
-def _size(text: str) -> int:
-    """'5GB', '200MB' or a number of bytes."""
-    match = re.fullmatch(r"(\d+)([KMG]B)?", text)
-    if not match or int(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size: give 5GB, 200MB or bytes")
-    return int(match[1]) * {None: 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]]
-
-
 def main(argv: list[str]) -> None:
     """The command line; raises what `kernels_npu.run_program` reports."""
     parser = Parser(description="Hugging Face safetensors <-> DCP checkpoints", prog="convert.py")
@@ -839,7 +836,8 @@ def main(argv: list[str]) -> None:
     to_hf.add_argument("--model_assets_dir", required=True, help="where configuration, tokenizer and licence come from")
     to_hf.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
                        help="of the weights written (default: the assets' configuration's, else as stored)")
-    to_hf.add_argument("--max-shard-size", type=_size, default="5GB", help="of one safetensors file (default 5GB)")
+    to_hf.add_argument("--max-shard-size", type=number(float, 0, above=True), default=5.0, metavar="GB",
+                       help="of one safetensors file (default 5)")
     for command in (to_dcp, to_hf):
         command.add_argument("--overwrite", action="store_true", help="replace an earlier output")
     verifier = commands.add_parser("verify", help="checks a directory's files against their checksums")
