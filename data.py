@@ -73,6 +73,7 @@ class Batch:
     visual_index: Tensor  # [Nv] int64, positions of the media tokens
     supervised_index: Tensor  # [Ns] int64, positions whose label is not -100
     loss_weights: Tensor | None  # [T] float32, set by the trainer before the forward
+    aux_weight: float  # this batch's share of the step's router auxiliary loss, set with it
     sources: list[str]
     skipped: int  # bad rows left out
     truncated: int  # samples cut to the sequence length
@@ -103,6 +104,7 @@ def collate(samples: list[Sample], resume_state: dict | None = None, skipped: in
         visual_index=torch.cat([s.visual_index + start for s, start in zip(samples, starts, strict=False)]),
         supervised_index=torch.nonzero(labels != IGNORE).flatten(),
         loss_weights=None,
+        aux_weight=0.0,
         sources=sources,
         skipped=skipped,
         truncated=sum(sample.truncated for sample in samples),
