@@ -838,6 +838,7 @@ class Loader:
     on_bad_sample: str
     encode_options: dict  # keyword arguments of Processor.encode
     resume_state: dict | None = None
+    num_samples: int | None = None  # the stream ends after so many: what a held-out set is read with
 
     def __post_init__(self):
         self.round = self.micro_batch_size * self.dp_size  # samples that all ranks together take at a time
@@ -858,7 +859,8 @@ class Loader:
         batches = DataLoader(
             self,
             batch_size=None,
-            sampler=itertools.count(start, self.round),
+            sampler=itertools.count(start, self.round) if self.num_samples is None
+            else range(start, self.num_samples, self.round),
             num_workers=self.num_workers,
             worker_init_fn=_ignore_signals,
         )
@@ -892,8 +894,10 @@ class Loader:
         because torch would bury the message in a worker's traceback.
         """
         samples, files, failures = [], [], []
-        for i in range(self.micro_batch_size):
-            number = self._row_number(position + self.dp_rank * self.micro_batch_size + i)
+        first = position + self.dp_rank * self.micro_batch_size
+        end = first + self.micro_batch_size if self.num_samples is None else min(
+            first + self.micro_batch_size, self.num_samples)
+        for number in map(self._row_number, range(first, end)):
             files.append(self.dataset.locate(number)[0])
             try:
                 row, source, media_dir = self.dataset[number]
