@@ -1,0 +1,573 @@
+"""Fine-tunes Qwen3-VL, or trains one from scratch: flags, the loop, its log. `python train.py --help`.
+
+    torchrun --nproc-per-node 8 train.py --init-from-hf-path DIR --dataset rows.json --save OUT --train-iters 1000
+
+The loop is `train`, the loss's weights are `set_loss_weights`; everything before the loop is made once by `main`.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import math
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import convert
+import data
+import kernels_npu
+import parallel
+from kernels_npu import InputError, Parser, UsageError, number
+from model import TOWERS, Qwen3VL, Qwen3VLConfig, parameter_table, step_flops, tower_of
+
+log = logging.getLogger("train")
+
+# ---- flags ----------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The command line, checked as far as it can be without reading a file. Raises UsageError."""
+    p = Parser(prog="train.py", description=__doc__.split("\n\n")[0])
+    count, amount = number(int, 1), number(float, 0)
+    share, positive = number(float, 0, 1), number(float, 0, above=True)
+    switch = argparse.BooleanOptionalAction
+
+    g = p.add_argument_group("model")
+    g.add_argument("--init-from-hf-path", required=True, metavar="DIR", help="Hugging Face directory: configuration, "
+                   "tokenizer, preprocessors and, unless --init random or --load, the weights")
+    g.add_argument("--init", choices=("weights", "random"), default="weights", help="random: train from scratch")
+    g.add_argument("--init-model-with-meta-device", action=switch, default=True,
+                   help="build without memory, then load each rank's slices; off: build on the CPU first (up to 10B "
+                   "parameters)")
+    g.add_argument("--text-attn-implementation", choices=("eager", "sdpa", "flash_attention_2"),
+                   help="attention of the text decoder (default: the device's fastest)")
+    g.add_argument("--vision-attn-implementation", choices=("eager", "sdpa", "flash_attention_2"),
+                   help="attention of the vision encoder (default: the device's fastest)")
+    for tower in TOWERS:
+        g.add_argument(f"--freeze-{tower.replace(' ', '-')}", action=switch, default=False,
+                       help=f"do not train the {tower}" + " (merger and DeepStack mergers)" * ("projector" in tower))
+
+    g = p.add_argument_group("data")
+    g.add_argument("--dataset", required=True, metavar="A.json,B.jsonl", help="files of rows, comma-separated")
+    g.add_argument("--dataset-dir", metavar="DIR", help="media paths are relative to it (default: the file's folder)")
+    g.add_argument("--cache-dir", metavar="DIR", help="keeps the index of each dataset for the next start")
+    g.add_argument("--max-samples", type=count, metavar="N", help="the first N rows of each dataset")
+    g.add_argument("--confine-paths", action=switch, default=False, help="refuse media outside the dataset directory")
+    g.add_argument("--seq-length", type=count, default=4096, metavar="N", help="the longest sample, in tokens")
+    g.add_argument("--num-workers", type=number(int, 0), default=2, metavar="N", help="loader processes per rank")
+    g.add_argument("--shuffle", action=switch, default=True, help="a new order each epoch, from --seed")
+    for kind in ("image", "video"):
+        g.add_argument(f"--{kind}-min-pixels", type=count, metavar="N", help=f"smallest {kind} (default: the model's)")
+        g.add_argument(f"--{kind}-max-pixels", type=count, metavar="N", help=f"largest {kind} (default: the model's)")
+    g.add_argument("--video-fps", type=positive, default=2.0, metavar="X", help="frames taken per second of video")
+    g.add_argument("--video-maxlen", type=number(int, 2), default=64, metavar="N", help="most frames of a video")
+    g.add_argument("--train-on-prompt", action=switch, default=False, help="supervise everything but media tokens")
+    g.add_argument("--mask-history", action=switch, default=False, help="supervise the last answer only")
+    g.add_argument("--on-bad-sample", choices=("error", "skip"), default="error", help="skip: log it, count it, go on")
+
+    g = p.add_argument_group("optimization")
+    length = g.add_mutually_exclusive_group(required=True)
+    length.add_argument("--train-iters", type=count, metavar="N", help="optimizer steps")
+    length.add_argument("--train-epochs", type=positive, metavar="X", help="passes over the data")
+    g.add_argument("--micro-batch-size", type=count, default=1, metavar="N", help="samples of one forward on one rank")
+    g.add_argument("--global-batch-size", type=count, metavar="N", help="samples of one step (default: micro-batch "
+                   "size times data-parallel size); gradients are accumulated as needed")
+    g.add_argument("--lr", type=amount, default=1e-5, help="peak learning rate")
+    g.add_argument("--min-lr", type=amount, default=0.0, help="where the decay ends")
+    g.add_argument("--vision-lr", type=amount, metavar="LR", help="peak learning rate of the vision encoder")
+    g.add_argument("--projector-lr", type=amount, metavar="LR", help="peak learning rate of the projector")
+    g.add_argument("--lr-decay-style", choices=("constant", "linear", "cosine"), default="cosine", help="after warm-up")
+    warmup = g.add_mutually_exclusive_group()
+    warmup.add_argument("--lr-warmup-iters", type=number(int, 0), default=0, metavar="N",
+                        help="steps of linear warm-up")
+    warmup.add_argument("--lr-warmup-fraction", type=share, metavar="X", help="the same as a share of all steps")
+    g.add_argument("--weight-decay", type=amount, default=0.0, help="of every parameter")
+    g.add_argument("--adam-beta1", type=share, default=0.9, help="decay of the mean of gradients")
+    g.add_argument("--adam-beta2", type=share, default=0.999, help="decay of the mean of their squares")
+    g.add_argument("--adam-eps", type=positive, default=1e-8, help="added to the root of the mean of squares")
+    g.add_argument("--clip-grad", type=amount, default=1.0, metavar="X", help="largest gradient norm; 0: any")
+    dtype = g.add_mutually_exclusive_group()
+    dtype.add_argument("--bf16", dest="compute_dtype", action="store_const", const=torch.bfloat16,
+                       help="compute in bf16")
+    dtype.add_argument("--fp32", dest="compute_dtype", action="store_const", const=torch.float32, help="compute in "
+                       "float32 (default: bf16 on an accelerator, float32 on a CPU; parameters are always float32)")
+    g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, help="of weights, order and random state")
+
+    g = p.add_argument_group("loss")
+    g.add_argument("--loss-type", choices=("default", "per_sample", "per_token"), default="default", help="mean over "
+                   "each micro-batch's tokens, over each sample's, or over the global batch's")
+    g.add_argument("--loss-chunk-size", type=number(int, 0), default=1024, metavar="N", help="tokens whose logits are "
+                   "alive at once; 0: all")
+    g.add_argument("--router-aux-loss-coef", type=amount, default=0.0, metavar="X", help="load balancing of experts")
+
+    g = p.add_argument_group("checkpoints")
+    g.add_argument("--load", metavar="DIR", help="DCP checkpoint: a save directory, one iteration, or a converted one")
+    g.add_argument("--save", metavar="DIR", help="where iterations, metrics.jsonl and args.json go")
+    g.add_argument("--save-interval", type=number(int, 0), default=0, metavar="N",
+                   help="save every N iterations; 0: the last only")
+    g.add_argument("--save-retain", type=count, metavar="N", help="keep the newest N iterations (default: all)")
+    for what, text in (("load-optim", "do not load the optimizer"), ("load-rng", "do not load the random state"),
+                       ("save-optim", "do not save the optimizer"), ("save-rng", "do not save the random state")):
+        g.add_argument(f"--no-{what}", action="store_true", help=text)
+    g.add_argument("--finetune", action=switch, default=False, help="load weights only and start at iteration 0")
+
+    g = p.add_argument_group("evaluation and logging")
+    g.add_argument("--eval-dataset", metavar="F", help="held-out rows, as --dataset")
+    g.add_argument("--eval-interval", type=count, metavar="N", help="evaluate so often (default: at the end)")
+    g.add_argument("--eval-iters", type=count, metavar="N", help="micro-batches of a rank to evaluate (default: all)")
+    g.add_argument("--log-interval", type=count, default=1, metavar="N", help="iterations between log lines")
+    g.add_argument("--tensorboard-dir", metavar="DIR", help="write scalars for TensorBoard")
+    g.add_argument("--profile-dir", metavar="DIR", help="write a torch.profiler trace of rank 0")
+    g.add_argument("--profile-step-start", type=count, default=3, metavar="N", help="first iteration to profile")
+    g.add_argument("--profile-step-end", type=count, default=5, metavar="N", help="last iteration to profile")
+    g.add_argument("--debug", action="store_true", help="show a traceback with an error")
+
+    g = p.add_argument_group("devices")
+    g.add_argument("--device", choices=("auto", "npu", "cuda", "cpu"), default="auto", help="where to train")
+    g.add_argument("--recompute", choices=("none", "full"), help="full: backward runs each block again instead of "
+                   "keeping its inside (default: full on an accelerator)")
+    g.add_argument("--compile", action=switch, default=False, help="torch.compile each block")
+    g.add_argument("--distributed-timeout-minutes", type=positive, default=10, metavar="N",
+                   help="how long a rank waits for the others")
+    g.add_argument("--exit-duration-in-mins", type=positive, metavar="N", help="save and end after so long")
+
+    args = p.parse_args(argv)
+    if args.train_on_prompt and args.mask_history:
+        raise UsageError("--train-on-prompt and --mask-history exclude each other: give one of them")
+    if args.min_lr > args.lr:
+        raise UsageError(f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}: give a smaller one")
+    if args.profile_step_end < args.profile_step_start:
+        raise UsageError("--profile-step-end is before --profile-step-start: give a later one")
+    if args.eval_interval and not args.eval_dataset:
+        raise UsageError("--eval-interval needs --eval-dataset: give the held-out rows")
+    for kind in ("image", "video"):
+        low, high = getattr(args, f"{kind}_min_pixels"), getattr(args, f"{kind}_max_pixels")
+        if low and high and low > high:
+            raise UsageError(f"--{kind}-min-pixels {low} is above --{kind}-max-pixels {high}: give a smaller one")
+    return args
+
+
+def batch_sizes(args: argparse.Namespace, dp_size: int) -> tuple[int, int]:
+    """(samples of a step, micro-batches of a step on each rank). Raises UsageError if they do not divide."""
+    unit = args.micro_batch_size * dp_size
+    size = args.global_batch_size or unit
+    if size % unit:
+        near = " or ".join(str(n) for n in (size // unit * unit, (size // unit + 1) * unit) if n)
+        raise UsageError(f"--global-batch-size {size} is not a multiple of --micro-batch-size {args.micro_batch_size} "
+                         f"times data-parallel size {dp_size}: the nearest that are: {near}")
+    return size, size // unit
+
+
+# ---- what is made once ----------------------------------------------------------------------------------------------
+
+
+def build_model(args: argparse.Namespace, config: Qwen3VLConfig, ranks: parallel.Ranks, dtype: torch.dtype) -> Qwen3VL:
+    """The sharded model with its initial weights: random, or the directory's (unless --load brings them)."""
+    has_weights = convert.hf_has_weights(args.init_from_hf_path)
+    if args.init == "weights" and not has_weights and not args.load:
+        raise InputError(f"{args.init_from_hf_path}: holds no safetensors: give a directory with weights, "
+                         "--init random to train from scratch, or --load")
+    with torch.device("meta"):
+        model = Qwen3VL(config)
+    size = sum(p.numel() for p in model.parameters())
+    if not args.init_model_with_meta_device:
+        if size > 10e9:
+            raise UsageError(f"--no-init-model-with-meta-device: every process would hold all "
+                             f"{size / 1e9:.0f}B parameters of the model; leave it out above 10B")
+        model = Qwen3VL(config)
+    model.set_attention(args.text_attn_implementation, args.vision_attn_implementation)
+    model.loss_chunk_size, model.router_aux_loss_coef = args.loss_chunk_size, args.router_aux_loss_coef
+    parallel.freeze(model, {t for t in TOWERS if getattr(args, f"freeze_{t.replace(' ', '_')}")})
+    recompute = args.recompute or ("full" if kernels_npu.ops.is_accelerator else "none")
+    parallel.parallelize(model, ranks, compute_dtype=dtype, recompute=recompute == "full", compile=args.compile)
+    if args.init_model_with_meta_device:
+        model.to_empty(device=ranks.device)
+    if args.init == "weights" and has_weights and not args.load:
+        convert.load_hf_weights(model, args.init_from_hf_path)
+    elif not args.load:
+        model.init_weights(args.seed, parallel.write_shard)
+    return model
+
+
+def make_optimizer(args: argparse.Namespace, model: Qwen3VL) -> torch.optim.Optimizer:
+    """AdamW with a group for each tower that trains, its peak learning rate in `max_lr`."""
+    peaks = dict(zip(TOWERS, (args.vision_lr, args.projector_lr, None), strict=True))
+    groups = []
+    for tower in TOWERS:
+        params = [p for name, p in model.named_parameters() if tower_of(name) == tower and p.requires_grad]
+        if params:
+            groups.append({"params": params, "max_lr": args.lr if peaks[tower] is None else peaks[tower]})
+    if not groups:
+        raise UsageError("every tower is frozen: leave out one of the --freeze flags")
+    return kernels_npu.ops.adamw(
+        groups, lr=args.lr, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps, weight_decay=args.weight_decay
+    )
+
+
+def set_learning_rates(args: argparse.Namespace, optimizer: torch.optim.Optimizer, iteration: int) -> None:
+    """Linear warm-up from 0, then the decay to --min-lr at the last iteration: a function of the iteration (from 0)."""
+    warmup = args.lr_warmup_iters
+    if args.lr_warmup_fraction is not None:
+        warmup = round(args.lr_warmup_fraction * args.train_iters)
+    if iteration < warmup:
+        warm, share = iteration / warmup, 1.0
+    else:
+        progress = (iteration - warmup) / max(1, args.train_iters - warmup)
+        decays = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+        warm, share = 1.0, decays[args.lr_decay_style]
+    for group in optimizer.param_groups:
+        low = min(args.min_lr, group["max_lr"])
+        group["lr"] = warm * (low + share * (group["max_lr"] - low))
+
+
+# ---- the loss's weights ---------------------------------------------------------------------------------------------
+
+
+def set_loss_weights(batches: list[data.Batch], loss_type: str, ranks: parallel.Ranks) -> tuple[int, int]:
+    """Gives every token its weight in loss = sum_i weight_i * nll_i, over all micro-batches of all ranks of one step.
+
+    default     1 / (micro-batches x supervised tokens of its micro-batch)
+    per_sample  1 / (samples x supervised tokens of its sample)
+    per_token   1 / (supervised tokens of the global batch)
+
+    A sample without supervised tokens does not count. Returns the whole step's (tokens, supervised tokens).
+    """
+    counts = []  # supervised tokens of each sample of each micro-batch
+    for batch in batches:
+        bounds = zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False)
+        counts.append([int((batch.labels[start:end] != data.IGNORE).sum()) for start, end in bounds])
+    micro_batches, samples, supervised, tokens = ranks.sum(
+        len(batches), sum(n > 0 for each in counts for n in each), sum(map(sum, counts)),
+        sum(batch.cu_seqlens[-1] for batch in batches),
+    )
+    # FSDP2 averages gradients over its ranks; the formula wants their sum, so the weights carry the factor.
+    scale = float(ranks.world)
+    for batch, each in zip(batches, counts, strict=True):
+        if loss_type == "default":
+            shares = [micro_batches * sum(each)] * len(each)
+        elif loss_type == "per_sample":
+            shares = [samples * n for n in each]
+        else:
+            shares = [supervised] * len(each)
+        weights = torch.tensor([scale / max(1, n) for n in shares], dtype=torch.float32)
+        batch.loss_weights = weights.repeat_interleave(torch.tensor(batch.cu_seqlens).diff())
+        batch.aux_weight = scale / micro_batches
+    return int(tokens), int(supervised)
+
+
+# ---- logging --------------------------------------------------------------------------------------------------------
+
+METRICS = (
+    "iteration", "loss", "aux_loss", "grad_norm", "lr", "samples", "tokens", "supervised_tokens", "step_time_s",
+    "data_time_s", "tokens_per_s", "model_flops", "mfu", "memory_allocated", "memory_reserved", "skipped_samples",
+    "truncated_samples", "skipped_iterations", "eval_loss",
+)
+
+
+class MetricsLog:
+    """Rank 0's records: the log line, metrics.jsonl and TensorBoard. On other ranks it does nothing."""
+
+    def __init__(self, args: argparse.Namespace, ranks: parallel.Ranks, start: int, global_batch_size: int):
+        self.args, self.world, self.global_batch_size = args, ranks.world, global_batch_size
+        self.main = ranks.rank == 0
+        self.file = self.board = None
+        if not self.main:
+            return
+        if args.save:
+            path = Path(args.save) / "metrics.jsonl"
+            # After a crash the file may be ahead of the checkpoint: those iterations are about to be run again.
+            kept = path.read_text().splitlines(keepends=True) if start and path.exists() else []
+            kept = [line for line in kept if line.endswith("\n") and json.loads(line)["iteration"] <= start]
+            path.write_text("".join(kept))
+            self.file = open(path, "a")
+        if args.tensorboard_dir:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as e:
+                raise InputError("--tensorboard-dir needs TensorBoard: pip install tensorboard") from e
+            self.board = SummaryWriter(args.tensorboard_dir, purge_step=start + 1)
+
+    def write(self, metrics: dict) -> None:
+        """One iteration's metrics (see METRICS; None where one does not apply)."""
+        if self.file:
+            self.file.write(json.dumps({key: _finite(metrics[key]) for key in METRICS}) + "\n")
+            self.file.flush()
+        if self.board:
+            for key in METRICS[1:]:
+                if metrics[key] is not None:
+                    self.board.add_scalar(key, metrics[key], metrics["iteration"])
+        if self.main and (metrics["iteration"] % self.args.log_interval == 0 or metrics["eval_loss"] is not None):
+            print(self.line(metrics), flush=True)
+
+    def line(self, m: dict) -> str:
+        """The line that scripts for Megatron's logs read."""
+        parts = [
+            f"iteration {m['iteration']:8d}/{self.args.train_iters:8d}",
+            f"consumed samples: {m['consumed_samples']:12d}",
+            f"elapsed time per iteration (ms): {m['step_time_s'] * 1000:.1f}", f"learning rate: {m['lr']:.6E}",
+            f"global batch size: {self.global_batch_size:5d}", f"lm loss: {m['loss']:.6E}",
+            f"grad norm: {m['grad_norm']:.3f}",
+            f"tokens per second per device: {m['tokens_per_s'] / self.world:.0f}",
+        ]
+        optional = {
+            "MFU": ("mfu", ".2f"), "load balancing loss": ("aux_loss", ".4f"), "eval loss": ("eval_loss", ".6E"),
+            "skipped samples": ("skipped_samples", "d"), "number of skipped iterations": ("skipped_iterations", "d"),
+        }
+        parts += [f"{text}: {m[key]:{form}}" for text, (key, form) in optional.items() if m[key]]
+        return " " + " | ".join(parts) + " |"
+
+
+def _finite(value):
+    """JSON has no NaN: a number that is not finite is written as null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Signals:
+    """SIGTERM and SIGINT ask for an end after the step in hand, SIGUSR1 for a checkpoint; see `poll`."""
+
+    def __init__(self, minutes: float | None):
+        self.stop = self.save = False
+        self.deadline = time.monotonic() + 60 * minutes if minutes else math.inf
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(name, self._handle)
+
+    def _handle(self, number: int, frame) -> None:
+        self.save = True
+        self.stop = self.stop or number != signal.SIGUSR1
+
+    def poll(self) -> tuple[bool, bool]:
+        """(end now?, save now?) of this rank since the last call."""
+        stop, save = self.stop or time.monotonic() >= self.deadline, self.save
+        self.save = False
+        return stop, save
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+
+def train(
+    args: argparse.Namespace, model: Qwen3VL, optimizer: torch.optim.Optimizer, loader: data.Loader,
+    eval_loader: data.Loader | None, ranks: parallel.Ranks, accumulation: int, start: int, metrics_log: MetricsLog,
+) -> None:
+    """Runs iterations start + 1 to --train-iters, saving and evaluating on the way."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    peak_flops = kernels_npu.ops.peak_flops()
+    signals = Signals(args.exit_duration_in_mins)
+    skipped_in_a_row, saved_at, stop = 0, start, False
+    # closing: whatever happens here, the loader's worker processes end
+    with profiler(args, ranks) as profile, contextlib.closing(iter(loader)) as stream:
+        for iteration in range(start + 1, args.train_iters + 1):
+            began = time.perf_counter()
+            batches = [next(stream) for _ in range(accumulation)]
+            data_time = time.perf_counter() - began
+            num_tokens, num_supervised = set_loss_weights(batches, args.loss_type, ranks)
+            set_learning_rates(args, optimizer, iteration - 1)
+
+            losses = []
+            for batch in batches:
+                loss, aux_loss = model(batch.to(ranks.device))
+                loss.backward()
+                losses.append(torch.stack((loss.detach(), aux_loss)))
+            grad_norm = parallel.clip_grad_norm(trainable, args.clip_grad, ranks)
+            loss, aux_loss = torch.stack(losses).sum(0) / ranks.world  # the weights carry the number of ranks
+            flops = sum(step_flops(model.config, b.cu_seqlens, b.grid_thw, len(b.supervised_index)) for b in batches)
+            stop, save = signals.poll()
+            loss, aux_loss, flops, skipped, truncated, stop, save = ranks.sum(
+                loss, aux_loss, flops, sum(b.skipped for b in batches), sum(b.truncated for b in batches), stop, save
+            )
+
+            good = math.isfinite(loss) and math.isfinite(grad_norm)
+            if good:
+                optimizer.step()
+            optimizer.zero_grad()
+            skipped_in_a_row = 0 if good else skipped_in_a_row + 1
+            if not good:
+                report_bad_step(iteration, loss, grad_norm, batches, skipped_in_a_row)
+
+            last = iteration == args.train_iters or bool(stop)
+            eval_loss = None
+            if eval_loader and (last or args.eval_interval and iteration % args.eval_interval == 0):
+                eval_loss = evaluate(model, eval_loader, ranks, args.eval_iters)
+            kernels_npu.ops.synchronize()
+            step_time = time.perf_counter() - began
+            allocated, reserved = kernels_npu.ops.memory()
+            metrics_log.write({
+                "iteration": iteration, "loss": loss, "grad_norm": grad_norm, "eval_loss": eval_loss,
+                "aux_loss": aux_loss if model.config.text.num_experts else None,
+                "lr": optimizer.param_groups[-1]["lr"], "samples": metrics_log.global_batch_size - int(skipped),
+                "consumed_samples": iteration * metrics_log.global_batch_size, "tokens": num_tokens,
+                "supervised_tokens": num_supervised, "step_time_s": step_time, "data_time_s": data_time,
+                "tokens_per_s": num_tokens / step_time, "model_flops": flops,
+                "mfu": flops / (step_time * ranks.world * peak_flops) if peak_flops else None,
+                "memory_allocated": allocated, "memory_reserved": reserved, "skipped_samples": int(skipped),
+                "truncated_samples": int(truncated), "skipped_iterations": int(not good),
+            })
+            if profile:
+                profile.step()
+            if args.save and (last or save or args.save_interval and iteration % args.save_interval == 0):
+                save_iteration(args, iteration, model, optimizer, ranks, batches[-1].resume_state)
+                saved_at = iteration
+            if stop:
+                break
+    if ranks.rank == 0 and saved_at:
+        where = f"checkpoint of iteration {saved_at} is in {args.save or args.load}"
+        print(f"stopped early: the {where}; go on with --load {args.save}" if saved_at < args.train_iters and stop else
+              f"done: the {where}", flush=True)
+
+
+def report_bad_step(iteration: int, loss: float, grad_norm: float, batches: list[data.Batch], in_a_row: int) -> None:
+    """Logs a step that is not applied; the tenth in a row raises InputError."""
+    sources = "; ".join(source for batch in batches for source in batch.sources[:8])
+    message = f"iteration {iteration}: loss {loss}, gradient norm {grad_norm}, not applied; this rank's rows: {sources}"
+    log.warning(message)
+    if in_a_row >= 10:
+        raise InputError(f"ten steps in a row were not finite, the last at {message}")
+
+
+@torch.no_grad()
+def evaluate(model: Qwen3VL, loader: data.Loader, ranks: parallel.Ranks, iters: int | None) -> float:
+    """Mean negative log-likelihood of the supervised held-out tokens, of `iters` micro-batches a rank (None: all)."""
+    total, count = torch.zeros((), device=ranks.device), 0
+    for i, batch in enumerate(loader):
+        if i == iters:
+            break
+        batch.loss_weights = torch.ones(len(batch.input_ids))
+        total += model(batch.to(ranks.device))[0]  # its aux_weight is 0
+        count += len(batch.supervised_index)
+    parallel.reshard(model)
+    nll, tokens = ranks.sum(total, count)
+    return nll / max(1, tokens)
+
+
+def save_iteration(
+    args: argparse.Namespace, iteration: int, model: Qwen3VL, optimizer: torch.optim.Optimizer, ranks: parallel.Ranks,
+    resume_state: dict,
+) -> None:
+    """Saves everything that an exact resume needs: weights, optimizer, random states, the position in the data."""
+    state = {"iteration": iteration, "data": resume_state, "world": ranks.world}
+    if not args.no_save_rng:
+        state["rng"] = {
+            "torch": torch.get_rng_state(), "device": kernels_npu.ops.get_rng_state(),
+            "python": list(random.getstate()[1]), "numpy": np.random.get_state()[1].tolist(),
+        }
+    convert.save_checkpoint(
+        args.save, iteration, model, None if args.no_save_optim else optimizer, state, retain=args.save_retain
+    )
+
+
+def resume(
+    args: argparse.Namespace, model: Qwen3VL, optimizer: torch.optim.Optimizer, ranks: parallel.Ranks
+) -> tuple[int, dict | None]:
+    """Loads --load. Returns (iterations done, position in the data)."""
+    directory, name = convert.find_checkpoint(args.load)
+    weights_only = args.finetune or args.no_load_optim
+    state = convert.load_checkpoint(directory, model, None if weights_only else optimizer)
+    if state is None or args.finetune:
+        return 0, None
+    rng = state.get("rng")
+    if rng and not args.no_load_rng and state["world"] == ranks.world:
+        torch.set_rng_state(rng["torch"])
+        random.setstate((3, tuple(rng["python"]), None))
+        np.random.set_state(("MT19937", np.array(rng["numpy"], np.uint32), 624))
+        if rng["device"] is not None:
+            kernels_npu.ops.set_rng_state(rng["device"])
+    return state["iteration"], state["data"]
+
+
+def profiler(args: argparse.Namespace, ranks: parallel.Ranks):
+    """torch.profiler over the asked iterations, writing a Chrome trace to --profile-dir; without it, nothing."""
+    wanted = args.profile_dir and ranks.rank == 0
+    skip, active = args.profile_step_start - 1, args.profile_step_end - args.profile_step_start + 1
+    if not wanted:
+        return contextlib.nullcontext()
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=skip, warmup=0, active=active, repeat=1),
+        on_trace_ready=torch.profiler.tensorboard_trace_handler(args.profile_dir),
+        record_shapes=True, profile_memory=True,
+    )
+
+
+# ---- from the command line to the loop ------------------------------------------------------------------------------
+
+
+def check_save_dir(args: argparse.Namespace) -> None:
+    """--save must be writable, and not hold another run."""
+    save = Path(args.save)
+    load = Path(args.load).resolve() if args.load else None
+    if load is None or save.resolve() not in (load, load.parent):
+        if (save / convert.TRACKER).exists():
+            raise UsageError(f"--save {save} holds another run: give --load {save} to go on, or another directory")
+        if (save / "metrics.jsonl").exists() and (save / "metrics.jsonl").stat().st_size:
+            raise UsageError(f"--save {save} holds the log of a run that saved no checkpoint: give another directory, "
+                             "or remove it")
+    save.mkdir(parents=True, exist_ok=True)
+    if not os.access(save, os.W_OK):
+        raise InputError(f"--save {save}: cannot be written to")
+
+
+def main(argv: list[str]) -> None:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    started = time.perf_counter()
+    ops = kernels_npu.select(args.device)
+    ranks = parallel.Ranks(ops, args.distributed_timeout_minutes)
+    say = log.info if ranks.rank == 0 else (lambda *_: None)
+    args.global_batch_size, accumulation = batch_sizes(args, ranks.dp_size)
+    if args.save and ranks.rank == 0:
+        check_save_dir(args)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+
+    config = Qwen3VLConfig.from_json(args.init_from_hf_path)
+    limits = [f"{kind}_{end}_pixels" for kind in ("image", "video") for end in ("min", "max")]
+    limits = {name: getattr(args, name) for name in (*limits, "video_fps", "video_maxlen")}
+    processor = data.Processor(args.init_from_hf_path, **limits)
+    read = {"dataset_dir": args.dataset_dir, "cache_dir": args.cache_dir}
+    dataset = data.RowDataset(args.dataset.split(","), max_samples=args.max_samples, **read)
+    if args.train_iters is None:
+        args.train_iters = max(1, math.ceil(args.train_epochs * len(dataset) / args.global_batch_size))
+    dtype = args.compute_dtype or ops.compute_dtype
+
+    say(f"device: {ops.device}, {ranks.world} rank(s), {ops.distributed_backend}, compute {dtype}; operations: "
+        + ", ".join(f"{name} {owner}" for name, owner in ops.implementations().items()))
+    model = build_model(args, config, ranks, dtype)
+    for tower, (total, trainable) in parameter_table(model.named_parameters()).items():
+        say(f"{tower:17} {total:15,d} parameters, {trainable:15,d} trainable")
+    optimizer = make_optimizer(args, model)
+    start, position = resume(args, model, optimizer, ranks) if args.load else (0, None)
+    if start >= args.train_iters:
+        say(f"{args.load} is at iteration {start} of {args.train_iters}: nothing to do")
+        return
+
+    options = {"seq_length": args.seq_length, "train_on_prompt": args.train_on_prompt,
+               "mask_history": args.mask_history, "confine": args.confine_paths}
+    layout = {"dp_rank": ranks.dp_rank, "dp_size": ranks.dp_size, "seed": args.seed, "num_workers": args.num_workers,
+              "on_bad_sample": args.on_bad_sample, "encode_options": options, "micro_batch_size": args.micro_batch_size}
+    loader = data.Loader(dataset, processor, shuffle=args.shuffle, global_batch_size=args.global_batch_size,
+                         resume_state=position, **layout)
+    eval_loader = None
+    if args.eval_dataset:
+        held_out = data.RowDataset(args.eval_dataset.split(","), **read)
+        eval_loader = data.Loader(held_out, processor, shuffle=False, num_samples=len(held_out),
+                                  global_batch_size=args.micro_batch_size * ranks.dp_size, **layout)
+    if args.save and ranks.rank == 0:
+        settings = {k: str(v) if isinstance(v, torch.dtype) else v for k, v in vars(args).items()}
+        (Path(args.save) / "args.json").write_text(json.dumps(settings, indent=1) + "\n")
+    metrics_log = MetricsLog(args, ranks, start, args.global_batch_size)
+    say(f"{len(dataset)} rows, {args.train_iters} iterations of {args.global_batch_size} samples, {accumulation} "
+        f"micro-batch(es) a rank, loss {args.loss_type}; ready after {time.perf_counter() - started:.1f} s")
+    train(args, model, optimizer, loader, eval_loader, ranks, accumulation, start, metrics_log)
+    ranks.close()
+
+
+if __name__ == "__main__":
+    sys.exit(kernels_npu.run_program(main, sys.argv[1:], data.InputError))
