@@ -51,7 +51,7 @@ from tqdm import tqdm
 from kernels_npu import InputError, Parser, number, run_program
 from model import Qwen3VL, Qwen3VLConfig
 
-PIECE_BYTES = 32 << 20
+PIECE_BYTES = 16 << 20
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
 INDEX = "model.safetensors.index.json"
@@ -102,7 +102,6 @@ def _fill(target: Tensor, source: HuggingFaceWeights | CheckpointWeights, name: 
 
 
 # ---- sources -------------------------------------------------------------------------------------------------------
-
 
 _LAYER = re.compile(r"model\.(?:language_model\.layers|visual\.blocks|visual\.deepstack_merger_list)\.\d+")
 
@@ -263,8 +262,8 @@ class CheckpointWeights:
         self.tensors: dict[str, Stored] = {}
         self._chunks: dict[str, list[tuple[torch.Size, torch.Size, _StorageInfo]]] = {}
         self._mapped: dict[str, Tensor] = {}
+        lengths: dict[str, int] = {}
         try:
-            lengths: dict[str, int] = {}
             for name, tensor in metadata.state_dict_metadata.items():
                 if not isinstance(tensor, TensorStorageMetadata):
                     continue  # objects of other tools: they are pickles, and stay unread
@@ -272,14 +271,14 @@ class CheckpointWeights:
                 self._chunks[name] = [(c.offsets, c.sizes, metadata.storage_data[MetadataIndex(name, c.offsets)])
                                       for c in tensor.chunks]
                 for _, _, info in self._chunks[name]:
+                    if Path(info.relative_path).name != info.relative_path:
+                        raise ValueError(f"{info.relative_path!r} is not a file of this directory")
                     lengths[info.relative_path] = max(lengths.get(info.relative_path, 0), info.offset + info.length)
                 if sum(c.sizes.numel() for c in tensor.chunks) != tensor.size.numel():
-                    raise InputError(f"{self.path}: {name} {list(tensor.size)} is not whole; take another checkpoint")
-        except (AttributeError, KeyError, TypeError) as e:
-            raise InputError(f"{self.path / '.metadata'}: is damaged ({e!r})") from e
+                    raise ValueError(f"{name} {list(tensor.size)} is not whole")
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise InputError(f"{self.path / '.metadata'}: is damaged ({e}); take another checkpoint") from e
         for file, length in lengths.items():
-            if Path(file).name != file:
-                raise InputError(f"{self.path / '.metadata'}: names {file!r}, which is not a file of this directory")
             size = (self.path / file).stat().st_size if (self.path / file).exists() else 0
             if size < length:
                 raise InputError(f"{self.path / file}: is damaged ({size} of {length} bytes); take another checkpoint")
@@ -312,7 +311,7 @@ class CheckpointWeights:
             start += form.storage_offset() * form.itemsize
             raw = self._mapped[info.relative_path][start : start + form.nbytes]
             return (raw if start % form.itemsize == 0 else raw.clone()).view(form.dtype).view(shape)
-        except (AttributeError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as e:
+        except Exception as e:  # a damaged file can raise nearly anything
             reason = str(e).partition("\n")[0]
             raise InputError(f"{path}: the piece of {name} at byte {info.offset} is damaged ({reason})") from e
 
@@ -349,10 +348,6 @@ def _write_bytes(path: Path, data: bytes) -> dict[str, dict]:
     with _HashedFile(path) as file:
         file.write(data)
     return file.record
-
-
-def _raw(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def _write_shard(path: Path, pieces: Iterable[tuple[str, torch.Size, tuple[int, ...], Tensor]]) -> tuple[list, dict]:
@@ -454,7 +449,7 @@ def _building(final: Path, nbytes: int, tracker: str | None = None) -> Iterator[
             yield partial, files, bar
         _complete(partial, final, files, tracker)
     except OSError as e:
-        raise InputError(f"{final}: cannot be written ({e.strerror}); nothing is left of it") from e
+        raise InputError(f"{final}: cannot be written ({e.strerror or e}); nothing is left of it") from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -462,10 +457,14 @@ def _building(final: Path, nbytes: int, tracker: str | None = None) -> Iterator[
 # ---- a training run's checkpoints ----------------------------------------------------------------------------------
 
 
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def _together(action: Callable[[], object], on_rank_0: bool = False) -> list:
     """Runs `action` on every rank (or on rank 0 alone) and gathers the results. If it fails on one it raises on all:
     no rank goes on to wait for another that will not come."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    rank = _rank()
     result, failure, cause = None, None, None
     try:
         if rank == 0 or not on_rank_0:
@@ -484,7 +483,7 @@ def _together(action: Callable[[], object], on_rank_0: bool = False) -> list:
 
 def _own_pieces(state: dict[str, Tensor]) -> Iterator[tuple[str, torch.Size, tuple[int, ...], Tensor]]:
     """What this rank writes: its part of every DTensor (replicas take turns), and on rank 0 the plain tensors."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    rank = _rank()
     for i, (name, tensor) in enumerate(state.items()):
         local, origin = _local(tensor)
         if isinstance(tensor, DTensor):
@@ -510,7 +509,7 @@ def save_checkpoint(
     """
     final = Path(save_dir) / f"iter_{iteration:07d}"
     partial = final.with_name(f".tmp_{final.name}")
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    rank = _rank()
     parameters = _parameters(model)
     state: dict[str, Tensor] = dict(parameters)
     for name, p in parameters.items():
@@ -596,15 +595,16 @@ def load_checkpoint(iteration_dir: str | Path, model: nn.Module, optimizer: Opti
     for name, p in parameters.items():
         _fill(p, source, name)
     loaded = optimizer is not None and _load_optimizer(source, parameters, optimizer)
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    for path in (source.path / f"trainer_state_rank_{r:05d}.pt" for r in (rank, 0)):
-        if path.exists():
-            try:
-                return {**torch.load(path, map_location="cpu", weights_only=True), "optimizer_loaded": loaded}
-            except (EOFError, OSError, RuntimeError, TypeError, pickle.UnpicklingError) as e:
-                reason = str(e).partition("\n")[0]
-                raise InputError(f"{path}: is damaged ({reason}); take another checkpoint") from e
-    return None
+    rank = _rank()
+    path = source.path / f"trainer_state_rank_{rank:05d}.pt"
+    path = path if path.exists() else source.path / "trainer_state_rank_00000.pt"
+    if not path.exists():
+        return None
+    try:
+        return {**torch.load(path, map_location="cpu", weights_only=True), "optimizer_loaded": loaded}
+    except Exception as e:  # a damaged file can raise nearly anything
+        reason = str(e).partition("\n")[0]
+        raise InputError(f"{path}: is damaged ({reason}); take another checkpoint") from e
 
 
 def _load_optimizer(source: CheckpointWeights, parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> bool:
@@ -659,6 +659,8 @@ def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, overwrite: bool = False) 
     source = HuggingFaceWeights(hf_dir)
     source.fit(expected)
     final = Path(dcp_dir).resolve() / "release"
+    if _iterations(final.parent):
+        raise InputError(f"{final.parent}: is a training run's directory; choose another --dcp_dir")
     if not overwrite and (final.exists() or final.with_name(TRACKER).exists()):
         raise InputError(f"{final.parent}: holds a checkpoint already; choose another --dcp_dir, or give --overwrite")
     itemsize = {name: source.tensors[name][0].itemsize for name in expected}
@@ -699,15 +701,12 @@ def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str 
             raise InputError(f"{final}: is not the output of an earlier conversion, or holds this one's input: "
                              "it is not overwritten; choose another --save_dir")
     named = dtype or Qwen3VLConfig.from_json(assets).dtype
-    target = getattr(torch, named, None) if named else None
-    if named and target not in SAFETENSORS_TYPES.values():
+    target = next((t for t in SAFETENSORS_TYPES.values() if str(t) == f"torch.{named}"), None)
+    if named and target is None:
         raise InputError(f"{assets / 'config.json'}: dtype {named!r} is not a weight's; give --dtype bfloat16")
-    for name, shape in expected.items():
-        if name.endswith(EXPERTS) and shape[1] == shape[2]:
-            logger.warning("%s is square, %s: transformers 5 will take it for its own transposed layout and give wrong "
-                           "answers, and hf_to_dcp will refuse it; transformers 4 and the checkpoint itself are fine",
-                           name, list(shape))
-            break
+    if any(name.endswith(EXPERTS) and shape[1] == shape[2] for name, shape in expected.items()):
+        logger.warning("the experts' tensors are square: transformers 5 will take them for its own transposed layout, and "
+                       "nothing here will read them back; infer.py --load reads the checkpoint itself")
     types = {name: target or source.tensors[name][0] for name in expected}
     nbytes = {name: types[name].itemsize * shape.numel() for name, shape in expected.items()}
     shards: list[list[str]] = [[]]
@@ -750,9 +749,9 @@ def _write_safetensors(
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in names:
             for offset, sizes in _pieces(shapes[name], max(types[name].itemsize, source.tensors[name][0].itemsize)):
-                data = _raw(source.read(name, offset, sizes).to(types[name]))
-                file.write(data)
-                bar.update(len(data))
+                values = source.read(name, offset, sizes).to(types[name])
+                file.write(memoryview(values.view(-1).view(torch.uint8).numpy()))
+                bar.update(values.nbytes)
     return file.record
 
 
@@ -765,14 +764,13 @@ def _is_asset(name: str) -> bool:
 def _config_with_dtype(data: bytes, dtype: str) -> bytes:
     """config.json with the type of the weights beside it; the user's own bytes where that is what it says already."""
     config = json.loads(data)
-    changed = False
-    for part in (config, config["text_config"], config["vision_config"]):
-        for key in ("dtype", "torch_dtype"):
-            if part.get(key, dtype) != dtype:
-                part[key], changed = dtype, True
-    if not any(key in part for part in (config, config["text_config"]) for key in ("dtype", "torch_dtype")):
-        config["dtype"], changed = dtype, True
-    return json.dumps(config, indent=2, ensure_ascii=False).encode() if changed else data
+    parts = (config, config["text_config"], config["vision_config"])
+    named = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if key in part] or [(config, "dtype")]
+    if all(part.get(key) == dtype for part, key in named):
+        return data
+    for part, key in named:
+        part[key] = dtype
+    return json.dumps(config, indent=2, ensure_ascii=False).encode()
 
 
 def verify(directory: str | Path) -> list[str]:

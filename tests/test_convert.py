@@ -300,6 +300,9 @@ def test_existing_outputs_are_kept_without_overwrite(make_hf, tmp_path, capfd):
         assert sorted((f, f.stat().st_mtime_ns) for f in target.rglob("*")) == before
         assert program(capfd, *command, "--overwrite")[0] == 0
     convert.verify(out)
+    save_checkpoint(tmp_path / "run", 3, nn.Linear(2, 2))
+    status, error = program(capfd, "hf_to_dcp", "--hf_dir", hf, "--dcp_dir", tmp_path / "run", "--overwrite")
+    assert status == 1 and "training run" in error
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
