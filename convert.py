@@ -147,9 +147,10 @@ class HuggingFaceWeights:
             try:
                 handle = safe_open(self.path / file, "pt")
                 stored = set(handle.keys())
-                if lacking := [name for name in names if name not in stored]:
-                    raise InputError(f"{self.path / file}: lacks {lacking[0]}, which {INDEX} says is there")
-                for name in names or sorted(stored):
+                names = self.files[file] = names or sorted(stored)
+                for name in names:
+                    if name not in stored:
+                        raise InputError(f"{self.path / file}: lacks {name}, which {INDEX} says is there")
                     self._slices[name] = view = handle.get_slice(name)
                     if view.get_dtype() not in SAFETENSORS_TYPES:
                         raise InputError(f"{self.path / file}: {name} is {view.get_dtype()}; only weights in "
@@ -159,7 +160,6 @@ class HuggingFaceWeights:
                 raise InputError(f"{self.path / file}: is damaged or incomplete ({e}); download it again") from e
             except OSError as e:
                 raise InputError(f"{self.path / file}: cannot be read ({e}); download it again") from e
-            self.files[file] = names or sorted(stored)
 
     def _files(self) -> dict[str, list[str]]:
         if (self.path / "model.safetensors").exists():
@@ -705,8 +705,8 @@ def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str 
     if named and target is None:
         raise InputError(f"{assets / 'config.json'}: dtype {named!r} is not a weight's; give --dtype bfloat16")
     if any(name.endswith(EXPERTS) and shape[1] == shape[2] for name, shape in expected.items()):
-        logger.warning("the experts' tensors are square: transformers 5 will take them for its own transposed layout, and "
-                       "nothing here will read them back; infer.py --load reads the checkpoint itself")
+        logger.warning("the experts are square: transformers 5 will take them for its own transposed layout; nothing "
+                       "here reads them back either, but infer.py --load reads the checkpoint itself")
     types = {name: target or source.tensors[name][0] for name in expected}
     nbytes = {name: types[name].itemsize * shape.numel() for name, shape in expected.items()}
     shards: list[list[str]] = [[]]
