@@ -14,14 +14,13 @@ Letters: T tokens, P patches, N pictures and videos, Nv media tokens, Ns supervi
 from __future__ import annotations
 
 import codecs
+import contextlib
 import hashlib
-import itertools
 import json
 import logging
 import math
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -117,6 +116,7 @@ def collate(samples: list[Sample], resume_state: dict | None = None, skipped: in
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 PLACEHOLDER = re.compile("(<image>|<video>)")
 STILL_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".ppm")
+PICTURE_SUFFIXES = (*STILL_SUFFIXES, ".gif", ".webp")
 
 
 @dataclass
@@ -258,18 +258,23 @@ def load_picture(path: Path) -> Image.Image:
     EXIF rotation is applied and an alpha channel dropped, but what has one transparent colour (palettes, some PNG) is
     laid on white: its `load_image` leaves that colour in `info`, where its picture processor then finds it.
     """
-    if not path.is_file():
-        raise InputError(f"{path} is not a file")
-    try:
-        with Image.open(path) as image:
-            ImageOps.exif_transpose(image, in_place=True)
-            image = image.convert("RGB")
+    with _reading(path, "a picture"), Image.open(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        image = image.convert("RGB")
         if image.info.get("transparency") is not None:
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
         return image
-    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
-        raise InputError(f"{path} cannot be read as a picture: {_one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _reading(path: Path, kind: str) -> Iterator[None]:
+    if not path.is_file():
+        raise InputError(f"{path} is not a file")
+    try:
+        yield
+    except Exception as error:  # decoders raise whatever a damaged file leads them to
+        raise InputError(f"{path} cannot be read as {kind}: {_one_line(error)}") from error
 
 
 def open_video(
@@ -277,9 +282,9 @@ def open_video(
 ) -> tuple[Callable[[list[int]], list[Image.Image]], int, float]:
     """A function that reads the frames of given numbers, the number of frames, and their rate.
 
-    A video is a list of pictures, a folder of them (in the order of the numbers in their names) or an animated GIF or
-    WebP; or `{"path": any of these, "fps": rate}`. Frames that come without a rate are taken to have been picked at
-    the rate that is asked for, `default_fps`, as the Qwen team's own tools do.
+    A video is a list of pictures, a folder of them (in the order of the numbers in their names), an animated picture
+    or a video file; or `{"path": any of these, "fps": rate}`. Pictures that come without a rate are taken to have
+    been picked at the rate that is asked for, `default_fps`, as the Qwen team's own tools do.
     """
     path, fps = (spec.get("path"), spec.get("fps")) if isinstance(spec, dict) else (spec, None)
     if fps is not None and (type(fps) not in (int, float) or not 0 < fps < math.inf):
@@ -289,30 +294,57 @@ def open_video(
     else:
         folder = resolve_path(path, media_dir, confine)
         if not folder.is_dir():
-            return _open_animation(folder, fps)
-        names = [name for name in os.listdir(folder) if name.lower().endswith((*STILL_SUFFIXES, ".webp"))]
+            return _open_video_file(folder, fps)
+        names = [name for name in os.listdir(folder) if name.lower().endswith(PICTURE_SUFFIXES)]
         names.sort(key=lambda name: [int(s) if s.isdigit() else s for s in re.split("([0-9]+)", name)])
         paths = [resolve_path(os.path.join(path, name), media_dir, confine) for name in names]
     return lambda numbers: [load_picture(paths[i]) for i in numbers], len(paths), float(fps or default_fps)
 
 
-def _open_animation(path: Path, fps: float | None) -> tuple[Callable[[list[int]], list[Image.Image]], int, float]:
-    def read(numbers: list[int], get: Callable) -> list:
+def _open_video_file(path: Path, fps: float | None) -> tuple[Callable[[list[int]], list[Image.Image]], int, float]:
+    """Of an animated picture (read with Pillow) or a video file (with PyAV), what `open_video` returns."""
+    if path.suffix.lower() in PICTURE_SUFFIXES:
+        with _reading(path, "an animation"):
+            # In milliseconds. Browsers, too, take 0 for 100.
+            durations = [frame.info.get("duration") or 100 for frame in _animation_frames(path)]
+        frames, to_rgb, count = _animation_frames, lambda frame: frame.convert("RGB"), len(durations)
+        fps = fps or 1000 * count / sum(durations)
+    else:
         try:
-            with Image.open(path) as image:
-                found = []
-                for number in numbers if numbers is not None else range(getattr(image, "n_frames", 1)):
-                    image.seek(number)
-                    image.load()  # only now does a WebP know a frame's duration
-                    found.append(get(image))
-                return found
-        except Exception as error:  # as in load_picture
-            hint = "only GIF and WebP are read as videos, and folders and lists of frames"
-            raise InputError(f"{path} cannot be read as an animation: {_one_line(error)}; {hint}") from error
+            import av
+        except ImportError as error:
+            raise InputError(f"{path}: reading video files needs PyAV: pip install av") from error
+        with _reading(path, "a video"), av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError("it holds no video")
+            stream = container.streams.video[0]
+            count = stream.frames or sum(1 for _ in container.decode(stream))  # some formats do not state it
+            fps = fps or stream.average_rate
+        if not fps:
+            raise InputError(f"{path} states no frame rate: give it as {{'path': ..., 'fps': ...}}")
+        frames, to_rgb = _video_frames, lambda frame: frame.to_image()
 
-    durations = read(None, lambda image: image.info.get("duration") or 100)  # milliseconds; 0 means 100, as in browsers
-    rate = fps or 1000 * len(durations) / sum(durations)
-    return lambda numbers: read(numbers, lambda image: image.convert("RGB")), len(durations), float(rate)
+    def read(numbers: list[int]) -> list[Image.Image]:
+        wanted = set(numbers)
+        with _reading(path, "a video"):
+            return [to_rgb(frame) for i, frame in enumerate(frames(path)) if i in wanted]
+
+    return read, count, float(fps)
+
+
+def _animation_frames(path: Path) -> Iterator[Image.Image]:
+    with Image.open(path) as image:
+        for number in range(getattr(image, "n_frames", 1)):
+            image.seek(number)
+            image.load()  # only now does a WebP know a frame's duration
+            yield image
+
+
+def _video_frames(path: Path) -> Iterator:
+    import av
+
+    with av.open(str(path)) as container:
+        yield from container.decode(video=0)
 
 
 def smart_resize(
@@ -447,6 +479,8 @@ class Processor:
         count = min(count, self.video_maxlen, num_frames)
         numbers = np.linspace(0, num_frames - 1, count).round().astype(int).tolist()
         images = read(numbers)
+        if len(images) < len(numbers):
+            raise InputError(f"the video states {num_frames} frames but only {len(images)} of {count} chosen are there")
         width, height = images[0].size
         for number, image in zip(numbers, images, strict=True):
             if image.size != (width, height):
@@ -838,11 +872,11 @@ class Loader:
     on_bad_sample: str
     encode_options: dict  # keyword arguments of Processor.encode
     resume_state: dict | None = None
-    num_samples: int | None = None  # the stream ends after so many: what a held-out set is read with
+    num_samples: int | None = None  # the stream ends after so many, for held-out rows; ranks may come away empty
 
     def __post_init__(self):
-        self.round = self.micro_batch_size * self.dp_size  # samples that all ranks together take at a time
-        if self.global_batch_size % self.round:
+        self._round = self.micro_batch_size * self.dp_size  # samples that all ranks together take at a time
+        if self.global_batch_size % self._round:
             raise InputError(
                 f"a global batch of {self.global_batch_size} cannot be dealt in micro-batches of "
                 f"{self.micro_batch_size} to {self.dp_size} data-parallel ranks"
@@ -852,17 +886,17 @@ class Loader:
         saved_rows = (self.resume_state or {}).get("rows", len(self.dataset))
         if saved_rows != len(self.dataset):
             logger.warning("the dataset has %d rows, %d when saved: the order is new", len(self.dataset), saved_rows)
-        self.epoch, self.order = -1, None
+        self._end = sys.maxsize if self.num_samples is None else self.num_samples
+        self._epoch, self._order = -1, None
 
     def __iter__(self) -> Iterator[Batch]:
         start = (self.resume_state or {}).get("consumed", 0)
         batches = DataLoader(
             self,
             batch_size=None,
-            sampler=itertools.count(start, self.round) if self.num_samples is None
-            else range(start, self.num_samples, self.round),
+            sampler=range(start, self._end, self._round),
             num_workers=self.num_workers,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_leave_process_group,
         )
         seen, bad, logged = np.zeros(len(self.dataset.paths)), np.zeros(len(self.dataset.paths)), set()
         for batch, files, failures in batches:
@@ -895,29 +929,26 @@ class Loader:
         """
         samples, files, failures = [], [], []
         first = position + self.dp_rank * self.micro_batch_size
-        end = first + self.micro_batch_size if self.num_samples is None else min(
-            first + self.micro_batch_size, self.num_samples)
-        for number in map(self._row_number, range(first, end)):
+        for number in map(self._row_number, range(first, min(first + self.micro_batch_size, self._end))):
             files.append(self.dataset.locate(number)[0])
             try:
                 row, source, media_dir = self.dataset[number]
                 samples.append(self.processor.encode(row, media_dir=media_dir, source=source, **self.encode_options))
             except InputError as error:
                 failures.append((files[-1], str(error)))
-        state = {"consumed": position + self.round, "rows": len(self.dataset)}
+        state = {"consumed": position + self._round, "rows": len(self.dataset)}
         return collate(samples, state, len(failures)), files, failures
 
     def _row_number(self, position: int) -> int:
         epoch, index = divmod(position, len(self.dataset))
         if not self.shuffle:
             return index
-        if epoch != self.epoch:
-            self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
-            self.epoch = epoch
-        return int(self.order[index])
+        if epoch != self._epoch:
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+            self._epoch = epoch
+        return int(self._order[index])
 
 
-def _ignore_signals(worker: int) -> None:
-    """A signal to the process group (Ctrl-C, torchrun's SIGTERM) is the trainer's to handle; it ends the workers."""
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
+def _leave_process_group(worker: int) -> None:
+    """Signals to the trainer's process group (Ctrl-C, torchrun's SIGTERM) are the trainer's to handle."""
+    os.setpgid(0, 0)

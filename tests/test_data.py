@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import types
@@ -463,6 +464,32 @@ def test_animations_and_plain_lists(processor, tmp_path):
     assert slow.grid_thw.tolist() == [[2, 4, 4]]
 
 
+def test_video_file(processor, judge, tmp_path):
+    """An mp4, read with PyAV: the frames and times that transformers would take."""
+    av = pytest.importorskip("av", reason="the video extra is not installed")
+    with av.open(str(tmp_path / "v.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=15)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for i in range(40):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 96, 3), 6 * i, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with av.open(str(tmp_path / "v.mp4")) as container:
+        frames = [frame.to_image() for frame in container.decode(video=0)]
+    for i, frame in enumerate(frames):
+        frame.save(tmp_path / f"{i}.png")
+    by_file = processor.encode(chat("<video>?", "!", videos=["v.mp4"]), media_dir=tmp_path)
+    listed = {"path": [f"{i}.png" for i in range(40)], "fps": 15.0}
+    by_frames = processor.encode(chat("<video>?", "!", videos=[listed]), media_dir=tmp_path)
+    assert torch.equal(by_file.input_ids, by_frames.input_ids)
+    assert torch.equal(by_file.pixel_values, by_frames.pixel_values)
+    prompt, _, grid, _, _ = judge_video(judge, processor, "?", frames, 15.0)
+    assert by_file.input_ids[: len(prompt)].tolist() == prompt.tolist() and torch.equal(by_file.grid_thw, grid)
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "v.mp4").read_bytes()[:2000])
+    with pytest.raises(InputError, match="cut.mp4 cannot be read as a video"):
+        processor.encode(chat("<video>?", "!", videos=["cut.mp4"]), media_dir=tmp_path)
+
+
 def test_pictures_and_videos_in_token_order(processor, pictures):
     row = chat("<video> and <image>", "x", images=["small.png"], videos=[["small.png", "small.png"]])
     swapped = chat("<image> and <video>", "x", images=["small.png"], videos=[["small.png", "small.png"]])
@@ -575,7 +602,7 @@ BAD_ROWS = [
     (chat("x", "x", images=["6030x30.png"]), "6030x30 pixels: the longer side may be at most 200 times"),
     (chat("x", "\ud800"), "half of a surrogate pair"),
     (chat("x", "x", videos=["rgb.png"]), r"videos\[0\]: a video needs two frames, this has 1"),
-    (chat("x", "x", videos=["movie.mp4"]), r"videos\[0\]: .*movie.mp4 cannot be read as an animation"),
+    (chat("x", "x", videos=["movie.mp4"]), r"videos\[0\]: .*movie.mp4(: .*needs PyAV| cannot be read as a video)"),
     (chat("x", "x", videos=["folder"]), "a video needs two frames, this has 0"),
     (chat("x", "x", videos=[["rgb.png", "small.png"]]), r"frame 1 has \(47, 31\) pixels, the first \(400, 250\)"),
     (chat("x", "x", videos=[{"path": ["rgb.png"] * 2, "fps": "2"}]), "'fps' must be a positive number"),
@@ -786,6 +813,25 @@ def test_workers_and_resume(workers, numbered, processor):
     other = make_loader(numbered, processor, micro_batch_size=4, global_batch_size=8, resume_state=state)
     stream = [x for b in ids(take(make_loader(numbered, processor), 32)) for x in b]
     assert [x for b in ids(take(other, 2)) for x in b] == stream[24:32]
+
+
+def test_a_stream_that_ends(numbered, processor):
+    """The held-out rows once, whatever the layout; a rank whose turn holds none gets an empty batch."""
+    options = {"micro_batch_size": 2, "global_batch_size": 6, "dp_size": 3, "shuffle": False, "num_samples": 15}
+    ranks = [ids(make_loader(numbered, processor, dp_rank=rank, **options)) for rank in range(3)]
+    rows = [x for turn in zip(*ranks, strict=True) for batch in turn for x in batch]
+    assert rows == [f"a{i}" for i in range(11)] + [f"b{i}" for i in range(4)]
+    assert [len(batch) for batch in ranks[2]] == [2, 2, 0]
+
+
+def test_workers_leave_the_process_group(numbered, processor):
+    """Ctrl-C and torchrun's SIGTERM go to a process group: the workers must outlive the step that is in hand."""
+    stream = iter(make_loader(numbered, processor, num_workers=1))
+    next(stream)
+    (worker,) = multiprocessing.active_children()
+    assert os.getpgid(worker.pid) == worker.pid != os.getpgrp()
+    stream.close()
+    assert not multiprocessing.active_children()
 
 
 def test_indivisible_batch(numbered, processor):
