@@ -595,6 +595,12 @@ class Qwen3VL(nn.Module):
                 loss = loss + self.router_aux_loss_coef * aux_loss
         return loss, aux_loss.detach()
 
+    def drop_vision_gradients(self) -> None:
+        """After a step without any picture: what the dummy passes left are zeros, with which Adam would still decay the
+        vision encoder, move it on by its momentum, and count a step. Without gradients it leaves it alone."""
+        for p in self.model.visual.parameters():
+            p.grad = None
+
     @torch.no_grad()
     def init_weights(self, seed: int, write: Callable[[Tensor, Tensor], None] = Tensor.copy_) -> None:
         """Fills every parameter for training from scratch: normal with the config's deviation, biases 0, norms 1.

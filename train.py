@@ -231,22 +231,23 @@ def set_learning_rates(args: argparse.Namespace, optimizer: torch.optim.Optimize
 # ---- the loss's weights ---------------------------------------------------------------------------------------------
 
 
-def set_loss_weights(batches: list[data.Batch], loss_type: str, ranks: parallel.Ranks) -> tuple[int, int]:
+def set_loss_weights(batches: list[data.Batch], loss_type: str, ranks: parallel.Ranks) -> tuple[int, int, int]:
     """Gives every token its weight in loss = sum_i weight_i * nll_i, over all micro-batches of all ranks of one step.
 
     default     1 / (micro-batches x supervised tokens of its micro-batch)
     per_sample  1 / (samples x supervised tokens of its sample)
     per_token   1 / (supervised tokens of the global batch)
 
-    A sample without supervised tokens does not count. Returns the whole step's (tokens, supervised tokens).
+    A sample without supervised tokens does not count. Returns the whole step's numbers of (tokens, supervised tokens,
+    pictures and videos).
     """
     counts = []  # supervised tokens of each sample of each micro-batch
     for batch in batches:
         bounds = zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False)
         counts.append([int((batch.labels[start:end] != data.IGNORE).sum()) for start, end in bounds])
-    micro_batches, samples, supervised, tokens = ranks.sum(
+    micro_batches, samples, supervised, tokens, media = ranks.sum(
         len(batches), sum(n > 0 for each in counts for n in each), sum(map(sum, counts)),
-        sum(batch.cu_seqlens[-1] for batch in batches),
+        sum(batch.cu_seqlens[-1] for batch in batches), sum(len(batch.grid_thw) for batch in batches),
     )
     # FSDP2 averages gradients over its ranks; the formula wants their sum, so the weights carry the factor.
     scale = float(ranks.world)
@@ -260,7 +261,7 @@ def set_loss_weights(batches: list[data.Batch], loss_type: str, ranks: parallel.
         weights = torch.tensor([scale / max(1, n) for n in shares], dtype=torch.float32)
         batch.loss_weights = weights.repeat_interleave(torch.tensor(batch.cu_seqlens).diff())
         batch.aux_weight = scale / micro_batches
-    return int(tokens), int(supervised)
+    return int(tokens), int(supervised), int(media)
 
 
 # ---- logging --------------------------------------------------------------------------------------------------------
@@ -368,7 +369,7 @@ def train(
             began = time.perf_counter()
             batches = [next(stream) for _ in range(accumulation)]
             data_time = time.perf_counter() - began
-            num_tokens, num_supervised = set_loss_weights(batches, args.loss_type, ranks)
+            num_tokens, num_supervised, num_media = set_loss_weights(batches, args.loss_type, ranks)
             set_learning_rates(args, optimizer, iteration - 1)
 
             losses = []
@@ -376,6 +377,8 @@ def train(
                 loss, aux_loss = model(batch.to(ranks.device))
                 loss.backward()
                 losses.append(torch.stack((loss.detach(), aux_loss)))
+            if not num_media:
+                model.drop_vision_gradients()
             grad_norm = parallel.clip_grad_norm(trainable, args.clip_grad, ranks)
             loss, aux_loss = torch.stack(losses).sum(0) / ranks.world  # the weights carry the number of ranks
             flops = sum(step_flops(model.config, b.cu_seqlens, b.grid_thw, len(b.supervised_index)) for b in batches)
@@ -546,7 +549,7 @@ def main(argv: list[str]) -> None:
     start, position = resume(args, model, optimizer, ranks) if args.load else (0, None)
     if start >= args.train_iters:
         say(f"{args.load} is at iteration {start} of {args.train_iters}: nothing to do")
-        return
+        return ranks.close()
 
     options = {"seq_length": args.seq_length, "train_on_prompt": args.train_on_prompt,
                "mask_history": args.mask_history, "confine": args.confine_paths}

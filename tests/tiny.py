@@ -6,10 +6,13 @@ from types import SimpleNamespace
 
 import torch
 
-IMAGE, VIDEO, START, END = 251, 252, 249, 250  # of the tiny vocabulary
+# 256 bytes, then the control tokens: the whole vocabulary of the tiny tokenizer
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+            "<|video_pad|>"]
+START, END, IMAGE, VIDEO = 259, 260, 261, 262
 
 
-def config_dict(moe: bool = False, tied: bool = False, vocab_size: int = 260, layers: int = 4, **text) -> dict:
+def config_dict(moe: bool = False, tied: bool = False, vocab_size: int = 264, layers: int = 4, **text) -> dict:
     """A Hugging Face configuration as transformers 5 takes it: 3 heads for a key-value head, head size 24, I != D,
     2I != D, three DeepStack layers, unequal mrope sections, 25 learned positions."""
     text = {
@@ -71,6 +74,32 @@ def ours_from_hf(hf, raw: dict, tmp_path: Path):
     state = {k: our_layout(k, v) for k, v in hf.state_dict().items()}
     model.load_state_dict(state)
     return model
+
+
+def hf_dir(path: Path, raw: dict, hf=None) -> Path:
+    """A Hugging Face directory: configuration, a tokenizer of bytes, the picture processor's settings (pictures from
+    32 x 32 to 96 x 96) and, with transformers' model `hf`, its weights in the published layout."""
+    import json
+
+    from safetensors.torch import save_file
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(raw))
+    (path / "preprocessor_config.json").write_text(json.dumps({
+        "size": {"shortest_edge": 32 * 32, "longest_edge": 96 * 96}, "patch_size": 16, "temporal_patch_size": 2,
+        "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIALS])
+    tokenizer.save(str(path / "tokenizer.json"))
+    if hf is not None:
+        tied = raw["tie_word_embeddings"]
+        save_file({k: our_layout(k, v).contiguous() for k, v in hf.state_dict().items()
+                   if not (tied and k == "lm_head.weight")}, path / "model.safetensors", metadata={"format": "pt"})
+    return path
 
 
 def row(parts: list, seed: int = 0):
