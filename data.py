@@ -241,7 +241,7 @@ def _type(value) -> str:
 def resolve_path(path: str, media_dir: str | Path, confine: bool) -> Path:
     """`path`, relative to `media_dir`. Raises InputError if there is no such file or it is outside and `confine`."""
     if not isinstance(path, str) or not path or "\0" in path:
-        raise InputError(f"a path is needed, this is {_type(path)}{': ' + repr(path) if path else ''}")
+        raise InputError(f"a path is needed, this is {_type(path)}{': ' + repr(path)[:100] if path else ''}")
     if path.startswith(("http://", "https://", "data:")):
         raise InputError(f"{path[:80]} is not a file on disk: download it first")
     full = Path(media_dir, path)
@@ -287,8 +287,8 @@ def open_video(
     been picked at the rate that is asked for, `default_fps`, as the Qwen team's own tools do.
     """
     path, fps = (spec.get("path"), spec.get("fps")) if isinstance(spec, dict) else (spec, None)
-    if fps is not None and (type(fps) not in (int, float) or not 0 < fps < math.inf):
-        raise InputError(f"'fps' must be a positive number of frames per second, this is {fps!r}")
+    if fps is not None and (type(fps) not in (int, float) or not 0.001 <= fps <= 1e6):
+        raise InputError(f"'fps' must be a number of frames per second, 0.001 at least, this is {fps!r}")
     if isinstance(path, list):
         paths = [resolve_path(item, media_dir, confine) for item in path]
     else:
@@ -541,7 +541,7 @@ class Processor:
                 parse_row(row, for_generation), media_dir, confine, seq_length, for_generation
             )
         except InputError as error:
-            raise InputError(f"{source}: {error}" if source else str(error)) from error
+            raise InputError(f"{source}: {_one_line(error)}" if source else _one_line(error)) from error
 
         ids = np.array([token for chunk in chunks for token in chunk.ids], np.int64)
         starts = np.cumsum([0] + [len(chunk.ids) for chunk in chunks]).tolist()
@@ -680,11 +680,15 @@ def _read_json(path: Path) -> dict:
 
 
 def _pixel_limits(kind: str, settings: dict, minimum: int | None, maximum: int | None) -> tuple[int, int]:
-    """The limits given, else the preprocessor file's (whose min_pixels comes before its size), else the defaults."""
+    """The limits given, else the preprocessor file's (whose min_pixels comes before its size), else the defaults.
+
+    A limit given alone moves the other if it must: a maximum below the file's minimum is both.
+    """
     size, defaults = settings.get("size", {}), DEFAULT_PIXELS[kind]
-    lows = (minimum, settings.get("min_pixels"), size.get("shortest_edge"), defaults[0])
-    highs = (maximum, settings.get("max_pixels"), size.get("longest_edge"), defaults[1])
-    low, high = (next(limit for limit in limits if limit is not None) for limits in (lows, highs))
+    low = settings.get("min_pixels") or size.get("shortest_edge") or defaults[0]
+    high = settings.get("max_pixels") or size.get("longest_edge") or defaults[1]
+    low = minimum if minimum is not None else min(low, maximum or low)
+    high = maximum if maximum is not None else max(high, minimum or high)
     if not 0 <= low <= high or high < 1:
         raise InputError(f"{kind}_min_pixels {low} must not be above {kind}_max_pixels {high}")
     return low, high

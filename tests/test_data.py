@@ -535,6 +535,10 @@ def test_preprocessor_settings(qwen_dir, tmp_path):
         reference = Qwen2VLImageProcessorPil(image_mean=mean, **kwargs)(picture, return_tensors="np")
         assert np.array_equal(processor.picture(picture)[0], reference["pixel_values"])
     assert Processor(qwen_dir).image_pixels == (65536, 16777216)
+    small = Processor(qwen_dir, image_max_pixels=4096, video_min_pixels=30_000_000)
+    assert (small.image_pixels, small.video_pixels) == ((4096, 4096), (30_000_000, 30_000_000))
+    with pytest.raises(InputError, match="image_min_pixels 9000 must not be above image_max_pixels 4096"):
+        Processor(qwen_dir, image_min_pixels=9000, image_max_pixels=4096)
 
 
 @pytest.mark.parametrize(
@@ -605,7 +609,10 @@ BAD_ROWS = [
     (chat("x", "x", videos=["movie.mp4"]), r"videos\[0\]: .*movie.mp4(: .*needs PyAV| cannot be read as a video)"),
     (chat("x", "x", videos=["folder"]), "a video needs two frames, this has 0"),
     (chat("x", "x", videos=[["rgb.png", "small.png"]]), r"frame 1 has \(47, 31\) pixels, the first \(400, 250\)"),
-    (chat("x", "x", videos=[{"path": ["rgb.png"] * 2, "fps": "2"}]), "'fps' must be a positive number"),
+    (chat("x", "x", videos=[{"path": ["rgb.png"] * 2, "fps": "2"}]), "'fps' must be a number"),
+    (chat("x", "x", videos=[{"path": ["rgb.png"] * 2, "fps": 1e-320}]), "'fps' must be a number"),
+    (chat("x", "x", images=["a\n\nb"]), r"images\[0\]: .*a b does not exist"),
+    (chat("x", "x", images=[{"bytes": "x" * 5000}]), r"images\[0\]: a path is needed, this is an object"),
     (chat("x", "x", videos=[{"fps": 2}]), r"videos\[0\]: a path is needed, this is null"),
     ({"messages": [{"role": "user", "content": [{"type": "audio"}]}, ANSWER]}, r"content\[0\] must be of type 'text'"),
 ]
