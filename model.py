@@ -114,6 +114,8 @@ class Qwen3VLConfig:
             "mrope_section": rope.get("mrope_section", [24, 20, 20]),
             "num_experts": text.get("num_experts", text.get("num_local_experts")) if moe else 0,
         }
+        if moe and not text["num_experts"]:
+            raise InputError(f"{path}: text_config.num_experts is missing")
         if rope.get("rope_type", "default") != "default":
             raise InputError(f"{path}: rope_type {rope['rope_type']!r} is not supported, only 'default'")
         config = Qwen3VLConfig(
