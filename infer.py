@@ -268,8 +268,9 @@ class Answerer:
         self.args = args
         self.processor = data.Processor(args.model, video_fps=args.video_fps, video_maxlen=args.video_maxlen, **limits)
         self.end_token_ids = end_token_ids(args.model, self.processor)
-        self.text_attention = kernels_npu.ops.attention(args.text_attn_implementation)
-        self.vision_attention = kernels_npu.ops.attention(args.vision_attn_implementation)
+        for name in (args.text_attn_implementation, args.vision_attn_implementation):
+            if name:
+                kernels_npu.ops.attention(name)  # what is not available is told before the weights are read
 
     @functools.cached_property
     def generator(self) -> Generator:
@@ -477,7 +478,8 @@ def main(argv: list[str]) -> None:
     """The command line: see the module's docstring."""
     args = parse_args(argv)
     sys.stdout.reconfigure(encoding="utf-8")
-    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    if args.chat:
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # data.py tells what cannot be text
     kernels_npu.select(args.device)
     (answer_questions if args.input is None else answer_rows)(args, Answerer(args))
 

@@ -1,0 +1,396 @@
+"""infer.py against transformers' generate, token for token, and the answering program's promises."""
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+from test_model import positions
+
+import convert
+import data
+import infer
+from kernels_npu import InputError, run_program
+
+ROWS = {
+    "picture": [5, ("image", 4, 6), 9],
+    "pictures": [3, ("image", 2, 2), 4, ("image", 6, 4), 1, ("image", 2, 8), 6],
+    "text": [17],
+    "video": [4, ("video", 3, 4, 4), 8],
+}
+NEVER = [-1]  # no token ends the answer
+
+
+@pytest.fixture(scope="module", params=["dense", "moe"])
+def pair(request, tmp_path_factory):
+    raw = tiny.config_dict(moe=request.param == "moe", layers=3)
+    hf = tiny.hf_model(raw).eval()
+    return hf, tiny.ours_from_hf(hf, raw, tmp_path_factory.mktemp("config"))
+
+
+def hf_answer(hf, inputs: dict, count: int) -> list[int]:
+    out = hf.generate(**inputs, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return out[0, inputs["input_ids"].shape[1]:].tolist()
+
+
+def make_batch(hf, kinds):
+    samples = [tiny.row(ROWS[kind], seed=seed) for seed, kind in enumerate(kinds)]
+    return samples, tiny.batch_of(samples, [positions(hf, tiny.hf_inputs(s)) for s in samples])
+
+
+# ---- generation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_greedy_equals_transformers(pair, kind):
+    hf, ours = pair
+    [sample], batch = make_batch(hf, [kind])
+    expected = hf_answer(hf, tiny.hf_inputs(sample), 24)
+    assert infer.Generator(ours, NEVER).generate(batch, max_new_tokens=24) == [expected]
+
+
+def test_batch_equals_each_alone(pair):
+    hf, ours = pair
+    samples, batch = make_batch(hf, ROWS)
+    expected = [hf_answer(hf, tiny.hf_inputs(s), 24) for s in samples]
+    assert infer.Generator(ours, NEVER).generate(batch, max_new_tokens=24) == expected
+
+    ends = {expected[0][6], expected[2][11]}  # sequences end at different times and leave the batch
+    cut = [ids[: next((i for i, t in enumerate(ids) if t in ends), 24)] for ids in expected]
+    assert len({len(ids) for ids in cut}) > 2
+    assert infer.Generator(ours, ends).generate(batch, max_new_tokens=24) == cut
+
+
+def test_cached_logits_equal_uncached(pair):
+    """Over 300 tokens, so that the cache grows, in a batch that shrinks."""
+    hf, ours = pair
+    samples, batch = make_batch(hf, ["pictures", "text", "video"])
+    alone = infer.Generator(ours, NEVER).generate(batch, max_new_tokens=300)
+    ends = {max(alone[0][:20], key=alone[0].index)}  # the one that comes up last
+    logits = []
+    handle = ours.lm_head.register_forward_hook(lambda module, args, out: logits.append(out.clone()))
+    answers = infer.Generator(ours, ends).generate(batch, max_new_tokens=300)
+    handle.remove()
+    lengths = [len(a) for a in answers]
+    assert 0 < lengths[0] < 20 and max(lengths) == 300
+
+    for b, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
+        cached = torch.stack([step[sum(n >= i for n in lengths[:b])]  # its place among those still running
+                              for i, step in enumerate(logits) if i < len(answer)])
+        whole = tiny.batch_of([sample], [positions(hf, tiny.hf_inputs(sample))])
+        whole.input_ids = torch.cat((whole.input_ids, torch.tensor(answer)))
+        following = whole.position_ids.max() + 1 + torch.arange(len(answer))
+        whole.position_ids = torch.cat((whole.position_ids, following.expand(3, -1)), dim=1)
+        whole.cu_seqlens = [0, len(whole.input_ids)]
+        with torch.no_grad():
+            uncached = ours.lm_head(ours.hidden_states(whole)[0])[-len(answer) - 1 : -1]
+        assert (cached - uncached).abs().max() <= 2e-5 * uncached.abs().max()
+
+
+def test_the_seam_is_given_back(pair):
+    _, ours = pair
+    layers = ours.model.language_model.layers
+    before = [layer.self_attn.attention for layer in layers]
+    _, batch = make_batch(pair[0], ["text"])
+    infer.Generator(ours, NEVER).generate(batch, max_new_tokens=2)
+    assert [layer.self_attn.attention for layer in layers] == before
+    with pytest.raises(ZeroDivisionError):
+        infer.Generator(ours, NEVER).generate(batch, on_token=lambda sequence, token: 1 / 0)
+    assert [layer.self_attn.attention for layer in layers] == before
+
+
+# ---- sampling ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 20, 0.8), (1.9, 5, 1.0), (0.6, 0, 0.35),
+                                                       (1.0, 1000, 0.01), (3.0, 0, 0.95)])
+def test_sampling_equals_transformers_warpers(temperature, top_k, top_p):
+    """With uniform numbers evenly spaced, each token comes up as often as its probability says, to one draw."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = 3 * torch.randn(1, 60, generator=torch.Generator().manual_seed(0))
+    expected = TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    draws = 20_000
+    uniform = 1 - torch.arange(draws) / draws
+    ids = infer.sample(logits.expand(draws, -1), uniform, temperature, top_k, top_p)
+    drawn = ids.bincount(minlength=60) / draws
+    assert (drawn - expected.softmax(-1)[0]).abs().max() <= 2 / draws
+    assert set(ids.tolist()) <= set(expected[0].isfinite().nonzero()[:, 0].tolist())
+
+
+def test_draws_depend_on_seed_and_row_only(pair):
+    hf, ours = pair
+    generator, options = infer.Generator(ours, NEVER), dict(max_new_tokens=10, temperature=1.0, top_p=0.9)
+    samples, batch = make_batch(hf, ["text", "picture", "text"])
+    together = generator.generate(batch, **options, seed=3, first_row=5)
+    for i, sample in enumerate(samples):
+        one = tiny.batch_of([sample], [positions(hf, tiny.hf_inputs(sample))])
+        assert generator.generate(one, **options, seed=3, first_row=5 + i) == [together[i]]
+    assert generator.generate(batch, **options, seed=4, first_row=5) != together
+
+
+# ---- the program ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A Hugging Face directory (with its model in transformers), pictures, and rows of both formats."""
+    folder = tmp_path_factory.mktemp("world")
+    raw = tiny.config_dict(moe=True, layers=3)
+    hf = tiny.hf_model(raw, seed=1).eval()
+    model = tiny.hf_dir(folder / "model", raw, hf)
+    for i, (name, size) in enumerate({"a.png": (64, 40), "b.png": (33, 90)}.items()):
+        Image.effect_noise(size, 80 + i).convert("RGB").save(folder / name)
+    rows = [
+        {"id": "é1", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"},
+                                                         {"from": "gpt", "value": "left out"}]},
+        {"messages": [{"role": "user", "content": "Only text"}], "prediction": "old", "score": 0.1},
+        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
+                      {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "<image> and <image>?"}],
+         "images": ["b.png", "a.png"]},
+        {"messages": [{"role": "user", "content": "Last"}], "note": "\ud800 日本"},
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return SimpleNamespace(folder=folder, model=model, hf=hf, rows=rows, processor=data.Processor(model))
+
+
+def expected_text(world, row: dict, count: int) -> str:
+    """transformers' answer to a row."""
+    sample = world.processor.encode(row, media_dir=world.folder, for_generation=True)
+    sample = SimpleNamespace(input_ids=sample.input_ids, pixel_values=sample.pixel_values, grid_thw=sample.grid_thw,
+                             kinds=["image"] * len(sample.grid_thw))
+    ids = hf_answer(world.hf, tiny.hf_inputs(sample), count)
+    end = world.processor.im_end_token_id
+    return world.processor.decode(ids[: ids.index(end)] if end in ids else ids)
+
+
+@pytest.fixture
+def run(world, capfd, monkeypatch):
+    """Runs the program here -> (status, standard output, standard error)."""
+
+    def run(*argv, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.chdir(world.folder)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capfd.readouterr()
+        argv = ["--model", str(world.model), *map(str, argv)]
+        status = run_program(infer.main, argv, data.InputError)
+        return status, *capfd.readouterr()
+
+    return run
+
+
+def predictions(path: Path) -> list[str]:
+    return [json.loads(line)["prediction"] for line in path.read_bytes().splitlines()]
+
+
+def test_prompt_answers_as_transformers(world, run):
+    for argv, row in (
+        (["--prompt", "What is this? é", "--image", "a.png"],
+         {"messages": [{"role": "user", "content": "What is this? é"}], "images": ["a.png"]}),
+        (["--image", "a.png", "--image", "b.png", "--prompt", "One <image> two <image>", "--system", "Brief."],
+         {"messages": [{"role": "system", "content": "Brief."}, {"role": "user", "content": "One <image> two <image>"}],
+          "images": ["a.png", "b.png"]}),
+        (["--prompt", "no picture", "--text-attn-implementation", "eager", "--dtype", "float32"],
+         {"messages": [{"role": "user", "content": "no picture"}]}),
+    ):
+        status, out, err = run(*argv, "--max-new-tokens", 12)
+        assert (status, out, err) == (0, expected_text(world, row, 12) + "\n", "")
+
+
+def test_checkpoint_answers_as_its_hugging_face_directory(world, run, tmp_path):
+    convert.hf_to_dcp(world.model, tmp_path / "dcp")
+    assets = tiny.hf_dir(tmp_path / "assets", json.loads((world.model / "config.json").read_text()))
+    argv = ["--image", "a.png", "--prompt", "What?", "--max-new-tokens", 8]
+    for load in (tmp_path / "dcp", tmp_path / "dcp" / "release"):
+        assert run("--model", assets, "--load", load, *argv)[:2] == run(*argv)[:2]
+    status, _, err = run("--model", assets, *argv)
+    assert status == 1 and "no weights" in err
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_rows_in_batches(world, run, tmp_path, batch_size):
+    output = tmp_path / "answers.jsonl"
+    argv = ["--input", "rows.jsonl", "--output", output, "--batch-size", batch_size, "--max-new-tokens", 9]
+    status, out, err = run(*argv)
+    assert (status, out) == (0, "") and "4/4" in err
+    written = [json.loads(line) for line in output.read_bytes().splitlines()]
+    assert written == [row | {"prediction": expected_text(world, row, 9)} for row in world.rows]
+
+
+def test_sampled_rows_do_not_depend_on_batches_or_resuming(world, run, tmp_path):
+    argv = ["--input", "rows.jsonl", "--max-new-tokens", 6, "--temperature", 1.2, "--top-k", 50, "--seed", 7]
+    argv.append("--output")
+    assert run(*argv, tmp_path / "one")[0] == run(*argv, tmp_path / "all", "--batch-size", 4)[0] == 0
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "all").read_bytes()
+    assert run(*argv, tmp_path / "other", "--seed", 8)[0] == 0
+    assert predictions(tmp_path / "other") != predictions(tmp_path / "one")
+
+    whole = (tmp_path / "one").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for kept in (b"", lines[0], lines[0] + lines[1][:20], b"".join(lines[:3]) + lines[3][:-1]):
+        (tmp_path / "cut").write_bytes(kept)
+        status, _, err = run(*argv, tmp_path / "cut", "--batch-size", 2)
+        assert status == 0 and (tmp_path / "cut").read_bytes() == whole
+    status, out, err = run(*argv, tmp_path / "cut")
+    assert (status, out) == (0, "") and err == f"{tmp_path / 'cut'} already has the answers to all 4 rows\n"
+
+
+@pytest.mark.parametrize("content", [b'{"id": "other"', b'{"id": "other"}\n', b"precious, no newline", b"[1]\n", b"\n"])
+def test_other_files_are_not_touched(world, run, tmp_path, content):
+    (tmp_path / "out").write_bytes(content)
+    status, out, err = run("--input", "rows.jsonl", "--output", tmp_path / "out")
+    assert (status, out) == (1, "")
+    assert err.startswith(f"error: {tmp_path / 'out'} line 1 is not the answer to rows.jsonl row 1: ")
+    assert err.count("\n") == 1 and (tmp_path / "out").read_bytes() == content
+
+
+def test_more_answers_than_rows(world, run, tmp_path):
+    argv = ["--input", "rows.jsonl", "--output", tmp_path / "out", "--max-new-tokens", 1]
+    assert run(*argv)[0] == 0
+    with open(tmp_path / "out", "ab") as file:
+        file.write(b"{}\n")
+    status, _, err = run(*argv)
+    assert status == 1 and "line 5 is not the answer" in err
+
+
+def test_bad_row_keeps_the_answers_before_it(world, run, tmp_path):
+    bad = {"id": 9, "messages": [{"role": "user", "content": "x"}], "image": "gone.png"}
+    rows = [*world.rows[:2], bad, world.rows[3]]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    argv = ["--input", tmp_path / "rows.json", "--dataset-dir", world.folder, "--output", tmp_path / "out",
+            "--batch-size", 4, "--max-new-tokens", 5]
+    for _ in range(2):
+        status, out, err = run(*argv)
+        last = err.splitlines()[-1]
+        assert (status, out) == (1, "") and last.startswith(f"error: {tmp_path / 'rows.json'} row 3 (id 9): image: ")
+        assert "gone.png does not exist" in last and "Traceback" not in err
+        assert predictions(tmp_path / "out") == [expected_text(world, row, 5) for row in rows[:2]]
+    bad["image"] = "a.png"  # corrected, it goes on
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert run(*argv)[0] == 0
+    assert predictions(tmp_path / "out") == [expected_text(world, row, 5) for row in rows]
+
+
+def test_chat_knows_what_was_said(world, run):
+    argv = ["--chat", "--image", "a.png", "--system", "Brief.", "--max-new-tokens", 7]
+    status, out, err = run(*argv, stdin="What é?\r\n\n  \nAnd now?\n".encode())
+    row = {"messages": [{"role": "system", "content": "Brief."}, {"role": "user", "content": "What é?"}],
+           "images": ["a.png"]}
+    first = expected_text(world, row, 7)
+    row["messages"] += [{"role": "assistant", "content": first}, {"role": "user", "content": "And now?"}]
+    assert (status, out, err) == (0, f"{first}\n{expected_text(world, row, 7)}\n", "")
+    assert run(*argv, "--prompt", "What é?", stdin=b"And now?")[1] == out
+    status, out, err = run(*argv, stdin=b"What \xff?\n")
+    assert (status, out) == (1, "") and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_verbose_figures(run):
+    status, _, err = run("--prompt", "Hi", "--max-new-tokens", 4, "--verbose")
+    assert status == 0
+    for figure in ("load time: ", "prompt tokens: 21", "time to first token: ", "new tokens: 4", "tokens per second: "):
+        assert figure in err
+
+
+@pytest.mark.parametrize("files, expected", [
+    ({}, {258}),
+    ({"generation_config.json": {"eos_token_id": [7, 9]}, "config.json": {"eos_token_id": 5}}, {7, 9}),
+    ({"generation_config.json": {"eos_token_id": 0}}, {0}),
+    ({"generation_config.json": {"do_sample": True}, "config.json": {"text_config": {"eos_token_id": 5}}}, {5}),
+    ({"config.json": {"eos_token_id": None}}, {258}),
+])
+def test_where_answers_end(tmp_path, files, expected):
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert infer.end_token_ids(tmp_path, SimpleNamespace(im_end_token_id=258)) == expected
+
+
+@pytest.mark.parametrize("content", ['{"eos_token_id": "7"}', '{"eos_token_id": [true]}', "[]", "{"])
+def test_bad_end_tokens(tmp_path, content):
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(InputError, match="generation_config.json: "):
+        infer.end_token_ids(tmp_path, SimpleNamespace(im_end_token_id=258))
+
+
+# ---- streaming -----------------------------------------------------------------------------------------------------
+
+
+def test_text_comes_in_whole_characters(world):
+    text = "né 😀日本"
+    ids = [i for character in text for i in world.processor.tokenizer.encode(character).ids]
+    stream = infer.TextStream(world.processor)
+    pieces = [stream.push(i) for i in ids]
+    assert "".join(pieces) == text and stream.rest() == ""
+    assert [piece for piece in pieces if piece] == list(text)
+    assert stream.push(world.processor.im_start_token_id) == ""  # special tokens are not text
+
+
+def test_broken_characters_come_as_they_would_at_once(world):
+    ids = torch.randint(0, 263, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    stream = infer.TextStream(world.processor)
+    assert "".join([*map(stream.push, ids), stream.rest()]) == world.processor.decode(ids)
+
+
+def test_answer_is_printed_as_it_is_made(world, capsys):
+    ids = world.processor.tokenizer.encode("aé!").ids + world.processor.tokenizer.encode("é").ids[:1]
+    printed = []
+
+    def answer(samples, turn, on_token):
+        for token in ids:
+            on_token(0, token)
+            printed.append(capsys.readouterr().out)
+
+    answer.processor = world.processor
+    assert infer.stream_answer(answer, None, 0) == "aé!\ufffd"
+    assert printed == ["a", "", "é", "!", ""] and capsys.readouterr().out == "\ufffd\n"
+
+
+# ---- mistakes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv, status, message", [
+    ([], 2, "nothing to answer: give --prompt, --chat or --input"),
+    (["--input", "rows.jsonl"], 2, "--input needs --output"),
+    (["--input", "rows.jsonl", "--output", "o", "--image", "a.png"], 2, "--image has no effect with --input"),
+    (["--prompt", "x", "--batch-size", "2"], 2, "--batch-size has no effect without --input"),
+    (["--prompt", "x", "--temperature", "-1"], 2, "--temperature: '-1' is not a number at least 0"),
+    (["--prompt", "x", "--top-p", "0"], 2, "--top-p: '0' is not a number above 0 and at most 1"),
+    (["--prompt", "x", "--max-new-tokens", "0"], 2, "--max-new-tokens: '0'"),
+    (["--prompt", "x", "--max-new-token", "5"], 2, "did you mean --max-new-tokens?"),
+    (["--prompt", "x", "--image-min-pixels", "9", "--image-max-pixels", "8"], 2, "--image-min-pixels 9 is above"),
+    (["--prompt", "x", "--image", "gone.png"], 1, "images[0]: gone.png does not exist"),
+    (["--prompt", "x <image>"], 1, "<image>"),
+    (["--prompt", "x", "--model", "gone"], 1, "gone/tokenizer.json does not exist"),
+    (["--prompt", "x", "--load", "gone"], 1, "gone: is not there"),
+    (["--prompt", "x", "--device", "npu"], 1, "--device npu"),
+    (["--prompt", "x", "--text-attn-implementation", "flash_attention_2"], 1, "flash_attention_2"),
+    (["--input", "gone.json", "--output", "o"], 1, "gone.json"),
+    (["--input", "rows.jsonl", "--output", "gone/o"], 1, "gone/o: No such file or directory"),
+    (["--input", "rows.jsonl", "--output", "o", "--dataset-dir", "gone"], 1, "--dataset-dir"),
+])
+def test_mistakes_are_one_line(run, argv, status, message):
+    got, out, err = run(*argv)
+    assert (got, out) == (status, "") and err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_as_a_process(world, tmp_path):
+    """Flags from a file, in a locale that knows ASCII only."""
+    (tmp_path / "flags").write_text(f"# a comment\n--model {world.model}\n--prompt 'What is it?'  # the question\n"
+                                    "--image a.png\n--max-new-tokens 12\n")
+    done = subprocess.run([sys.executable, Path(infer.__file__), f"@{tmp_path / 'flags'}"], capture_output=True,
+                          cwd=world.folder, env=os.environ | {"LC_ALL": "POSIX", "PYTHONUTF8": "0"})
+    row = {"messages": [{"role": "user", "content": "What is it?"}], "images": ["a.png"]}
+    expected = expected_text(world, row, 12)
+    assert not expected.isascii()
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, expected + "\n", b"")
