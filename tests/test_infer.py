@@ -342,18 +342,20 @@ def test_broken_characters_come_as_they_would_at_once(world):
     assert "".join([*map(stream.push, ids), stream.rest()]) == world.processor.decode(ids)
 
 
-def test_answer_is_printed_as_it_is_made(world, capsys):
+def test_answer_is_printed_as_it_is_made(world, monkeypatch):
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="utf-8"))  # holds back what is not flushed
     ids = world.processor.tokenizer.encode("aé!").ids + world.processor.tokenizer.encode("é").ids[:1]
     printed = []
 
     def answer(samples, turn, on_token):
         for token in ids:
             on_token(0, token)
-            printed.append(capsys.readouterr().out)
+            printed.append(screen.getvalue().decode())
 
     answer.processor = world.processor
     assert infer.stream_answer(answer, None, 0) == "aé!\ufffd"
-    assert printed == ["a", "", "é", "!", ""] and capsys.readouterr().out == "\ufffd\n"
+    assert printed == ["a", "a", "aé", "aé!", "aé!"] and screen.getvalue().decode() == "aé!\ufffd\n"
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------------------
