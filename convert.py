@@ -381,7 +381,7 @@ def _write_metadata(directory: Path, entries: list) -> dict[str, dict]:
         chunks = tensors.setdefault(name, TensorStorageMetadata(TensorProperties(dtype=dtype), whole, [])).chunks
         storage[MetadataIndex(name, offset, len(chunks))] = info
         chunks.append(ChunkStorageMetadata(offset, shape))
-    return _write_bytes(directory / ".metadata", pickle.dumps(Metadata(tensors, storage_data=storage, version="1.0.0")))
+    return _write_bytes(directory / ".metadata", pickle.dumps(Metadata(tensors, storage_data=storage)))
 
 
 def _sync(directory: Path) -> None:

@@ -595,6 +595,21 @@ def test_kill_9_at_every_moment_of_a_save(tmp_path, iteration):
     assert seen == {1.0, 2.0} and event > 30
 
 
+@pytest.mark.parametrize("event", [5, 60, 300])
+def test_a_killed_conversion_leaves_nothing_that_looks_complete(make_hf, tmp_path, event):
+    hf = make_hf("dense, untied")
+    assert in_a_killed_child(lambda: convert.hf_to_dcp(hf, tmp_path / "dcp"), event)
+    with pytest.raises(InputError):
+        find_checkpoint(tmp_path / "dcp")
+    convert.hf_to_dcp(hf, tmp_path / "dcp")
+    assert in_a_killed_child(lambda: convert.dcp_to_hf(tmp_path / "dcp", tmp_path / "out", hf), event)
+    assert not (tmp_path / "out").exists()
+    convert.dcp_to_hf(tmp_path / "dcp", tmp_path / "out", hf)
+    assert same(contents(tmp_path / "out"), contents(hf))
+    assert {f.name for f in tmp_path.iterdir()} == {"dcp", "out"}
+    assert {f.name for f in (tmp_path / "dcp").iterdir()} == {"release", convert.TRACKER}
+
+
 # ---- several ranks -------------------------------------------------------------------------------------------------
 
 
@@ -692,9 +707,11 @@ def measure(argv: list[str]) -> None:
 
     thread = threading.Thread(target=sample)
     thread.start()
-    convert.main(argv)
-    done.set()
-    thread.join()
+    try:
+        convert.main(argv)
+    finally:
+        done.set()
+        thread.join()
     print(f"grew {peak[0] - start} of {peak[0]} MB")
 
 
