@@ -159,7 +159,8 @@ def test_transformers_4_loads_the_result(make_hf, tmp_path, kind):
     hf = make_hf(kind)
     assets = tmp_path / "assets"
     assets.mkdir()
-    (assets / "config.json").write_text(json.dumps(tiny.config_dict(moe=moe, tied=tied)))
+    raw = tiny.config_dict(moe=moe, tied=tied, tie_word_embeddings=tied)  # version 4 reads the nested one
+    (assets / "config.json").write_text(json.dumps(raw))
     convert.hf_to_dcp(hf, tmp_path / "dcp")
     convert.dcp_to_hf(tmp_path / "dcp", tmp_path / "out", assets)
     inputs = tiny.hf_inputs(tiny.row([5, ("image", 4, 6), 7]))
