@@ -38,6 +38,10 @@ class Ranks:
         self.dp_rank, self.dp_size = self.rank, self.world
         self.mesh = init_device_mesh(ops.device.type, (self.world,))
         self.device = ops.device
+        # torch 2.7.1 with gloo takes ReduceOp.AVG for a sum, silently: ask, and let `parallelize` make up for it
+        one = torch.empty(1, device=self.device)
+        dist.reduce_scatter_tensor(one, torch.ones(self.world, device=self.device), op=dist.ReduceOp.AVG)
+        self.backend_averages = one.item() == 1
 
     def sum(self, *values: float | Tensor) -> list[float]:
         """Each value summed over all ranks, in float64: one small all-reduce."""
@@ -100,13 +104,19 @@ def parallelize(model: Qwen3VL, ranks: Ranks, *, compute_dtype: torch.dtype, rec
     shard(model, reshard_after_forward=False)
     for module, following in zip(order, order[1:], strict=False):
         module.set_modules_to_forward_prefetch([following])
+    if not ranks.backend_averages:
+        for module in fsdp_modules(model):
+            module.set_all_reduce_hook(lambda gradient: gradient.div_(ranks.world))
+
+
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def reshard(model: nn.Module) -> None:
     """Frees what a forward without a backward left gathered."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in fsdp_modules(model):
+        module.reshard()
 
 
 @torch.no_grad()
