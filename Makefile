@@ -18,6 +18,7 @@ test: lint
 	.venv/bin/python -m pytest -q
 
 test-slow: .venv/.test .venv-4.57/.test
+	.venv-4.57/bin/python -m pytest -q tests/test_model.py
 	TRANSFORMERS_4_PYTHON=$(abspath .venv-4.57/bin/python) .venv/bin/python -m pytest -q -m slow
 
 lint: .venv/.test

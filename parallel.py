@@ -1,7 +1,7 @@
 """Ranks as a grid, and what is done to a built model from outside: freezing, recompute, FSDP2, gradient clipping.
 
-Nothing here is called by `model.py`: the seams that it documents are replaced, and FSDP2 hooks onto its modules, so that
-the same forward runs on one process and on many. A world of one goes the same way as a large one.
+Nothing here is called by `model.py`: the seams that it documents are replaced, and FSDP2 hooks onto its modules, so
+that the same forward runs on one process and on many. A world of one goes the same way as a large one.
 """
 from __future__ import annotations
 

@@ -36,9 +36,7 @@ def pair(request, tmp_path_factory):
 
 
 def positions(hf, inputs):
-    ids, _ = hf.model.get_rope_index(
-        inputs["input_ids"], mm_token_type_ids=inputs["mm_token_type_ids"], image_grid_thw=inputs.get("image_grid_thw"),
-        video_grid_thw=inputs.get("video_grid_thw"), attention_mask=inputs["attention_mask"])
+    ids, _ = hf.model.get_rope_index(**{k: v for k, v in inputs.items() if not k.startswith("pixel_values")})
     return ids[-3:, 0]
 
 

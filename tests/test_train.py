@@ -235,7 +235,8 @@ def test_without_optimizer_or_random_state(folder, tmp_path):
 def test_frozen_towers_do_not_move_and_the_table_says_so(folder, tmp_path, caplog):
     caplog.set_level("INFO")
     run(folder, tmp_path, "--freeze-vision-encoder", "--freeze-vision-projector", iters=2)
-    rows = {line.split("  ")[0].strip(): re.findall(r"\d[\d,]*", line) for line in caplog.messages if "trainable" in line}
+    table = [line for line in caplog.messages if "trainable" in line]
+    rows = {line.split("  ")[0].strip(): re.findall(r"\d[\d,]*", line) for line in table}
     start = {k: tiny.our_layout(k, v) for k, v in tiny.hf_model(MODELS["moe"]).state_dict().items()}
     after = weights(tmp_path)
     for name, value in start.items():

@@ -30,8 +30,9 @@ COLOURS = {  # hue, saturation, value: the middle of each colour's shades
     "blue": (0.590, 0.74, 0.85),
     "purple": (0.760, 0.58, 0.75),
 }
-PLACES = {"top left": (0, 0), "top right": (0, 2), "middle": (1, 1), "bottom left": (2, 0), "bottom right": (2, 2)}
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 WORDINGS = {
+    "list": ("What do you see?", "List what is in the picture."),
     "colour": ("What colour is the {}?", "Which colour does the {} have?"),
     "place": ("Which shape is in the {}?", "What is in the {}?"),
     "count": ("How many {} are there?", "Count the {}."),
@@ -40,7 +41,15 @@ WORDINGS = {
     "numbers": ("Which is the {}?",),
 }
 COUNTS = ("none", "one", "two", "three", "four")
-KINDS = {"colour": 1, "place": 1, "count": 1, "relation": 1, "compare": 2, "numbers": 0}  # of question: its pictures
+KINDS = {
+    "list": 1,
+    "colour": 1,
+    "place": 1,
+    "count": 1,
+    "relation": 1,
+    "compare": 2,
+    "numbers": 0,
+}  # of question: its pictures
 
 PICTURE_PIXELS = 192  # as drawn; the processor halves it
 MODEL_PIXELS = 96  # as the model sees it: 6 x 6 patches, 9 tokens
@@ -59,13 +68,13 @@ QWEN_WORDS = (
 class Thing(NamedTuple):
     """One shape of a picture, in the cell (row, column) of the 3 x 3 grid, both from 0 at the top left."""
 
-    shape: str
-    colour: str
     row: int
     column: int
+    shape: str
+    colour: str
 
 
-Scene = tuple[Thing, ...]  # sorted, at most one thing in a cell
+Scene = tuple[Thing, ...]  # in reading order, at most one thing in a cell
 
 
 class Question(NamedTuple):
@@ -80,7 +89,7 @@ def make_scene(rng: random.Random) -> Scene:
     """Draws a random arrangement of two to six things; one shape is often there several times, so that counts vary."""
     shapes = [rng.choice(SHAPES)] * rng.choice([0, 0, 1, 2, 3, 4]) + rng.choices(SHAPES, k=6)
     cells = rng.sample([(row, column) for row in range(3) for column in range(3)], rng.randint(2, 6))
-    return tuple(sorted(Thing(s, rng.choice(list(COLOURS)), *cell) for s, cell in zip(shapes, cells, strict=False)))
+    return tuple(sorted(Thing(*cell, s, rng.choice(list(COLOURS))) for s, cell in zip(shapes, cells, strict=False)))
 
 
 def ask(kind: str, scenes: list[Scene], rng: random.Random) -> Question | None:
@@ -104,12 +113,10 @@ def ask(kind: str, scenes: list[Scene], rng: random.Random) -> Question | None:
         shape = rng.choices(shapes, [counts[0][shape] + 0.5 for shape in shapes])[0]
         return Question(kind, _plural(shape), COUNTS[counts[0][shape]])
     if kind == "place":
-        shape_at = {(thing.row, thing.column): thing.shape for thing in scenes[0]}
-        places = [place for place, cell in PLACES.items() if cell in shape_at]
-        if not places:
-            return None
-        place = rng.choice(places)
-        return Question(kind, place, shape_at[PLACES[place]])
+        thing = rng.choice(scenes[0])
+        return Question(kind, _place(thing), thing.shape)
+    if kind == "list":  # in reading order, as the scene is sorted
+        return Question(kind, "", ", ".join(f"{_place(thing)} {thing.colour} {thing.shape}" for thing in scenes[0]))
     single = [thing for thing in scenes[0] if counts[0][thing.shape] == 1]
     if kind == "colour" and single:
         thing = rng.choice(single)
@@ -128,6 +135,10 @@ def ask(kind: str, scenes: list[Scene], rng: random.Random) -> Question | None:
     return None
 
 
+def _place(thing: Thing) -> str:
+    return f"{ROWS[thing.row]} {COLUMNS[thing.column]}"
+
+
 def _plural(shape: str) -> str:
     return shape + ("es" if shape.endswith("s") else "s")
 
@@ -136,7 +147,7 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
     """Draws a scene as an RGB picture of PICTURE_PIXELS squared, jittering everything that no question asks about."""
     scale = 2  # drawn larger, then averaged down: smooth edges
     cell = PICTURE_PIXELS * scale / 3
-    dark = rng.random() < 0.25
+    dark = False
     saturation, value = (rng.uniform(0.15, 0.3), rng.uniform(0.16, 0.26)) if dark else (rng.uniform(0, 0.09), 0.98)
     image = Image.new("RGB", (PICTURE_PIXELS * scale,) * 2, _rgb(rng.random(), saturation, value))
     canvas = ImageDraw.Draw(image)
