@@ -556,6 +556,14 @@ class Qwen3VL(nn.Module):
         self.loss_chunk_size = 1024
         self.router_aux_loss_coef = 0.0
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> Qwen3VL:
+        super()._apply(fn, recurse)
+        # `to_empty` makes new parameters module by module, which would untie what is tied
+        embedding = self.model.language_model.embed_tokens.weight
+        if self.config.tie_word_embeddings and self.lm_head.weight is not embedding:
+            self.lm_head.weight = embedding
+        return self
+
     def set_attention(self, text: str | None = None, vision: str | None = None) -> None:
         """Chooses the attention implementation of each tower ('eager', 'sdpa', ...; None: the device's default)."""
         ops = kernels_npu.ops

@@ -235,3 +235,13 @@ def test_random_weights_do_not_depend_on_the_order_of_parameters(tmp_path):
     b.init_weights(2)
     assert not torch.equal(a.lm_head.weight, b.lm_head.weight)
     assert a.lm_head.weight.std().item() == pytest.approx(0.1, rel=0.05)
+
+
+def test_tied_embeddings_stay_tied_off_the_meta_device(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny.config_dict(tied=True)))
+    with torch.device("meta"):
+        model = Qwen3VL(Qwen3VLConfig.from_json(tmp_path))
+    model.to_empty(device="cpu")
+    model.to(torch.bfloat16)
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    assert "lm_head.weight" not in dict(model.named_parameters())
