@@ -219,6 +219,13 @@ def test_checkpoint_answers_as_its_hugging_face_directory(world, run, tmp_path):
     assert status == 1 and "no weights" in err
 
 
+def test_tied_model_keeps_one_embedding(tmp_path):
+    raw = tiny.config_dict(tied=True, layers=3)
+    model = infer.load_model(tiny.hf_dir(tmp_path, raw, tiny.hf_model(raw)), dtype="bfloat16")
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_rows_in_batches(world, run, tmp_path, batch_size):
     output = tmp_path / "answers.jsonl"
