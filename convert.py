@@ -57,6 +57,7 @@ CHECKSUMS = "checksums.json"
 INDEX = "model.safetensors.index.json"
 SAFETENSORS_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
+LAYOUT = {"expert_layout": "published"}  # in the header of what we write, for square experts (see `fit`)
 
 Stored = tuple[torch.dtype, torch.Size]  # what a source knows of a tensor without reading it
 
@@ -143,9 +144,11 @@ class HuggingFaceWeights:
         self.tensors: dict[str, Stored] = {}
         self._slices = {}
         self._transposed: set[str] = set()
+        self._published = True  # every file says so
         for file, names in self.files.items():
             try:
                 handle = safe_open(self.path / file, "pt")
+                self._published &= LAYOUT.items() <= (handle.metadata() or {}).items()
                 stored = set(handle.keys())
                 names = self.files[file] = names or sorted(stored)
                 for name in names:
@@ -185,10 +188,10 @@ class HuggingFaceWeights:
         Published checkpoints and transformers 4 store [E, D, 2I] and [E, I, D]; transformers 5 writes [E, 2I, D] and
         [E, D, I] under the same names. A square tensor (2I == D or I == D) cannot tell, and its neighbour is no
         evidence either: transformers 5 turns a published checkpoint's other experts on loading, but never square ones,
-        and then saves both (huggingface/transformers#47031).
+        and then saves both (huggingface/transformers#47031). What `dcp_to_hf` has written says its layout.
         """
         for name, shape in expected.items():
-            if name.endswith(EXPERTS) and name in self.tensors:
+            if name.endswith(EXPERTS) and name in self.tensors and not self._published:
                 dtype, stored = self.tensors[name]
                 turned = torch.Size((shape[0], shape[2], shape[1]))
                 if stored == shape == turned:
@@ -705,8 +708,7 @@ def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str 
     if named and target is None:
         raise InputError(f"{assets / 'config.json'}: dtype {named!r} is not a weight's; give --dtype bfloat16")
     if any(name.endswith(EXPERTS) and shape[1] == shape[2] for name, shape in expected.items()):
-        logger.warning("the experts are square: transformers 5 will take them for its own transposed layout; nothing "
-                       "here reads them back either, but infer.py --load reads the checkpoint itself")
+        logger.warning("the experts are square: transformers 5 will take them for its own transposed layout")
     types = {name: target or source.tensors[name][0] for name in expected}
     nbytes = {name: types[name].itemsize * shape.numel() for name, shape in expected.items()}
     shards: list[list[str]] = [[]]
@@ -738,7 +740,7 @@ def _write_safetensors(
     """One safetensors file, piece by piece. Wide types go first: readers map the values, and need them aligned."""
     names = sorted(names, key=lambda name: -types[name].itemsize)
     labels = {dtype: label for label, dtype in SAFETENSORS_TYPES.items()}
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict] = {"__metadata__": {"format": "pt", **LAYOUT}}
     end = 0
     for name in names:
         begin, end = end, end + types[name].itemsize * shapes[name].numel()

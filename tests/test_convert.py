@@ -199,6 +199,14 @@ def test_ambiguous_experts_are_refused(tmp_path, capfd, width):
     status, error = program(capfd, "hf_to_dcp", "--hf_dir", tmp_path / "hf", "--dcp_dir", tmp_path / "dcp")
     assert status == 1 and "square" in error and not (tmp_path / "dcp").exists()
 
+    model = build(tmp_path / "hf")  # but a model trained from scratch comes back: what we write says its layout
+    model.init_weights(0)
+    convert.save_checkpoint(tmp_path / "run", 1, model)
+    convert.dcp_to_hf(tmp_path / "run", tmp_path / "out", tmp_path / "hf")
+    again = build(tmp_path / "hf")
+    load_hf_weights(again, tmp_path / "out")
+    assert same(again.state_dict(), model.state_dict())
+
 
 # ---- loading a Hugging Face directory ------------------------------------------------------------------------------
 
