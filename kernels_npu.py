@@ -118,7 +118,9 @@ class Torch:
     def grouped_matmul(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         """Row group e of x times weight[e]: x [N,K], weight [E,K,M], counts [E] adding up to N -> [N,M]."""
         # unbind, not indexing: its backward stacks once, where indexing would add E zero-filled [E,K,M] tensors
-        return torch.cat([rows @ w for rows, w in zip(x.split(counts.tolist()), weight.unbind(0), strict=True)])
+        groups = zip(x.split(counts.tolist()), weight.unbind(0), strict=True)
+        # no rows at all: an empty product, which still hangs on x and weight
+        return torch.cat([rows @ w for rows, w in groups if len(rows)] or [x @ weight[0]])
 
     # ---- optimizer and device --------------------------------------------------------------------------------------
 
