@@ -40,7 +40,8 @@ class Ranks:
         self.device = ops.device
         # torch 2.7.1 with gloo takes ReduceOp.AVG for a sum, silently: ask, and let `parallelize` make up for it
         one = torch.empty(1, device=self.device)
-        dist.reduce_scatter_tensor(one, torch.ones(self.world, device=self.device), op=dist.ReduceOp.AVG)
+        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in 2.13
+        reduce_scatter(one, torch.ones(self.world, device=self.device), op=dist.ReduceOp.AVG)
         self.backend_averages = one.item() == 1
 
     def sum(self, *values: float | Tensor) -> list[float]:

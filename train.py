@@ -488,11 +488,12 @@ def resume(
 def profiler(args: argparse.Namespace, ranks: parallel.Ranks):
     """torch.profiler over the asked iterations, writing a Chrome trace to --profile-dir; without it, nothing."""
     wanted = args.profile_dir and ranks.rank == 0
-    skip, active = args.profile_step_start - 1, args.profile_step_end - args.profile_step_start + 1
+    before, active = args.profile_step_start - 1, args.profile_step_end - args.profile_step_start + 1
+    warmup = min(1, before)
     if not wanted:
         return contextlib.nullcontext()
     return torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=skip, warmup=0, active=active, repeat=1),
+        schedule=torch.profiler.schedule(wait=before - warmup, warmup=warmup, active=active, repeat=1),
         on_trace_ready=torch.profiler.tensorboard_trace_handler(args.profile_dir),
         record_shapes=True, profile_memory=True,
     )
