@@ -541,8 +541,10 @@ def main(argv: list[str]) -> None:
         args.train_iters = max(1, math.ceil(args.train_epochs * len(dataset) / args.global_batch_size))
     dtype = args.compute_dtype or ops.compute_dtype
 
-    say(f"device: {ops.device}, {ranks.world} rank(s), {ops.distributed_backend}, compute {dtype}; operations: "
-        + ", ".join(f"{name} {owner}" for name, owner in ops.implementations().items()))
+    say(f"device: {ops.device}, {ranks.world} rank(s) over {ops.distributed_backend}, compute in {dtype}")
+    say("operations: " + ", ".join(f"{name} {owner}" for name, owner in ops.implementations().items())
+        + f"; attention: text {args.text_attn_implementation or ops.default_attention}, "
+        f"vision {args.vision_attn_implementation or ops.default_attention}")
     model = build_model(args, config, ranks, dtype)
     for tower, (total, trainable) in parameter_table(model.named_parameters()).items():
         say(f"{tower:17} {total:15,d} parameters, {trainable:15,d} trainable")
