@@ -1,11 +1,11 @@
 """Makes what `make demo` trains on: drawn pictures with questions, a tiny tokenizer, the description of a small model.
 
-    python tools/demo_data.py --output demo_out [--train-rows 6000] [--held-out 80] [--seed 0]
+    python tools/demo_data.py --output demo_out [--describe 4800] [--answer 8000] [--held-out 80] [--seed 0]
 
-A picture is up to six coloured shapes, one to a cell of a 3 x 3 grid, with position, size, angle and shade jittered.
-Rows are in the LLaVA format of `data.py`: a training row asks several questions about its one or two pictures (or, text
-only, about numbers); a held-out row asks one. No arrangement of shapes, and no question about numbers, occurs twice, so
-none of the held-out ones is in training. Nothing is downloaded, and the same seed gives the same files.
+A picture is one to six coloured shapes, each in a cell of a 3 x 3 grid, with position, size, angle and shade jittered.
+Rows are in the LLaVA format of `data.py`: a question about one picture, about two, or (text only) about numbers. No
+arrangement of shapes and no question about numbers that is held out occurs in training. Nothing is downloaded, and the
+same seed gives the same files.
 """
 
 import argparse
@@ -34,7 +34,7 @@ ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 WORDINGS = {
     "list": ("What do you see?", "List what is in the picture."),
     "colour": ("What colour is the {}?", "Which colour does the {} have?"),
-    "place": ("Which shape is in the {}?", "What is in the {}?"),
+    "place": ("What is in the {}?", "What does the {} show?"),
     "count": ("How many {} are there?", "Count the {}."),
     "relation": ("Is the {}?",),
     "compare": ("Which picture has more {}?",),
@@ -88,7 +88,7 @@ class Question(NamedTuple):
 def make_scene(rng: random.Random) -> Scene:
     """Draws a random arrangement of two to six things; one shape is often there several times, so that counts vary."""
     shapes = [rng.choice(SHAPES)] * rng.choice([0, 0, 1, 2, 3, 4]) + rng.choices(SHAPES, k=6)
-    cells = rng.sample([(row, column) for row in range(3) for column in range(3)], rng.randint(2, 6))
+    cells = rng.sample([(row, column) for row in range(3) for column in range(3)], rng.randint(1, 6))
     return tuple(sorted(Thing(*cell, s, rng.choice(list(COLOURS))) for s, cell in zip(shapes, cells, strict=False)))
 
 
@@ -112,11 +112,13 @@ def ask(kind: str, scenes: list[Scene], rng: random.Random) -> Question | None:
         shapes = [shape for shape in SHAPES if counts[0][shape] < len(COUNTS)]
         shape = rng.choices(shapes, [counts[0][shape] + 0.5 for shape in shapes])[0]
         return Question(kind, _plural(shape), COUNTS[counts[0][shape]])
+    if kind == "list":
+        return Question(kind, "", ", ".join(f"{_place(t.row, t.column)} {t.colour} {t.shape}" for t in scenes[0]))
     if kind == "place":
-        thing = rng.choice(scenes[0])
-        return Question(kind, _place(thing), thing.shape)
-    if kind == "list":  # in reading order, as the scene is sorted
-        return Question(kind, "", ", ".join(f"{_place(thing)} {thing.colour} {thing.shape}" for thing in scenes[0]))
+        things = {(thing.row, thing.column): f"{thing.colour} {thing.shape}" for thing in scenes[0]}
+        empty = [(row, column) for row in range(3) for column in range(3) if (row, column) not in things]
+        row, column = rng.choice(list(things) if rng.random() < 0.8 else empty)
+        return Question(kind, _place(row, column), things.get((row, column), "nothing"))
     single = [thing for thing in scenes[0] if counts[0][thing.shape] == 1]
     if kind == "colour" and single:
         thing = rng.choice(single)
@@ -135,8 +137,8 @@ def ask(kind: str, scenes: list[Scene], rng: random.Random) -> Question | None:
     return None
 
 
-def _place(thing: Thing) -> str:
-    return f"{ROWS[thing.row]} {COLUMNS[thing.column]}"
+def _place(row: int, column: int) -> str:
+    return f"{ROWS[row]} {COLUMNS[column]}"
 
 
 def _plural(shape: str) -> str:
@@ -147,9 +149,7 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
     """Draws a scene as an RGB picture of PICTURE_PIXELS squared, jittering everything that no question asks about."""
     scale = 2  # drawn larger, then averaged down: smooth edges
     cell = PICTURE_PIXELS * scale / 3
-    dark = False
-    saturation, value = (rng.uniform(0.15, 0.3), rng.uniform(0.16, 0.26)) if dark else (rng.uniform(0, 0.09), 0.98)
-    image = Image.new("RGB", (PICTURE_PIXELS * scale,) * 2, _rgb(rng.random(), saturation, value))
+    image = Image.new("RGB", (PICTURE_PIXELS * scale,) * 2, _rgb(rng.random(), rng.uniform(0, 0.09), 0.98))
     canvas = ImageDraw.Draw(image)
     for thing in scene:
         hue, saturation, value = COLOURS[thing.colour]
@@ -189,54 +189,57 @@ def _rgb(hue: float, saturation: float, value: float) -> tuple[int, ...]:
     return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue % 1, min(saturation, 1), min(value, 1)))
 
 
-def make_rows(num_train: int, num_held_out: int, seed: int, folder: Path) -> tuple[list[dict], list[dict]]:
-    """Draws the pictures into `folder`/pictures and returns (training rows, held-out rows).
+def make_rows(num_describe: int, num_answer: int, num_held_out: int, seed: int, folder: Path) -> dict[str, list[dict]]:
+    """Draws the pictures into `folder`/pictures and returns the rows: {"describe", "answer", "held_out": [row, ...]}.
 
     Args:
-        num_train: training rows; of eight, five have one picture, two have two, one is text only.
-        num_held_out: held-out rows of each kind of question.
+        num_describe: training rows that list what is in a picture: dense answers, from which seeing is learned fastest.
+        num_answer: training rows of all kinds, several questions in each.
+        num_held_out: held-out rows of each kind, one question in each.
         seed: the same seed gives the same rows and pictures.
         folder: rows name their pictures relative to it.
     """
     rng = random.Random(seed)
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    used: set[Scene | Question] = set()  # no arrangement, and no question about numbers, occurs twice anywhere
+    held_out_content: set[Scene | Question] = set()
 
-    def new_scenes(number: int) -> list[Scene]:
-        scenes: list[Scene] = []
-        while len(scenes) < number:
-            scene = make_scene(rng)
-            if scene not in used:
-                used.add(scene)
-                scenes.append(scene)
-        return scenes
-
-    def make_row(name: str, kinds: list[str]) -> dict:
-        questions: dict[Question, str] = {}  # with their wording
+    def make_row(name: str, kinds: list[str], held_out: bool = False) -> dict:
+        questions: list[Question] = []
         while not questions:
-            scenes = new_scenes(KINDS[kinds[0]])
-            for kind in rng.sample(kinds, len(kinds)):
-                question = ask(kind, scenes, rng)
-                if question and question not in used:
-                    questions[question] = rng.choice(WORDINGS[kind]).format(question.subject)
-        used.update(question for question in questions if question.kind == "numbers")
+            scenes = [make_scene(rng) for _ in range(KINDS[kinds[0]])]
+            asked = (ask(kind, scenes, rng) for kind in rng.sample(kinds, len(kinds)))
+            if held_out_content.isdisjoint(scenes):
+                questions = [q for q in dict.fromkeys(asked) if q and q not in held_out_content]
+        if held_out:
+            held_out_content.update(scenes or questions)
         paths = [f"pictures/{name}{letter}.png" for letter in ("", "b")[: len(scenes)]]
         for path, scene in zip(paths, scenes, strict=True):
             draw(scene, rng).save(folder / path, compress_level=1)
         conversations = []
-        for question, text in questions.items():
+        for question in questions:
+            text = rng.choice(WORDINGS[question.kind]).format(question.subject)
             conversations.append({"from": "human", "value": text})
             conversations.append({"from": "gpt", "value": question.answer})
         conversations[0]["value"] = "<image>" * len(scenes) + conversations[0]["value"]
-        row = {"id": name, "kinds": [question.kind for question in questions], "conversations": conversations}
-        return row | {"image": paths if len(paths) > 1 else paths[0]} if paths else row
+        return {"id": name, "kinds": [q.kind for q in questions], "image": paths, "conversations": conversations}
 
-    held_out_kinds = [[kind] for kind in KINDS for _ in range(num_held_out)]
-    held_out = [make_row(f"held-out-{i:04d}", k) for i, k in enumerate(tqdm(held_out_kinds, "drawing held-out rows"))]
-    one_picture = [kind for kind in KINDS if KINDS[kind] == 1]
-    groups = [one_picture] * 5 + [["compare"] * 3] * 2 + [["numbers"] * 3]
-    train = [make_row(f"train-{i:05d}", groups[i % 8]) for i in tqdm(range(num_train), "drawing training rows")]
-    return train, held_out
+    about_one = ["colour", "place", "count", "relation"]
+    groups = [["list"], about_one, about_one, about_one, about_one, ["compare"] * 3, ["compare"] * 3, ["numbers"] * 3]
+    held_out_kinds = [kind for kind in KINDS for _ in range(num_held_out)]
+    with tqdm(desc="drawing", unit=" rows", total=num_describe + num_answer + len(held_out_kinds)) as progress:
+
+        def make_part(name: str, groups: list[list[str]], held_out: bool = False) -> list[dict]:
+            rows = []
+            for i, kinds in enumerate(groups):
+                rows.append(make_row(f"{name}-{i:05d}", kinds, held_out))
+                progress.update()
+            return rows
+
+        return {  # the held-out part first: the others avoid what is in it
+            "held_out": make_part("held-out", [[kind] for kind in held_out_kinds], held_out=True),
+            "describe": make_part("describe", [["list"]] * num_describe),
+            "answer": make_part("answer", [groups[i % len(groups)] for i in range(num_answer)]),
+        }
 
 
 def make_tokenizer(texts: Iterable[str]) -> Tokenizer:
@@ -285,17 +288,17 @@ def make_config(tokenizer: Tokenizer) -> dict:
             "head_dim": 32,
             "hidden_act": "silu",
             "hidden_size": hidden_size,
-            "initializer_range": 0.02,
+            "initializer_range": 0.1,
             "intermediate_size": 320,
             "max_position_embeddings": 4096,
             "mlp_only_layers": [],
             "moe_intermediate_size": 96,
             "norm_topk_prob": True,
-            "num_attention_heads": 4,
+            "num_attention_heads": 8,
             "num_experts": 4,
             "num_experts_per_tok": 2,
-            "num_hidden_layers": 4,
-            "num_key_value_heads": 2,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 4,
             "rms_norm_eps": 1e-6,
             "rope_scaling": {"mrope_interleaved": True, "mrope_section": [6, 5, 5], "rope_type": "default"},
             "rope_theta": 10000,
@@ -305,11 +308,11 @@ def make_config(tokenizer: Tokenizer) -> dict:
         "vision_config": {
             "model_type": "qwen3_vl_moe",
             "deepstack_visual_indexes": [0, 1],
-            "depth": 3,
+            "depth": 2,
             "hidden_act": "gelu_pytorch_tanh",
             "hidden_size": 96,
             "in_channels": 3,
-            "initializer_range": 0.02,
+            "initializer_range": 0.1,
             "intermediate_size": 256,
             "num_heads": 3,
             "num_position_embeddings": (MODEL_PIXELS // 16) ** 2,
@@ -332,8 +335,8 @@ def write_model_assets(folder: Path, texts: Iterable[str]) -> None:
         "patch_size": 16,
         "temporal_patch_size": 2,
         "merge_size": 2,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
+        "image_mean": [0.95, 0.95, 0.95],  # paper is 0: what is drawn on it stands out
+        "image_std": [0.3, 0.3, 0.3],
         "processor_class": "Qwen3VLProcessor",
         "size": {"shortest_edge": pixels, "longest_edge": pixels},
     }
@@ -360,27 +363,26 @@ def write_model_assets(folder: Path, texts: Iterable[str]) -> None:
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def make_demo_data(output: Path, num_train: int, num_held_out: int, seed: int) -> None:
-    """Writes `output`/data (train.json, held_out.json, questions.json: the held-out rows without answers) and /base."""
-    data = output / "data"
-    train, held_out = make_rows(num_train, num_held_out, seed, data)
-    questions = [row | {"conversations": row["conversations"][:-1]} for row in held_out]
-    for name, rows in {"train": train, "held_out": held_out, "questions": questions}.items():
-        (data / f"{name}.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-    write_model_assets(
-        output / "base", (turn["value"].replace("<image>", "") for row in train for turn in row["conversations"])
-    )
+def make_demo_data(output: Path, num_describe: int, num_answer: int, num_held_out: int, seed: int) -> None:
+    """Writes `output`/data (the rows of `make_rows`; questions.json: the held-out ones, no answers) and `output`/base."""
+    parts = make_rows(num_describe, num_answer, num_held_out, seed, output / "data")
+    parts["questions"] = [row | {"conversations": row["conversations"][:-1]} for row in parts["held_out"]]
+    for name, rows in parts.items():
+        (output / "data" / f"{name}.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    turns = (turn["value"] for row in parts["describe"] + parts["answer"] for turn in row["conversations"])
+    write_model_assets(output / "base", (turn.replace("<image>", "") for turn in turns))
 
 
 def main() -> None:
     """The command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Makes the demo's dataset, tokenizer and model description.")
     parser.add_argument("--output", type=Path, default=Path("demo_out"), help="folder for data/ and base/")
-    parser.add_argument("--train-rows", type=int, default=6000, help="training rows")
+    parser.add_argument("--describe", type=int, default=4800, help="training rows that describe a picture")
+    parser.add_argument("--answer", type=int, default=8000, help="training rows with questions of all kinds")
     parser.add_argument("--held-out", type=int, default=80, help="held-out rows of each kind of question")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    make_demo_data(args.output, args.train_rows, args.held_out, args.seed)
+    make_demo_data(args.output, args.describe, args.answer, args.held_out, args.seed)
 
 
 if __name__ == "__main__":
