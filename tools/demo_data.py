@@ -225,7 +225,7 @@ def make_rows(num_describe: int, num_answer: int, num_held_out: int, seed: int, 
 
     about_one = ["colour", "place", "count", "relation"]
     groups = [["list"], about_one, about_one, about_one, about_one, ["compare"] * 3, ["compare"] * 3, ["numbers"] * 3]
-    held_out_kinds = [kind for kind in KINDS for _ in range(num_held_out)]
+    held_out_kinds = list(KINDS) * num_held_out
     with tqdm(desc="drawing", unit=" rows", total=num_describe + num_answer + len(held_out_kinds)) as progress:
 
         def make_part(name: str, groups: list[list[str]], held_out: bool = False) -> list[dict]:
@@ -364,7 +364,7 @@ def write_model_assets(folder: Path, texts: Iterable[str]) -> None:
 
 
 def make_demo_data(output: Path, num_describe: int, num_answer: int, num_held_out: int, seed: int) -> None:
-    """Writes `output`/data (the rows of `make_rows`; questions.json: the held-out ones, no answers) and `output`/base."""
+    """Writes `output`/data (the rows of `make_rows`; questions.json: the held-out ones, no answers) and /base."""
     parts = make_rows(num_describe, num_answer, num_held_out, seed, output / "data")
     parts["questions"] = [row | {"conversations": row["conversations"][:-1]} for row in parts["held_out"]]
     for name, rows in parts.items():

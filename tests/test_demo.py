@@ -1,0 +1,158 @@
+"""The demo's dataset: repeatable, no held-out row in training, answers true to the pixels, readable by the programs."""
+
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import demo
+import demo_data
+import numpy as np
+import pytest
+from demo_data import COLOURS, SHAPES
+from PIL import Image
+
+import data
+from model import Qwen3VLConfig
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("demo")
+    demo_data.make_demo_data(output, num_describe=60, num_answer=160, num_held_out=15, seed=3)
+    return output
+
+
+def rows_of(folder: Path, part: str) -> list[dict]:
+    return json.loads((folder / "data" / f"{part}.json").read_text())
+
+
+def see(file: Path) -> list[tuple[int, int, str, str]]:
+    """What a picture shows, from its pixels alone: (row, column, shape, colour) of each cell that is not empty.
+
+    The colour is the nearest hue. The shape shows in the outline's distance from its centre, over the angle: it has as
+    many peaks as corners; a circle's is flat, and a square's varies less than a cross's.
+    """
+    pixels = np.asarray(Image.open(file).convert("HSV")).astype(float) / 255
+    things = []
+    for row in range(3):
+        for column in range(3):
+            hue, saturation, _ = pixels[64 * row : 64 * row + 64, 64 * column : 64 * column + 64].transpose(2, 0, 1)
+            inside = saturation > 0.3
+            if inside.sum() < 100:
+                continue
+            angle = np.median((hue[inside] + 0.2) % 1) - 0.2  # red's hues lie on both sides of 0
+            colour = min(COLOURS, key=lambda name: abs((COLOURS[name][0] - angle + 0.5) % 1 - 0.5))
+            y, x = np.nonzero(inside)
+            y, x = y - y.mean(), x - x.mean()
+            sector = ((np.arctan2(y, x) / (2 * np.pi) % 1) * 30).astype(int)
+            radius = np.array([np.hypot(x, y)[sector == s].max() for s in range(30)])
+            waves = np.abs(np.fft.rfft(radius / radius.mean()))[3:6] / 15  # amplitudes of 3, 4 and 5 peaks
+            peaks = 3 + int(waves.argmax())
+            shape = {3: "triangle", 4: "square" if waves[1] < 0.2 else "cross", 5: "star"}[peaks]
+            things.append((row, column, "circle" if waves.max() < 0.04 else shape, colour))
+    return things
+
+
+def answer(question: str, pictures: list[list[tuple[int, int, str, str]]]) -> str:
+    """Answers one of the demo's questions from what its pictures show."""
+    words = question.rstrip("?.").split()
+    if not pictures:
+        numbers = [int(word.rstrip(",")) for word in words if word.rstrip(",").isdigit()]
+        return str(max(numbers) if "largest" in words else min(numbers))
+    named = [shape for word in words for shape in SHAPES if word in (shape, shape + "s", shape + "es")]
+    things = pictures[0]
+    if len(pictures) == 2:
+        first, second = (sum(thing[2] == named[0] for thing in picture) for picture in pictures)
+        return "the first" if first > second else "the second"
+    if question in ("What do you see?", "List what is in the picture."):
+        rows, columns = ("top", "middle", "bottom"), ("left", "centre", "right")
+        return ", ".join(f"{rows[r]} {columns[c]} {colour} {shape}" for r, c, shape, colour in things)
+    if "colour" in words:
+        return next(colour for _, _, shape, colour in things if shape == named[0])
+    if words[0] in ("How", "Count"):
+        return ("none", "one", "two", "three", "four")[sum(thing[2] == named[0] for thing in things)]
+    if words[0] == "Is":
+        (r1, c1), (r2, c2) = (next(thing[:2] for thing in things if thing[2] == shape) for shape in named)
+        holds = {"left": c1 < c2, "right": c1 > c2, "above": r1 < r2, "below": r1 > r2}
+        return "yes" if next(so for word, so in holds.items() if word in words) else "no"
+    row = next(i for i, word in enumerate(("top", "middle", "bottom")) if word in words)
+    column = next(i for i, word in enumerate(("left", "centre", "right")) if word in words)
+    return next((f"{colour} {shape}" for r, c, shape, colour in things if (r, c) == (row, column)), "nothing")
+
+
+def test_answers_are_true_to_the_pixels(folder):
+    checked = 0
+    for row in rows_of(folder, "held_out") + rows_of(folder, "answer")[:80]:
+        pictures = [see(folder / "data" / path) for path in row["image"]]
+        for turn, reply in zip(row["conversations"][::2], row["conversations"][1::2], strict=True):
+            question = turn["value"].replace("<image>", "")
+            assert reply["value"] == answer(question, pictures), (row["id"], question)
+            checked += 1
+    assert checked > 250
+
+
+def test_same_seed_same_files(folder, tmp_path):
+    demo_data.make_demo_data(tmp_path, num_describe=60, num_answer=160, num_held_out=15, seed=3)
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
+    assert all((folder / file).read_bytes() == (tmp_path / file).read_bytes() for file in files)
+
+
+def test_no_held_out_row_is_in_training(folder):
+    def contents(parts: tuple[str, ...]) -> set:
+        """Pictures by their pixels and by what they show; questions without a picture by their text."""
+        found = set()
+        for row in (row for part in parts for row in rows_of(folder, part)):
+            if not row["image"]:
+                found.update(turn["value"] for turn in row["conversations"][::2])
+            for path in row["image"]:
+                file = folder / "data" / path
+                found.add(hashlib.sha256(Image.open(file).tobytes()).hexdigest())
+                found.add(tuple(see(file)))
+        return found
+
+    held_out = contents(("held_out",))
+    assert len(held_out) >= 15 * (2 * 7 + 1)  # 15 of each kind: five of one picture, one of two, one of none
+    assert held_out.isdisjoint(contents(("describe", "answer")))
+
+
+def test_questions_hold_no_answers(folder):
+    held_out, questions = rows_of(folder, "held_out"), rows_of(folder, "questions")
+    assert [row["id"] for row in questions] == [row["id"] for row in held_out]
+    assert all(len(row["conversations"]) == 1 for row in questions)
+
+
+def test_the_programs_read_it(folder):
+    processor = data.Processor(folder / "base")
+    config = Qwen3VLConfig.from_json(folder / "base")
+    assert processor.image_token_id == config.image_token_id
+    assert processor.tokenizer.get_vocab_size() == config.text.vocab_size
+    for row in rows_of(folder, "held_out"):
+        sample = processor.encode(row, media_dir=folder / "data")
+        assert sample.grid_thw.tolist() == [[1, 6, 6]] * len(row["image"])
+        supervised = sample.labels[sample.labels != -100].tolist()
+        assert processor.decode(supervised).strip() == row["conversations"][1]["value"]
+
+
+def test_transformers_reads_the_configuration(folder):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.from_pretrained(folder / "base")
+    assert config.text_config.num_experts == 4
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
+    text = "What colour is the star?\n"
+    assert tokenizer(text)["input_ids"] == data.Processor(folder / "base").tokenizer.encode(text).ids
+
+
+def test_score_and_guessing():
+    train = [{"kinds": [kind], "conversations": [{}, {"value": "red"}]} for kind in demo_data.KINDS]
+    held_out = [{"kinds": ["colour"], "conversations": [{}, {"value": value}]} for value in ("red", "blue", "blue")]
+    assert demo.score(held_out, ["red", " blue ", "red"], train)["colour"] == (3, 2, 1)  # asked, right, guessed right
+
+
+def test_scene_grid():
+    rng = random.Random(0)
+    for _ in range(200):
+        scene = demo_data.make_scene(rng)
+        cells = [thing[:2] for thing in scene]
+        assert 1 <= len(scene) <= 6 and cells == sorted(set(cells))

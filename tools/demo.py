@@ -1,0 +1,222 @@
+"""`make demo`: from drawn pictures to answers about pictures never seen, with the programs as a person would run them.
+
+    python tools/demo.py [--output demo_out] [--seed 0]
+
+Draws a dataset, trains a small Qwen3-VL-MoE on it from scratch, converts the checkpoint, asks held-out questions, and
+prints how many answers are right beside what guessing gives. Exits with 1 when fewer than 95 % are.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import plots  # first: it says what to install where matplotlib is missing
+from demo_data import KINDS
+from safetensors import safe_open
+
+ROOT = Path(__file__).resolve().parent.parent
+ENOUGH = 0.95
+TRAIN_FLAGS = (
+    "--train-iters 800 --micro-batch-size 32 --lr 2e-3 --lr-warmup-iters 50 --adam-beta2 0.99 "
+    "--router-aux-loss-coef 0.01 --no-shuffle --num-workers 1 --log-interval 20 --eval-interval 100 --eval-iters 2"
+).split()
+
+
+def run(title: str, *command: str | Path) -> None:
+    """Prints a command and runs it in the repository's root with this Python; ends the demo where it fails."""
+    words = [str(word) for word in command]
+    print(f"\n== {title}\n$ {_shown(words)}", flush=True)
+    started = time.monotonic()
+    # unbuffered: the log lines of a program that writes to a pipe come at once, too
+    process = subprocess.run([sys.executable, *words], cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    if process.returncode:
+        sys.exit(f"error: {words[0]} ended with status {process.returncode}: its own message is above")
+    print(f"({time.monotonic() - started:.0f} s)", flush=True)
+
+
+def _shown(words: list[str]) -> str:
+    """A command as a person would type it in the repository's root."""
+    python = os.path.relpath(sys.executable, ROOT) if ROOT in Path(sys.executable).parents else sys.executable
+    return shlex.join([python, *words])
+
+
+def answers_by_kind(rows: list[dict]) -> dict[str, Counter]:
+    """How often each answer is given to each kind of question in some rows."""
+    counts: dict[str, Counter] = {kind: Counter() for kind in KINDS}
+    for row in rows:
+        for kind, turn in zip(row["kinds"], row["conversations"][1::2], strict=True):
+            counts[kind][turn["value"]] += 1
+    return counts
+
+
+def score(held_out: list[dict], predictions: list[str], train: list[dict]) -> dict[str, tuple[int, int, int]]:
+    """{kind: (questions, right answers, right answers of guessing)}, guessing being training's most frequent answer."""
+    guesses = {kind: counts.most_common(1)[0][0] for kind, counts in answers_by_kind(train).items()}
+    totals = {kind: [0, 0, 0] for kind in KINDS}
+    for row, prediction in zip(held_out, predictions, strict=True):
+        kind, answer = row["kinds"][0], row["conversations"][1]["value"]
+        totals[kind][0] += 1
+        totals[kind][1] += prediction.strip() == answer
+        totals[kind][2] += guesses[kind] == answer
+    return {kind: tuple(total) for kind, total in totals.items()}
+
+
+def make_cards(held_out: list[dict], predictions: list[str], folder: Path) -> list[dict]:
+    """The sheet's cards: the first two questions of each kind, then mistakes (or more questions) up to sixteen."""
+    cards = [
+        {
+            "pictures": [folder / path for path in row["image"]],
+            "question": row["conversations"][0]["value"].replace("<image>", ""),
+            "answer": row["conversations"][1]["value"],
+            "prediction": prediction.strip(),
+        }
+        for row, prediction in zip(held_out, predictions, strict=True)
+    ]
+    seen: Counter = Counter()
+    first, rest = [], []
+    for row, card in zip(held_out, cards, strict=True):
+        seen[row["kinds"][0]] += 1
+        (first if seen[row["kinds"][0]] <= 2 else rest).append(card)
+    rest.sort(key=lambda card: card["prediction"] == card["answer"])  # mistakes first
+    return (first + rest)[:16]
+
+
+def main() -> None:
+    """The command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Trains a small Qwen3-VL-MoE from scratch and asks it questions.")
+    parser.add_argument("--output", type=Path, default=Path("demo_out"), help="where everything goes")
+    parser.add_argument("--seed", type=int, default=0, help="of the pictures, the weights and the order of the rows")
+    args = parser.parse_args()
+    started = time.monotonic()
+    out = Path(os.path.relpath(args.output, ROOT))
+    os.chdir(ROOT)
+    for name in ("data", "base", "run", "model"):  # of an earlier demo
+        shutil.rmtree(out / name, ignore_errors=True)
+    (out / "answers.jsonl").unlink(missing_ok=True)
+
+    data, base, model = out / "data", out / "base", out / "model"
+    run("Draw pictures, with questions and answers", "tools/demo_data.py", "--output", out, "--seed", str(args.seed))
+    # In this order, each twice: first what is in a picture, then all kinds of questions.
+    datasets = ",".join(str(data / f"{part}.json") for part in ("describe", "describe", "answer", "answer"))
+    run(
+        "Train a mixture-of-experts Qwen3-VL from scratch",
+        "train.py",
+        "--init-from-hf-path",
+        base,
+        "--init",
+        "random",
+        "--dataset",
+        datasets,
+        "--eval-dataset",
+        data / "held_out.json",
+        "--save",
+        out / "run",
+        "--seed",
+        str(args.seed),
+        *TRAIN_FLAGS,
+    )
+    run(
+        "Convert the checkpoint to a Hugging Face directory",
+        "convert.py",
+        "dcp_to_hf",
+        "--load_dir",
+        out / "run",
+        "--save_dir",
+        model,
+        "--model_assets_dir",
+        base,
+    )
+    run(
+        "Ask about pictures that it has never seen",
+        "infer.py",
+        "--model",
+        model,
+        "--input",
+        data / "questions.json",
+        "--output",
+        out / "answers.jsonl",
+        "--batch-size",
+        "64",
+    )
+
+    train = [row for part in ("describe", "answer") for row in json.loads((data / f"{part}.json").read_text())]
+    held_out = json.loads((data / "held_out.json").read_text())
+    predictions = [json.loads(line)["prediction"] for line in (out / "answers.jsonl").read_text().splitlines()]
+    results = score(held_out, predictions, train)
+    questions, right, guessed = (sum(column) for column in zip(*results.values(), strict=True))
+    parameters = _count_parameters(model)
+    plots.plot_loss(
+        out / "run" / "metrics.jsonl",
+        out / "loss.png",
+        f"A {parameters / 1e6:.1f}M-parameter Qwen3-VL-MoE from scratch",
+    )
+    plots.plot_answers(
+        make_cards(held_out, predictions, data),
+        out / "answers.png",
+        "Pictures it has never seen",
+        f"Qwen3-VL-MoE, {parameters / 1e6:.1f}M parameters, trained from scratch on a CPU. "
+        f"Held-out questions answered right: {right / questions:.1%}; by guessing: {guessed / questions:.1%}.",
+    )
+
+    examples = {}
+    for row in held_out:
+        examples.setdefault(row["kinds"][0], row)
+    print(f"\n{'kind':10} {'for example':44} {'right':>9} {'guessing':>9}")
+    for kind, (number, good, guess) in results.items():
+        example = examples[kind]["conversations"][0]["value"].replace("<image>", "")
+        print(f"{kind:10} {example:44} {good / number:9.1%} {guess / number:9.1%}")
+    print(f"{'all':10} {f'{questions} held-out questions':44} {right / questions:9.1%} {guessed / questions:9.1%}")
+    print(
+        f"\n{time.monotonic() - started:.0f} s in all. The loss curve is {out}/loss.png, answers with their pictures "
+        f"{out}/answers.png."
+    )
+    picture = data / examples["count"]["image"][0]
+    print(f"""
+Next, ask it something yourself (any picture, any of the questions above):
+$ {_shown(["infer.py", "--model", str(model), "--image", str(picture), "--prompt", "What do you see?"])}
+and train it further on your own rows (your file in place of {data}/answer.json; the README has the format):
+$ {
+        _shown(
+            [
+                "train.py",
+                "--init-from-hf-path",
+                str(model),
+                "--dataset",
+                f"{data}/answer.json",
+                "--save",
+                str(out / "more"),
+                "--train-iters",
+                "20",
+                "--micro-batch-size",
+                "8",
+                "--lr",
+                "1e-4",
+            ]
+        )
+    }""")
+    if right < ENOUGH * questions:
+        sys.exit(f"error: {right / questions:.1%} of the held-out answers are right, less than {ENOUGH:.0%}")
+
+
+def _count_parameters(model: Path) -> int:
+    """The parameters stored in a Hugging Face directory."""
+    total = 0
+    for file in model.glob("*.safetensors"):
+        with safe_open(file, framework="np") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (it is no dict)
+                size = 1
+                for length in tensors.get_slice(name).get_shape():
+                    size *= length
+                total += size
+    return total
+
+
+if __name__ == "__main__":
+    main()
