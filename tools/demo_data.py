@@ -2,7 +2,7 @@
 
     python tools/demo_data.py --output demo_out [--describe 4800] [--answer 8000] [--held-out 80] [--seed 0]
 
-A picture is one to six coloured shapes, each in a cell of a 3 x 3 grid, with position, size, angle and shade jittered.
+A picture is one to five coloured shapes, each in a cell of a 3 x 3 grid, with position, size, angle and shade jittered.
 Rows are in the LLaVA format of `data.py`: a question about one picture, about two, or (text only) about numbers. No
 arrangement of shapes and no question about numbers that is held out occurs in training. Nothing is downloaded, and the
 same seed gives the same files.
@@ -32,24 +32,16 @@ COLOURS = {  # hue, saturation, value: the middle of each colour's shades
 }
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 WORDINGS = {
-    "list": ("What do you see?", "List what is in the picture."),
-    "colour": ("What colour is the {}?", "Which colour does the {} have?"),
-    "place": ("What is in the {}?", "What does the {} show?"),
-    "count": ("How many {} are there?", "Count the {}."),
-    "relation": ("Is the {}?",),
-    "compare": ("Which picture has more {}?",),
+    "list": ("What is where?", "List what is in the picture."),
+    "colour": ("What colour do you see?", "Name the colour."),
+    "shape": ("What shape do you see?", "Name the shape."),
+    "count": ("How many are there?", "Count what you see."),
+    "where": ("Which places are filled?", "Name the filled places."),
+    "pair": ("What is in each picture?", "Describe both pictures."),
     "numbers": ("Which is the {}?",),
 }
-COUNTS = ("none", "one", "two", "three", "four")
-KINDS = {
-    "list": 1,
-    "colour": 1,
-    "place": 1,
-    "count": 1,
-    "relation": 1,
-    "compare": 2,
-    "numbers": 0,
-}  # of question: its pictures
+KINDS = {"list": 1, "colour": 1, "shape": 1, "count": 1, "where": 1, "pair": 2, "numbers": 0}  # and their pictures
+COUNTS = ("one", "two", "three", "four", "five")
 
 PICTURE_PIXELS = 192  # as drawn; the processor halves it
 MODEL_PIXELS = 96  # as the model sees it: 6 x 6 patches, 9 tokens
@@ -85,64 +77,31 @@ class Question(NamedTuple):
     answer: str
 
 
-def make_scene(rng: random.Random) -> Scene:
-    """Draws a random arrangement of two to six things; one shape is often there several times, so that counts vary."""
-    shapes = [rng.choice(SHAPES)] * rng.choice([0, 0, 1, 2, 3, 4]) + rng.choices(SHAPES, k=6)
-    cells = rng.sample([(row, column) for row in range(3) for column in range(3)], rng.randint(1, 6))
-    return tuple(sorted(Thing(*cell, s, rng.choice(list(COLOURS))) for s, cell in zip(shapes, cells, strict=False)))
+def make_scene(rng: random.Random, mixed: bool) -> Scene:
+    """Draws a random arrangement of one to five things: of all sorts if `mixed`, else all of one shape and colour."""
+    cells = rng.sample([(row, column) for row in range(3) for column in range(3)], rng.randint(1, 5))
+    sort = rng.choice(SHAPES), rng.choice(list(COLOURS))
+    sorts = [(rng.choice(SHAPES), rng.choice(list(COLOURS))) if mixed else sort for _ in cells]
+    return tuple(Thing(*cell, *sort) for cell, sort in zip(sorted(cells), sorts, strict=True))
 
 
-def ask(kind: str, scenes: list[Scene], rng: random.Random) -> Question | None:
-    """Asks a question of a kind about one scene (two for `compare`, none for `numbers`); None where there is none.
-
-    Each possible answer is about as likely as the others, so that guessing is worth little.
-    """
+def ask(kind: str, scenes: list[Scene], rng: random.Random) -> Question:
+    """Asks a question of a kind about one scene (two for `pair`, none for `numbers`)."""
     if kind == "numbers":
         numbers = rng.sample(range(10), 4)
         word, pick = rng.choice([("largest", max), ("smallest", min)])
         return Question(kind, "{} of {}, {}, {} and {}".format(word, *numbers), str(pick(numbers)))
-    counts = [{shape: sum(thing.shape == shape for thing in scene) for shape in SHAPES} for scene in scenes]
-    if kind == "compare":
-        unequal = [shape for shape in SHAPES if counts[0][shape] != counts[1][shape]]
-        if not unequal:
-            return None
-        shape = rng.choice(unequal)
-        return Question(kind, _plural(shape), "the first" if counts[0][shape] > counts[1][shape] else "the second")
-    if kind == "count":
-        shapes = [shape for shape in SHAPES if counts[0][shape] < len(COUNTS)]
-        shape = rng.choices(shapes, [counts[0][shape] + 0.5 for shape in shapes])[0]
-        return Question(kind, _plural(shape), COUNTS[counts[0][shape]])
-    if kind == "list":
-        return Question(kind, "", ", ".join(f"{_place(t.row, t.column)} {t.colour} {t.shape}" for t in scenes[0]))
-    if kind == "place":
-        things = {(thing.row, thing.column): f"{thing.colour} {thing.shape}" for thing in scenes[0]}
-        empty = [(row, column) for row in range(3) for column in range(3) if (row, column) not in things]
-        row, column = rng.choice(list(things) if rng.random() < 0.8 else empty)
-        return Question(kind, _place(row, column), things.get((row, column), "nothing"))
-    single = [thing for thing in scenes[0] if counts[0][thing.shape] == 1]
-    if kind == "colour" and single:
-        thing = rng.choice(single)
-        return Question(kind, thing.shape, thing.colour)
-    if kind == "relation" and len(single) >= 2:
-        one, other = rng.sample(single, 2)
-        holds = {
-            "left of": one.column < other.column,
-            "right of": one.column > other.column,
-            "above": one.row < other.row,
-            "below": one.row > other.row,
-        }
-        answer = rng.random() < 0.5
-        relation = rng.choice([r for r in holds if holds[r] == answer])  # there is one: no two share a cell
-        return Question(kind, f"{one.shape} {relation} the {other.shape}", "yes" if answer else "no")
-    return None
-
-
-def _place(row: int, column: int) -> str:
-    return f"{ROWS[row]} {COLUMNS[column]}"
-
-
-def _plural(shape: str) -> str:
-    return shape + ("es" if shape.endswith("s") else "s")
+    scene = scenes[0]
+    places = [f"{ROWS[thing.row]} {COLUMNS[thing.column]}" for thing in scene]
+    answer = {
+        "list": ", ".join(f"{place} {thing.colour} {thing.shape}" for place, thing in zip(places, scene, strict=True)),
+        "colour": scene[0].colour,
+        "shape": scene[0].shape,
+        "count": COUNTS[len(scene) - 1],
+        "where": ", ".join(places),
+        "pair": ", ".join(f"{scene[0].colour} {scene[0].shape}" for scene in scenes),
+    }[kind]
+    return Question(kind, "", answer)
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
@@ -206,10 +165,10 @@ def make_rows(num_describe: int, num_answer: int, num_held_out: int, seed: int, 
     def make_row(name: str, kinds: list[str], held_out: bool = False) -> dict:
         questions: list[Question] = []
         while not questions:
-            scenes = [make_scene(rng) for _ in range(KINDS[kinds[0]])]
-            asked = (ask(kind, scenes, rng) for kind in rng.sample(kinds, len(kinds)))
-            if held_out_content.isdisjoint(scenes):
-                questions = [q for q in dict.fromkeys(asked) if q and q not in held_out_content]
+            scenes = [make_scene(rng, mixed=kinds[0] == "list") for _ in range(KINDS[kinds[0]])]
+            asked = [ask(kind, scenes, rng) for kind in rng.sample(kinds, len(kinds))]
+            if held_out_content.isdisjoint(scenes or asked):
+                questions = asked
         if held_out:
             held_out_content.update(scenes or questions)
         paths = [f"pictures/{name}{letter}.png" for letter in ("", "b")[: len(scenes)]]
@@ -223,8 +182,8 @@ def make_rows(num_describe: int, num_answer: int, num_held_out: int, seed: int, 
         conversations[0]["value"] = "<image>" * len(scenes) + conversations[0]["value"]
         return {"id": name, "kinds": [q.kind for q in questions], "image": paths, "conversations": conversations}
 
-    about_one = ["colour", "place", "count", "relation"]
-    groups = [["list"], about_one, about_one, about_one, about_one, ["compare"] * 3, ["compare"] * 3, ["numbers"] * 3]
+    about_one = ["colour", "shape", "count", "where"]
+    groups = [["list"], ["list"], about_one, about_one, about_one, ["pair"], ["pair"], ["numbers"] * 3]
     held_out_kinds = list(KINDS) * num_held_out
     with tqdm(desc="drawing", unit=" rows", total=num_describe + num_answer + len(held_out_kinds)) as progress:
 
