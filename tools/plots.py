@@ -79,7 +79,7 @@ def plot_answers(cards: list[dict], output: Path, title: str, subtitle: str, col
         subtitle: a line below it.
         columns: cards beside each other.
     """
-    card_width, card_height, gap, margin, head = 2.55, 3.42, 0.22, 0.4, 1.0  # inches
+    card_width, card_height, gap, margin, head = 2.55, 3.7, 0.22, 0.4, 1.0  # inches
     rows = -(-len(cards) // columns)
     width = 2 * margin + columns * (card_width + gap) - gap
     height = margin + head + rows * (card_height + gap)
@@ -123,16 +123,22 @@ def _draw_card(place, card: dict, x: float, y: float, width: float, height: floa
             axes = place(x + pad + i * (each + 0.1), y + pad + (side - each) / 2 * (number > 1), each, each)
             with Image.open(path) as image:
                 axes.imshow(image.convert("RGB"), interpolation="lanczos")
-        question = textwrap.fill(card["question"], 28)
-        frame.text(pad, side + 0.35, question, fontsize=10.5, color=INK, va="top", linespacing=1.25)
+        frame.text(pad, side + 0.48, card["question"], fontsize=10.5, color=INK)
     else:
         frame.text(pad, pad + 0.1, "text only", fontsize=9, color=FAINT, va="top")
         question = textwrap.fill(card["question"], 17)
         frame.text(pad, pad + side / 2, question, fontsize=15, color=INK, va="center", linespacing=1.4)
-    frame.text(pad, height - 0.24, ("\N{HEAVY CHECK MARK} " if right else "\N{HEAVY BALLOT X} ") + card["prediction"],
-               fontsize=13, color=colour, fontweight="bold", va="baseline")  # fmt: skip
+    mark = "\N{HEAVY CHECK MARK} " if right else "\N{HEAVY BALLOT X} "
+    size, columns = (13, 20) if len(card["prediction"]) <= 16 else (8.8, 30) if right else (7.5, 38)
+    answer = frame.annotate(
+        textwrap.fill(mark + card["prediction"], columns), (pad, side + 0.72),
+        fontsize=size, color=colour, fontweight="bold", va="top", linespacing=1.3,
+    )  # fmt: skip
     if not right:
-        frame.text(width - pad, height - 0.24, "right: " + card["answer"], fontsize=9.5, color=FAINT, ha="right")
+        note = textwrap.fill(f"right: {card['answer']}", 40)
+        frame.annotate(
+            note, (0, 0), (0, -4), answer, "offset points", fontsize=7.5, color=FAINT, va="top", linespacing=1.2
+        )
 
 
 def main() -> None:
