@@ -23,28 +23,23 @@ from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parent.parent
 ENOUGH = 0.95
+PYTHON = os.path.relpath(sys.executable, ROOT) if ROOT in Path(sys.executable).parents else sys.executable
 TRAIN_FLAGS = (
     "--train-iters 800 --micro-batch-size 32 --lr 2e-3 --lr-warmup-iters 50 --adam-beta2 0.99 "
     "--router-aux-loss-coef 0.01 --no-shuffle --num-workers 1 --log-interval 20 --eval-interval 100 --eval-iters 2"
-).split()
+)
 
 
-def run(title: str, *command: str | Path) -> None:
+def run(title: str, command: str) -> None:
     """Prints a command and runs it in the repository's root with this Python; ends the demo where it fails."""
-    words = [str(word) for word in command]
-    print(f"\n== {title}\n$ {_shown(words)}", flush=True)
+    print(f"\n== {title}\n$ {PYTHON} {command}", flush=True)
     started = time.monotonic()
     # unbuffered: the log lines of a program that writes to a pipe come at once, too
-    process = subprocess.run([sys.executable, *words], cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    arguments = [sys.executable, *shlex.split(command)]
+    process = subprocess.run(arguments, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"})
     if process.returncode:
-        sys.exit(f"error: {words[0]} ended with status {process.returncode}: its own message is above")
+        sys.exit(f"error: {command.split()[0]} ended with status {process.returncode}: its own message is above")
     print(f"({time.monotonic() - started:.0f} s)", flush=True)
-
-
-def _shown(words: list[str]) -> str:
-    """A command as a person would type it in the repository's root."""
-    python = os.path.relpath(sys.executable, ROOT) if ROOT in Path(sys.executable).parents else sys.executable
-    return shlex.join([python, *words])
 
 
 def answers_by_kind(rows: list[dict]) -> dict[str, Counter]:
@@ -102,48 +97,21 @@ def main() -> None:
     (out / "answers.jsonl").unlink(missing_ok=True)
 
     data, base, model = out / "data", out / "base", out / "model"
-    run("Draw pictures, with questions and answers", "tools/demo_data.py", "--output", out, "--seed", str(args.seed))
-    # In this order, each twice: first what is in a picture, then all kinds of questions.
-    datasets = ",".join(str(data / f"{part}.json") for part in ("describe", "describe", "answer", "answer"))
+    o, d, b, m = (shlex.quote(str(path)) for path in (out, data, base, model))
+    run("Draw pictures, with questions and answers", f"tools/demo_data.py --output {o} --seed {args.seed}")
+    # In this order: twice what is in a picture, from which it learns to see, then all kinds of questions.
     run(
         "Train a mixture-of-experts Qwen3-VL from scratch",
-        "train.py",
-        "--init-from-hf-path",
-        base,
-        "--init",
-        "random",
-        "--dataset",
-        datasets,
-        "--eval-dataset",
-        data / "held_out.json",
-        "--save",
-        out / "run",
-        "--seed",
-        str(args.seed),
-        *TRAIN_FLAGS,
+        f"train.py --init-from-hf-path {b} --init random --dataset {d}/describe.json,{d}/describe.json,{d}/answer.json "
+        f"--eval-dataset {d}/held_out.json --save {o}/run --seed {args.seed} {TRAIN_FLAGS}",
     )
     run(
         "Convert the checkpoint to a Hugging Face directory",
-        "convert.py",
-        "dcp_to_hf",
-        "--load_dir",
-        out / "run",
-        "--save_dir",
-        model,
-        "--model_assets_dir",
-        base,
+        f"convert.py dcp_to_hf --load_dir {o}/run --save_dir {m} --model_assets_dir {b}",
     )
     run(
         "Ask about pictures that it has never seen",
-        "infer.py",
-        "--model",
-        model,
-        "--input",
-        data / "questions.json",
-        "--output",
-        out / "answers.jsonl",
-        "--batch-size",
-        "64",
+        f"infer.py --model {m} --input {d}/questions.json --output {o}/answers.jsonl --batch-size 64",
     )
 
     train = [row for part in ("describe", "answer") for row in json.loads((data / f"{part}.json").read_text())]
@@ -177,30 +145,13 @@ def main() -> None:
         f"\n{time.monotonic() - started:.0f} s in all. The loss curve is {out}/loss.png, answers with their pictures "
         f"{out}/answers.png."
     )
-    picture = data / examples["count"]["image"][0]
+    picture = shlex.quote(str(data / examples["count"]["image"][0]))
     print(f"""
-Next, ask it something yourself (any picture, any of the questions above):
-$ {_shown(["infer.py", "--model", str(model), "--image", str(picture), "--prompt", "What do you see?"])}
-and train it further on your own rows (your file in place of {data}/answer.json; the README has the format):
-$ {
-        _shown(
-            [
-                "train.py",
-                "--init-from-hf-path",
-                str(model),
-                "--dataset",
-                f"{data}/answer.json",
-                "--save",
-                str(out / "more"),
-                "--train-iters",
-                "20",
-                "--micro-batch-size",
-                "8",
-                "--lr",
-                "1e-4",
-            ]
-        )
-    }""")
+Next, ask it something yourself:
+$ {PYTHON} infer.py --model {m} --image {picture} --prompt "What is where?"
+and train it further on your own rows (your file in place of {d}/answer.json; the README has the format):
+$ {PYTHON} train.py --init-from-hf-path {m} --dataset {d}/answer.json --save {o}/more --train-iters 20 \\
+    --micro-batch-size 8 --lr 1e-4""")
     if right < ENOUGH * questions:
         sys.exit(f"error: {right / questions:.1%} of the held-out answers are right, less than {ENOUGH:.0%}")
 

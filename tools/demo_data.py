@@ -1,6 +1,6 @@
 """Makes what `make demo` trains on: drawn pictures with questions, a tiny tokenizer, the description of a small model.
 
-    python tools/demo_data.py --output demo_out [--describe 4800] [--answer 8000] [--held-out 80] [--seed 0]
+    python tools/demo_data.py --output demo_out [--describe 4800] [--answer 16000] [--held-out 80] [--seed 0]
 
 A picture is one to five coloured shapes, each in a cell of a 3 x 3 grid, with position, size, angle and shade jittered.
 Rows are in the LLaVA format of `data.py`: a question about one picture, about two, or (text only) about numbers. No
@@ -183,7 +183,7 @@ def make_rows(num_describe: int, num_answer: int, num_held_out: int, seed: int, 
         return {"id": name, "kinds": [q.kind for q in questions], "image": paths, "conversations": conversations}
 
     about_one = ["colour", "shape", "count", "where"]
-    groups = [["list"], ["list"], about_one, about_one, about_one, ["pair"], ["pair"], ["numbers"] * 3]
+    groups = [["list"], ["list"], about_one, about_one, about_one, ["pair"], ["pair"], ["numbers"] * 6]
     held_out_kinds = list(KINDS) * num_held_out
     with tqdm(desc="drawing", unit=" rows", total=num_describe + num_answer + len(held_out_kinds)) as progress:
 
@@ -261,6 +261,7 @@ def make_config(tokenizer: Tokenizer) -> dict:
             "rms_norm_eps": 1e-6,
             "rope_scaling": {"mrope_interleaved": True, "mrope_section": [6, 5, 5], "rope_type": "default"},
             "rope_theta": 10000,
+            "tie_word_embeddings": True,  # as above: transformers 4 reads this one
             "use_cache": True,
             "vocab_size": tokenizer.get_vocab_size(),
         },
@@ -337,7 +338,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the demo's dataset, tokenizer and model description.")
     parser.add_argument("--output", type=Path, default=Path("demo_out"), help="folder for data/ and base/")
     parser.add_argument("--describe", type=int, default=4800, help="training rows that describe a picture")
-    parser.add_argument("--answer", type=int, default=8000, help="training rows with questions of all kinds")
+    parser.add_argument("--answer", type=int, default=16000, help="training rows with questions of all kinds")
     parser.add_argument("--held-out", type=int, default=80, help="held-out rows of each kind of question")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
