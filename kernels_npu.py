@@ -26,7 +26,15 @@ from torch import Tensor
 
 
 class InputError(ValueError):
-    """What a person gave cannot be used. The message is one line: what is wrong, where, what to do."""
+    """What a person gave cannot be used: exit status 1. The message is one line: what is wrong, where, what to do."""
+
+
+class UsageError(Exception):
+    """The command line is wrong: exit status 2."""
+
+
+class PeerError(Exception):
+    """Another rank has failed, and says why."""
 
 
 class Torch:
@@ -50,7 +58,7 @@ class Torch:
         """
         forms = {"eager": self.attention_eager, "sdpa": self.attention_sdpa}
         if implementation not in forms:
-            raise InputError(f"attention implementation {implementation!r} is not available on {self.device.type}: "
+            raise UsageError(f"attention implementation {implementation!r} is not available on {self.device.type}: "
                              f"take one of {', '.join(forms)}")
         return forms[implementation]
 
@@ -203,7 +211,7 @@ ops: Torch = Torch(torch.device("cpu"))
 def select(device: str = "auto") -> Torch:
     """Chooses the backend for `--device` (auto, npu, cuda, cpu), makes its device current, and returns it as `ops`.
 
-    Under torchrun each local rank takes the device of its number. Raises InputError where the device asked for is
+    Under torchrun each local rank takes the device of its number. Raises UsageError where the device asked for is
     not there: there is no silent fallback.
     """
     global ops
@@ -212,14 +220,14 @@ def select(device: str = "auto") -> Torch:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         if not torch.cuda.is_available():
-            raise InputError("--device cuda: this PyTorch sees no CUDA device: take --device cpu or a CUDA build")
+            raise UsageError("--device cuda: this PyTorch sees no CUDA device: take --device cpu or a CUDA build")
         if local_rank >= torch.cuda.device_count():
-            raise InputError(f"--device cuda: local rank {local_rank} has no device, this machine has "
+            raise UsageError(f"--device cuda: local rank {local_rank} has no device, this machine has "
                              f"{torch.cuda.device_count()}: start no more processes than that (--nproc-per-node)")
         torch.cuda.set_device(local_rank)
         ops = Cuda(torch.device("cuda", local_rank))
     elif device == "npu":
-        raise InputError("--device npu: the NPU backend is not part of this version yet; take --device cpu or cuda")
+        raise UsageError("--device npu: the NPU backend is not part of this version yet; take --device cpu or cuda")
     else:
         ops = Torch(torch.device("cpu"))
     return ops
@@ -232,10 +240,17 @@ class Parser(argparse.ArgumentParser):
     """Flags whose errors are one line that says what to give instead. `@FILE` reads flags from a file."""
 
     def __init__(self, **settings):
-        super().__init__(**settings, allow_abbrev=False, fromfile_prefix_chars="@")
+        super().__init__(**settings, allow_abbrev=False, fromfile_prefix_chars="@", formatter_class=_Help)
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         return shlex.split(line, comments=True)
+
+    def parse_known_args(self, args=None, namespace=None):
+        try:
+            return super().parse_known_args(args, namespace)
+        except (ValueError, RecursionError) as e:
+            files = ", ".join(arg for arg in args or () if arg.startswith("@"))
+            self.error(f"{files} cannot be read as flags ({str(e) or type(e).__name__}): give one to a line")
 
     def error(self, message: str):
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
@@ -245,21 +260,28 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-class UsageError(Exception):
-    """The command line is wrong: exit status 2."""
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to a flag's help, where there is one that says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is None or isinstance(action.default, bool)
+        return action.help if says_nothing else super()._get_help_string(action)
 
 
-def number(kind: type, low: float, high: float = float("inf"), above: bool = False) -> Callable[[str], float]:
-    """An argparse type: a number of `kind` in [low, high], or above low if `above`."""
+def number(
+    kind: type, low: float, high: float = float("inf"), *, above: bool = False, below: bool = False
+) -> Callable[[str], float]:
+    """An argparse type: a number of `kind` in [low, high]; without low if `above`, without high if `below`."""
 
     def parse(text: str):
         wanted = f"{'above' if above else 'at least'} {low:g}"
-        wanted += f" and at most {high:g}" if high < float("inf") else ""
+        wanted += f" and {'below' if below else 'at most'} {high:g}" if high < float("inf") else ""
         try:
             value = kind(text)
         except ValueError:
             value = float("nan")
-        if not (low < value if above else low <= value) or not value <= high or value == float("inf"):
+        inside = (low < value if above else low <= value) and (value < high if below else value <= high)
+        if not inside or value == float("inf"):
             what = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"{text!r} is not a {what} {wanted}")
         return value
@@ -272,16 +294,23 @@ def run_program(main: Callable[[list[str]], None], argv: list[str], *mistakes: t
 
     A person's mistake (InputError, OSError and `mistakes`) is one line on standard error, a traceback with `--debug`;
     anything else is ours, and shows its traceback. Under torchrun every rank often finds the same mistake: rank 0 says
-    it at once, the others after a pause in which torchrun ends them if rank 0 has spoken.
+    it at once, the others after a pause in which torchrun ends them if rank 0 has spoken. A rank whose peer has failed
+    (`PeerError`, or a collective that broke off) says nothing and waits for torchrun to end it.
     """
     try:
         main(argv)
         return 0
+    except (PeerError, RuntimeError) as e:
+        if not isinstance(e, PeerError) and not re.search("closed by peer|reset by peer|Broken pipe", str(e)):
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
+        return 1
     except (UsageError, InputError, OSError, *mistakes) as e:
         if "--debug" in argv:
             traceback.print_exc()
         mistake, status = e, 2 if isinstance(e, UsageError) else 1
-    if int(os.environ.get("RANK", 0)) > 0:
+    if int(os.environ.get("RANK", 0)) > 0 and not getattr(mistake, "said_by_this_rank", False):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
     if isinstance(mistake, OSError) and mistake.filename is not None:

@@ -107,6 +107,9 @@ class Qwen3VLConfig:
         if not isinstance(text, dict) or not isinstance(vision, dict):
             raise InputError(f"{path}: needs text_config and vision_config, each an object")
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}  # transformers 5, transformers 4
+        tied = raw.get("tie_word_embeddings", False)
+        if not isinstance(rope, dict) or not isinstance(tied, bool):
+            raise InputError(f"{path}: rope_parameters must be an object, tie_word_embeddings true or false")
         moe = raw["model_type"] == "qwen3_vl_moe"
         text = {
             **text,
@@ -122,7 +125,7 @@ class Qwen3VLConfig:
             text=_build(TextConfig, text, f"{path}: text_config"),
             vision=_build(VisionConfig, vision, f"{path}: vision_config"),
             # the nested value that transformers 5 writes for mixture-of-experts models says the opposite
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            tie_word_embeddings=tied,
             image_token_id=raw.get("image_token_id", 151655),
             video_token_id=raw.get("video_token_id", 151656),
             dtype=raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype"),
@@ -137,11 +140,14 @@ class Qwen3VLConfig:
                 t.num_attention_heads % t.num_key_value_heads,
             "text_config.head_dim must be even": t.head_dim % 2,
             "text_config.mrope_section must be three numbers that add up to head_dim / 2":
-                len(t.mrope_section) != 3 or sum(t.mrope_section) != t.head_dim // 2,
+                len(t.mrope_section) != 3 or min(t.mrope_section) < 0 or sum(t.mrope_section) != t.head_dim // 2,
             "text_config.hidden_act must be 'silu'": t.hidden_act != "silu",
             "text_config.num_experts_per_tok must be between 1 and num_experts":
                 t.num_experts > 0 and not 1 <= t.num_experts_per_tok <= t.num_experts,
             "text_config.moe_intermediate_size is missing": t.num_experts > 0 and t.moe_intermediate_size < 1,
+            "text_config.num_hidden_layers and vision_config.depth must be 1000 at most":
+                max(t.num_hidden_layers, v.depth) > 1000,
+            "vision_config.in_channels must be 3": v.in_channels != 3,
             "vision_config.num_heads must divide hidden_size": v.hidden_size % v.num_heads,
             "vision_config.hidden_size / num_heads must be a multiple of 4": v.hidden_size // v.num_heads % 4,
             "vision_config.out_hidden_size must equal text_config.hidden_size": v.out_hidden_size != t.hidden_size,
@@ -161,8 +167,8 @@ class Qwen3VLConfig:
 def _build(cls: type, values: dict, where: str):
     """A config dataclass from a JSON object, its types checked; keys that it does not know are left alone."""
     kinds = {
-        "int": (int, "a whole number above 0"), "float": ((int, float), "a number above 0"), "str": (str, "a text"),
-        "list[int]": (list, "a list of whole numbers"),
+        "int": (int, "a whole number above 0 and below 1e8"), "float": ((int, float), "a number above 0"),
+        "str": (str, "a text"), "list[int]": (list, "a list of whole numbers"),
     }
     known = {}
     for f in fields(cls):
@@ -173,7 +179,7 @@ def _build(cls: type, values: dict, where: str):
             continue
         good = isinstance(value, kind) and not isinstance(value, bool)
         if f.type in ("int", "float"):
-            good = good and (value > 0 or value == 0 and f.name in ("num_experts", "initializer_range"))
+            good = good and (value > 0 or value == 0 and f.name in ("num_experts", "initializer_range")) and value < 1e8
         elif f.type == "list[int]":
             good = good and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
         if not good:

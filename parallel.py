@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from kernels_npu import Torch
+from kernels_npu import PeerError, Torch, UsageError
 from model import Qwen3VL, tower_of
 
 
@@ -50,6 +51,24 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(total)
         return total.tolist()
+
+    def together(self, action: Callable):
+        """Runs `action` on every rank and returns its result. If a person's mistake ends it on one, all ranks end: the
+        first at fault raises the error, the others PeerError, and none waits for a collective that will not come."""
+        result, mistake = None, None
+        try:
+            result = action()
+        except (UsageError, ValueError, OSError) as e:
+            mistake = e
+        at_fault = torch.tensor(self.rank if mistake else self.world, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(at_fault, op=dist.ReduceOp.MIN)
+        if mistake and at_fault.item() == self.rank:
+            mistake.said_by_this_rank = True
+            raise mistake
+        if at_fault.item() < self.world:
+            raise PeerError
+        return result
 
     def close(self) -> None:
         dist.destroy_process_group()
@@ -137,9 +156,10 @@ def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float, ranks: Ranks
     Every element of a gradient lies on one rank, so the ranks' sums of squares, in float64, add up to the whole norm.
     """
     grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
-    squares = [n.double() ** 2 for n in torch._foreach_norm(grads)]
-    (total,) = ranks.sum(torch.stack(squares).sum() if squares else 0.0)
+    # none at all where all that trains is the vision encoder, and the step had no picture
+    squares = torch.stack(torch._foreach_norm(grads)).double() ** 2 if grads else torch.zeros(1)
+    (total,) = ranks.sum(squares.sum())
     norm = total**0.5
-    if max_norm > 0 and norm > max_norm:
+    if grads and max_norm > 0 and norm > max_norm:
         torch._foreach_mul_(grads, max_norm / (norm + 1e-6))
     return norm

@@ -37,7 +37,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     """The command line, checked as far as it can be without reading a file. Raises UsageError."""
     p = Parser(prog="train.py", description=__doc__.split("\n\n")[0])
     count, amount = number(int, 1), number(float, 0)
-    share, positive = number(float, 0, 1), number(float, 0, above=True)
+    share, positive, decay = number(float, 0, 1), number(float, 0, above=True), number(float, 0, 1, below=True)
     switch = argparse.BooleanOptionalAction
 
     g = p.add_argument_group("model")
@@ -90,15 +90,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                         help="steps of linear warm-up")
     warmup.add_argument("--lr-warmup-fraction", type=share, metavar="X", help="the same as a share of all steps")
     g.add_argument("--weight-decay", type=amount, default=0.0, help="of every parameter")
-    g.add_argument("--adam-beta1", type=share, default=0.9, help="decay of the mean of gradients")
-    g.add_argument("--adam-beta2", type=share, default=0.999, help="decay of the mean of their squares")
+    g.add_argument("--adam-beta1", type=decay, default=0.9, help="decay of the mean of gradients")
+    g.add_argument("--adam-beta2", type=decay, default=0.999, help="decay of the mean of their squares")
     g.add_argument("--adam-eps", type=positive, default=1e-8, help="added to the root of the mean of squares")
     g.add_argument("--clip-grad", type=amount, default=1.0, metavar="X", help="largest gradient norm; 0: any")
-    dtype = g.add_mutually_exclusive_group()
-    dtype.add_argument("--bf16", dest="compute_dtype", action="store_const", const=torch.bfloat16,
-                       help="compute in bf16")
-    dtype.add_argument("--fp32", dest="compute_dtype", action="store_const", const=torch.float32, help="compute in "
-                       "float32 (default: bf16 on an accelerator, float32 on a CPU; parameters are always float32)")
+    g.add_argument("--bf16", dest="compute_dtype", action="store_const", const=torch.bfloat16, help="compute in bf16")
+    g.add_argument("--fp32", dest="compute_dtype", action="store_const", const=torch.float32, help="compute in "
+                   "float32 (default: bf16 on an accelerator, float32 on a CPU; parameters are always float32)")
     g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, help="of weights, order and random state")
 
     g = p.add_argument_group("loss")
@@ -146,8 +144,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         raise UsageError(f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}: give a smaller one")
     if args.profile_step_end < args.profile_step_start:
         raise UsageError("--profile-step-end is before --profile-step-start: give a later one")
-    if args.eval_interval and not args.eval_dataset:
-        raise UsageError("--eval-interval needs --eval-dataset: give the held-out rows")
+    if (args.eval_interval or args.eval_iters) and not args.eval_dataset:
+        raise UsageError("--eval-interval and --eval-iters need --eval-dataset: give the held-out rows")
+    if args.finetune and args.load and args.save and Path(args.load).resolve() == Path(args.save).resolve():
+        raise UsageError("--finetune starts a new run: give a --save other than --load")
+    for flag in ("dataset_dir", "cache_dir", "load", "save", "eval_dataset", "tensorboard_dir", "profile_dir"):
+        if getattr(args, flag) == "":
+            raise UsageError(f"--{flag.replace('_', '-')} is empty: give a path, or leave it out")
     for kind in ("image", "video"):
         low, high = getattr(args, f"{kind}_min_pixels"), getattr(args, f"{kind}_max_pixels")
         if low and high and low > high:
@@ -213,7 +216,7 @@ def make_optimizer(args: argparse.Namespace, model: Qwen3VL) -> torch.optim.Opti
 
 
 def set_learning_rates(args: argparse.Namespace, optimizer: torch.optim.Optimizer, iteration: int) -> None:
-    """Linear warm-up from 0, then the decay to --min-lr at the last iteration: a function of the iteration (from 0)."""
+    """Linear warm-up from 0, then a decay that reaches --min-lr after the last iteration. Iterations count from 0."""
     warmup = args.lr_warmup_iters
     if args.lr_warmup_fraction is not None:
         warmup = round(args.lr_warmup_fraction * args.train_iters)
@@ -280,13 +283,17 @@ class MetricsLog:
         self.args, self.world, self.global_batch_size = args, ranks.world, global_batch_size
         self.main = ranks.rank == 0
         self.file = self.board = None
+        self.window: list[dict] = []  # since the last log line
         if not self.main:
             return
         if args.save:
             path = Path(args.save) / "metrics.jsonl"
             # After a crash the file may be ahead of the checkpoint: those iterations are about to be run again.
-            kept = path.read_text().splitlines(keepends=True) if start and path.exists() else []
-            kept = [line for line in kept if line.endswith("\n") and json.loads(line)["iteration"] <= start]
+            kept = path.read_text(errors="replace").splitlines(keepends=True) if start and path.exists() else []
+            try:
+                kept = [line for line in kept if line.endswith("\n") and json.loads(line)["iteration"] <= start]
+            except (KeyError, TypeError, ValueError) as e:
+                raise InputError(f"{path}: is damaged ({e!r}): move it away, and the run starts a new one") from e
             path.write_text("".join(kept))
             self.file = open(path, "a")
         if args.tensorboard_dir:
@@ -299,17 +306,26 @@ class MetricsLog:
     def write(self, metrics: dict) -> None:
         """One iteration's metrics (see METRICS; None where one does not apply)."""
         if self.file:
-            self.file.write(json.dumps({key: _finite(metrics[key]) for key in METRICS}) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps({key: _finite(metrics[key]) for key in METRICS}) + "\n")
+                self.file.flush()
+            except OSError as e:
+                raise InputError(f"{self.file.name}: cannot be written ({e.strerror})") from e
         if self.board:
             for key in METRICS[1:]:
                 if metrics[key] is not None:
                     self.board.add_scalar(key, metrics[key], metrics["iteration"])
+        self.window.append(metrics)
         if self.main and (metrics["iteration"] % self.args.log_interval == 0 or metrics["eval_loss"] is not None):
-            print(self.line(metrics), flush=True)
+            print(self.line(), flush=True)
+            self.window.clear()
 
-    def line(self, m: dict) -> str:
-        """The line that scripts for Megatron's logs read."""
+    def line(self) -> str:
+        """The line that scripts for Megatron's logs read: losses and times are means since the last line."""
+        m = dict(self.window[-1])
+        for key in ("loss", "step_time_s", "tokens_per_s", "mfu", "aux_loss"):
+            values = [each[key] for each in self.window if each[key] is not None]
+            m[key] = sum(values) / len(values) if values else None
         parts = [
             f"iteration {m['iteration']:8d}/{self.args.train_iters:8d}",
             f"consumed samples: {m['consumed_samples']:12d}",
@@ -362,12 +378,12 @@ def train(
     trainable = [p for p in model.parameters() if p.requires_grad]
     peak_flops = kernels_npu.ops.peak_flops()
     signals = Signals(args.exit_duration_in_mins)
-    skipped_in_a_row, saved_at, stop = 0, start, False
+    skipped_in_a_row = 0
     # closing: whatever happens here, the loader's worker processes end
     with profiler(args, ranks) as profile, contextlib.closing(iter(loader)) as stream:
         for iteration in range(start + 1, args.train_iters + 1):
             began = time.perf_counter()
-            batches = [next(stream) for _ in range(accumulation)]
+            batches = ranks.together(lambda: [next(stream) for _ in range(accumulation)])
             data_time = time.perf_counter() - began
             num_tokens, num_supervised, num_media = set_loss_weights(batches, args.loss_type, ranks)
             set_learning_rates(args, optimizer, iteration - 1)
@@ -406,7 +422,7 @@ def train(
                 "iteration": iteration, "loss": loss, "grad_norm": grad_norm, "eval_loss": eval_loss,
                 "aux_loss": aux_loss if model.config.text.num_experts else None,
                 "lr": optimizer.param_groups[-1]["lr"], "samples": metrics_log.global_batch_size - int(skipped),
-                "consumed_samples": iteration * metrics_log.global_batch_size, "tokens": num_tokens,
+                "consumed_samples": batches[-1].resume_state["consumed"], "tokens": num_tokens,
                 "supervised_tokens": num_supervised, "step_time_s": step_time, "data_time_s": data_time,
                 "tokens_per_s": num_tokens / step_time, "model_flops": flops,
                 "mfu": flops / (step_time * ranks.world * peak_flops) if peak_flops else None,
@@ -417,13 +433,13 @@ def train(
                 profile.step()
             if args.save and (last or save or args.save_interval and iteration % args.save_interval == 0):
                 save_iteration(args, iteration, model, optimizer, ranks, batches[-1].resume_state)
-                saved_at = iteration
             if stop:
                 break
-    if ranks.rank == 0 and saved_at:
-        where = f"checkpoint of iteration {saved_at} is in {args.save or args.load}"
-        print(f"stopped early: the {where}; go on with --load {args.save}" if saved_at < args.train_iters and stop else
-              f"done: the {where}", flush=True)
+    if ranks.rank == 0:
+        early = iteration < args.train_iters
+        how = f"stopped at iteration {iteration} of {args.train_iters}" if early else "done"
+        where = f"the checkpoint is in {args.save}" if args.save else "nothing was saved: there is no --save"
+        print(f"{how}: {where}" + f"; go on with --load {args.save}" * (early and bool(args.save)), flush=True)
 
 
 def report_bad_step(iteration: int, loss: float, grad_norm: float, batches: list[data.Batch], in_a_row: int) -> None:
@@ -502,11 +518,18 @@ def profiler(args: argparse.Namespace, ranks: parallel.Ranks):
 # ---- from the command line to the loop ------------------------------------------------------------------------------
 
 
-def check_save_dir(args: argparse.Namespace) -> None:
-    """--save must be writable, and not hold another run."""
-    save = Path(args.save)
-    load = Path(args.load).resolve() if args.load else None
-    if load is None or save.resolve() not in (load, load.parent):
+def prepare_directories(args: argparse.Namespace, ranks: parallel.Ranks) -> None:
+    """Rank 0 makes the directories to write to. --save must not hold another run than the one that --load names."""
+    if ranks.rank > 0:
+        return
+    for directory in (args.profile_dir, args.tensorboard_dir):
+        if directory:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+    if not args.save:
+        return
+    save, load = Path(args.save), Path(args.load).resolve() if args.load else None
+    goes_on = load and save.resolve() == (load.parent if (load / ".metadata").exists() else load)
+    if not goes_on:
         if (save / convert.TRACKER).exists():
             raise UsageError(f"--save {save} holds another run: give --load {save} to go on, or another directory")
         if (save / "metrics.jsonl").exists() and (save / "metrics.jsonl").stat().st_size:
@@ -515,6 +538,11 @@ def check_save_dir(args: argparse.Namespace) -> None:
     save.mkdir(parents=True, exist_ok=True)
     if not os.access(save, os.W_OK):
         raise InputError(f"--save {save}: cannot be written to")
+    settings = {k: str(v) if isinstance(v, torch.dtype) else v for k, v in vars(args).items()}
+    try:
+        (save / "args.json").write_text(json.dumps(settings, indent=1) + "\n")
+    except OSError as e:
+        raise InputError(f"{save / 'args.json'}: cannot be written ({e.strerror})") from e
 
 
 def main(argv: list[str]) -> None:
@@ -525,8 +553,7 @@ def main(argv: list[str]) -> None:
     ranks = parallel.Ranks(ops, args.distributed_timeout_minutes)
     say = log.info if ranks.rank == 0 else (lambda *_: None)
     args.global_batch_size, accumulation = batch_sizes(args, ranks.dp_size)
-    if args.save and ranks.rank == 0:
-        check_save_dir(args)
+    ranks.together(lambda: prepare_directories(args, ranks))
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -538,7 +565,7 @@ def main(argv: list[str]) -> None:
     read = {"dataset_dir": args.dataset_dir, "cache_dir": args.cache_dir}
     dataset = data.RowDataset(args.dataset.split(","), max_samples=args.max_samples, **read)
     if args.train_iters is None:
-        args.train_iters = max(1, math.ceil(args.train_epochs * len(dataset) / args.global_batch_size))
+        args.train_iters = max(1, math.ceil(round(args.train_epochs * len(dataset) / args.global_batch_size, 6)))
     dtype = args.compute_dtype or ops.compute_dtype
 
     say(f"device: {ops.device}, {ranks.world} rank(s) over {ops.distributed_backend}, compute in {dtype}")
@@ -565,9 +592,6 @@ def main(argv: list[str]) -> None:
         held_out = data.RowDataset(args.eval_dataset.split(","), **read)
         eval_loader = data.Loader(held_out, processor, shuffle=False, num_samples=len(held_out),
                                   global_batch_size=args.micro_batch_size * ranks.dp_size, **layout)
-    if args.save and ranks.rank == 0:
-        settings = {k: str(v) if isinstance(v, torch.dtype) else v for k, v in vars(args).items()}
-        (Path(args.save) / "args.json").write_text(json.dumps(settings, indent=1) + "\n")
     metrics_log = MetricsLog(args, ranks, start, args.global_batch_size)
     say(f"{len(dataset)} rows, {args.train_iters} iterations of {args.global_batch_size} samples, {accumulation} "
         f"micro-batch(es) a rank, loss {args.loss_type}; ready after {time.perf_counter() - started:.1f} s")

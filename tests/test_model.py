@@ -15,7 +15,7 @@ import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels_npu import InputError
+from kernels_npu import InputError, UsageError
 from model import LMHead, Qwen3VL, Qwen3VLConfig, load_balancing_loss, parameter_table
 
 ROWS = {
@@ -208,6 +208,12 @@ def test_published_configurations(name):
     (lambda c: c["vision_config"].update(deepstack_visual_indexes=[1, 9]), "deepstack_visual_indexes"),
     (lambda c: c["vision_config"].update(out_hidden_size=60), "out_hidden_size must equal"),
     (lambda c: c["vision_config"].update(depth=-1), "vision_config.depth is -1"),
+    (lambda c: c["vision_config"].update(in_channels=1), "in_channels must be 3"),
+    (lambda c: c["text_config"].update(num_hidden_layers=10**6), "1000 at most"),
+    (lambda c: c["text_config"].update(vocab_size=10**18), "vocab_size is 10"),
+    (lambda c: c["text_config"].update(rope_parameters="x"), "rope_parameters must be an object"),
+    (lambda c: c["text_config"]["rope_parameters"].update(mrope_section=[20, -4, -4]), "mrope_section"),
+    (lambda c: c.update(tie_word_embeddings="false"), "tie_word_embeddings true or false"),
 ])
 def test_bad_configuration_is_one_line_that_names_the_key(tmp_path, change, message):
     raw = tiny.config_dict()
@@ -219,7 +225,7 @@ def test_bad_configuration_is_one_line_that_names_the_key(tmp_path, change, mess
 
 
 def test_flash_attention_is_refused_where_it_is_not(pair):
-    with pytest.raises(InputError, match="flash_attention_2.*take one of eager, sdpa"):
+    with pytest.raises(UsageError, match="flash_attention_2.*take one of eager, sdpa"):
         pair[1].set_attention(text="flash_attention_2")
 
 

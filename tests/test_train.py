@@ -275,6 +275,14 @@ def test_random_weights_train(folder, tmp_path):
     assert again[0]["loss"] == metrics[0]["loss"] != other[0]["loss"]
 
 
+@pytest.mark.parametrize("flag", ["--freeze-text-decoder", "--freeze-vision-encoder", "--freeze-vision-projector"])
+def test_a_frozen_tower_and_steps_without_pictures(folder, tmp_path, flag):
+    """With the text decoder frozen a step of text alone has no gradient at all: norm 0, and nothing moves."""
+    metrics = run(folder, tmp_path, flag, iters=2)  # a row of text, then one with a picture
+    assert (metrics[0]["grad_norm"] == 0) == (flag == "--freeze-text-decoder")
+    assert metrics[1]["grad_norm"] > 0
+
+
 def test_bf16_keeps_float32_parameters(folder, tmp_path):
     """bf16 has 8 bits: a loss near 6 is right to some 1 %; what is stored, and Adam's state, stay float32."""
     exact = run(folder, tmp_path / "fp32", "--loss-type", "per_token", iters=2)
@@ -293,7 +301,8 @@ def test_metrics_and_log_line(folder, tmp_path, capsys):
     for word in ("consumed samples:", "elapsed time per iteration (ms):", "learning rate:", "global batch size:     4",
                  "lm loss:", "grad norm:", "tokens per second per device:"):
         assert word in lines[0]
-    assert float(re.search(r"lm loss: (\S+)", lines[0])[1]) == pytest.approx(metrics[1]["loss"], rel=1e-6)
+    assert float(re.search(r"lm loss: (\S+)", lines[0])[1]) == pytest.approx(
+        (metrics[0]["loss"] + metrics[1]["loss"]) / 2, rel=1e-6)  # the mean since the last line
     for m in metrics:
         assert m["samples"] == 4 and 0 < m["supervised_tokens"] < m["tokens"] <= 4 * 90
         assert 0 <= m["data_time_s"] < m["step_time_s"] and m["model_flops"] > 0
@@ -331,16 +340,21 @@ ERRORS = [
     (["--train-iters", 0], 2, r"--train-iters: '0' is not a whole number at least 1"),
     (["--lr", "fast"], 2, r"--lr: 'fast' is not a number"),
     (["--lr", "nan"], 2, r"--lr: 'nan'"),
-    (["--adam-beta1", 1.5], 2, r"--adam-beta1: '1.5' .* at most 1"),
+    (["--adam-beta1", 1.5], 2, r"--adam-beta1: '1.5' .* below 1"),
+    (["--adam-beta2", 1], 2, r"--adam-beta2: '1' .* below 1"),
+    (["--save", ""], 2, "--save is empty"),
+    (["--eval-iters", 3], 2, "--eval-iters need --eval-dataset"),
+    (["@/dev/null/flags"], 2, "/dev/null/flags"),
+    (["--profile-dir", "/dev/null/x"], 1, "/dev/null/x"),
     (["--train-epoch", 3], 2, r"unrecognized arguments: --train-epoch .*did you mean --train-epochs"),
     (["--global-batch-size", 5, "--micro-batch-size", 2], 2, r"the nearest that are: 4 or 6"),
     (["--min-lr", 1], 2, r"--min-lr 1 is above --lr"),
     (["--train-on-prompt", "--mask-history"], 2, "exclude each other"),
     (["--train-epochs", 1], 2, "not allowed with"),
     (["--freeze-vision-encoder", "--freeze-vision-projector", "--freeze-text-decoder"], 2, "every tower is frozen"),
-    (["--text-attn-implementation", "flash_attention_2"], 1, "flash_attention_2.*take one of eager, sdpa"),
-    (["--device", "cuda"], 1, "--device cuda: this PyTorch sees no CUDA device"),
-    (["--device", "npu"], 1, "--device npu"),
+    (["--text-attn-implementation", "flash_attention_2"], 2, "flash_attention_2.*take one of eager, sdpa"),
+    (["--device", "cuda"], 2, "--device cuda: this PyTorch sees no CUDA device"),
+    (["--device", "npu"], 2, "--device npu"),
     (["--dataset", "missing.json"], 1, "missing.json"),
     (["--init-from-hf-path", "nowhere"], 1, "nowhere"),
     (["--load", "nowhere"], 1, "nowhere"),
@@ -375,6 +389,45 @@ def test_save_must_not_hold_another_run(folder, tmp_path, capsys):
             "--save", tmp_path]
     assert kernels_npu.run_program(train.main, list(map(str, argv)), data.InputError) == 2
     assert f"--save {tmp_path} holds another run: give --load {tmp_path}" in capsys.readouterr().err
+
+
+def test_only_the_run_that_load_names_may_be_in_save(folder, tmp_path, capsys):
+    """Not a run in the folder above --load's; its own iterations are fine, but not to start anew from."""
+    run(folder, tmp_path, iters=1)
+    run(folder, tmp_path / "inner", iters=1)
+    base = ["--init-from-hf-path", folder / "moe", "--dataset", folder / "text.json", "--train-iters", 2,
+            "--save", tmp_path]
+    for flags in (["--load", tmp_path / "inner"], ["--load", tmp_path, "--finetune"]):
+        assert kernels_npu.run_program(train.main, list(map(str, base + flags)), data.InputError) == 2
+        assert "error: --" in capsys.readouterr().err
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert [m["iteration"] for m in read_metrics(tmp_path)] == [1]
+    metrics = run(folder, tmp_path, "--load", tmp_path / "iter_0000001", iters=2)
+    assert [m["iteration"] for m in metrics] == [1, 2]
+
+
+def test_a_damaged_metrics_file_is_named(folder, tmp_path, capsys):
+    run(folder, tmp_path, iters=1)
+    (tmp_path / "metrics.jsonl").write_text("[]\n")
+    argv = ["--init-from-hf-path", folder / "moe", "--dataset", folder / "text.json", "--train-iters", 2,
+            "--save", tmp_path, "--load", tmp_path, "--num-workers", 0]
+    assert kernels_npu.run_program(train.main, list(map(str, argv)), data.InputError) == 1
+    assert "metrics.jsonl: is damaged" in capsys.readouterr().err
+
+
+def test_what_was_not_saved_is_said(folder, tmp_path, capsys):
+    train.main(["--init-from-hf-path", str(folder / "moe"), "--dataset", str(folder / "text.json"), "--train-iters",
+                "1", "--num-workers", "0"])
+    assert "done: nothing was saved: there is no --save" in capsys.readouterr().out
+
+
+def test_damaged_flag_files(tmp_path, capsys):
+    for content, message in ((b"--lr 1 'x", "No closing quotation"), (b"\xff\xfe", "decode"), (b"@self", "recursion")):
+        (tmp_path / "flags").write_bytes(content.replace(b"@self", f"@{tmp_path / 'flags'}".encode()))
+        assert kernels_npu.run_program(train.main, [f"@{tmp_path / 'flags'}"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
 def test_flags_from_a_file_and_the_last_one_counts(tmp_path):
@@ -434,3 +487,4 @@ def test_a_bad_row_ends_every_rank_with_one_line(folder, tmp_path):
     assert result.returncode != 0 and time.monotonic() - began < 60
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "rows.json" in errors[0] and "culprit" in errors[0]
+    assert "train.py\", line" not in result.stderr  # no traceback of ours, not even on the rank that waited
