@@ -34,14 +34,8 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -81,12 +75,14 @@ def _pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[tuple[int, 
             yield (start, *(0 for _ in shape[1:])), (min(rows, shape[0] - start), *shape[1:])
 
 
-def _local(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """This rank's part of a DTensor, or all of a plain tensor, and where it begins in the whole."""
-    if not isinstance(tensor, DTensor):
-        return tensor.detach(), (0,) * tensor.ndim
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tensor.detach().to_local(), tuple(offset)
+def _local_pieces(tensor: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """This rank's part of a DTensor, or all of a plain tensor: (where it begins in the whole, view) of its pieces."""
+    local, origin = tensor.detach(), (0,) * tensor.ndim
+    if isinstance(tensor, DTensor):
+        local = local.to_local()
+        _, origin = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    for offset, sizes in _pieces(local.shape, local.element_size()):
+        yield tuple(a + b for a, b in zip(origin, offset, strict=True)), local[_window(offset, sizes)]
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -96,10 +92,16 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _fill(target: Tensor, source: HuggingFaceWeights | CheckpointWeights, name: str) -> None:
     """Reads this rank's part of the stored tensor into `target`, converting to its type."""
-    local, origin = _local(target)
-    for offset, sizes in _pieces(local.shape, local.element_size()):
-        begin = tuple(a + b for a, b in zip(origin, offset, strict=True))
-        local[_window(offset, sizes)].copy_(source.read(name, begin, sizes))
+    for offset, part in _local_pieces(target):
+        part.copy_(source.read(name, offset, part.shape))
+
+
+def _fill_parameters(model: nn.Module, source: HuggingFaceWeights | CheckpointWeights) -> dict[str, nn.Parameter]:
+    parameters = _parameters(model)
+    source.fit({name: p.shape for name, p in parameters.items()})
+    for name, p in parameters.items():
+        _fill(p, source, name)
+    return parameters
 
 
 # ---- sources -------------------------------------------------------------------------------------------------------
@@ -110,20 +112,17 @@ _LAYER = re.compile(r"model\.(?:language_model\.layers|visual\.blocks|visual\.de
 def _check_fit(tensors: dict[str, Stored], expected: dict[str, torch.Size], where: Path) -> None:
     """Names and shapes in a source against the model's. Left unread: layers that config.json no longer has (editing it
     is how a user cuts them), and the copy of the embedding that some tied checkpoints carry as lm_head.weight."""
-    layers = {m[0] for name in expected if (m := _LAYER.match(name))}
-
-    def is_spare(name: str) -> bool:
-        layer = _LAYER.match(name)
-        return layer is not None and layer[0] not in layers or name == "lm_head.weight"
-
+    layers = {name: m[0] for name in [*tensors, *expected] if (m := _LAYER.match(name))}
+    cut = set(layers.values()) - {layers.get(name) for name in expected}
     missing = [name for name in expected if name not in tensors]
-    unknown = [name for name in tensors if name not in expected and not is_spare(name)]
+    unknown = [name for name in tensors
+               if name not in expected and name != "lm_head.weight" and layers.get(name) not in cut]
     problems = [f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
                 for what, names in (("missing", missing), ("unknown", unknown)) if names]
     if problems:
         raise InputError(f"{where}: its tensors are not those of the model that config.json describes: "
                          f"{'; '.join(problems)}; take the config.json that belongs to these weights")
-    if cut := {m[0] for name in tensors if (m := _LAYER.match(name))} - layers:
+    if cut:
         logger.warning("%s: %d layers are not in config.json and stay unread", where, len(cut))
     for name, shape in expected.items():
         if tensors[name][1] != shape:
@@ -182,8 +181,8 @@ class HuggingFaceWeights:
             files.setdefault(file, []).append(name)
         return files
 
-    def fit(self, expected: dict[str, torch.Size]) -> None:
-        """Checks names and shapes against a model's, and finds out which way round the experts lie.
+    def fit(self, expected: dict[str, torch.Size]) -> HuggingFaceWeights:
+        """Checks names and shapes against a model's (returns self), and finds out which way round the experts lie.
 
         Published checkpoints and transformers 4 store [E, D, 2I] and [E, I, D]; transformers 5 writes [E, 2I, D] and
         [E, D, I] under the same names. A square tensor (2I == D or I == D) cannot tell, and its neighbour is no
@@ -202,6 +201,7 @@ class HuggingFaceWeights:
                     self._transposed.add(name)
                     self.tensors[name] = dtype, shape
         _check_fit(self.tensors, expected, self.path)
+        return self
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         """One window of a tensor, in the published layout; it may be a view of the mapped file: do not write to it."""
@@ -211,16 +211,17 @@ class HuggingFaceWeights:
         return self._slices[name][window]
 
 
+def check_hf_weights(hf_dir: str | Path, expected: dict[str, torch.Size]) -> None:
+    """Raises what `load_hf_weights` would for parameters of these names and (whole) shapes; reads the headers only."""
+    HuggingFaceWeights(hf_dir).fit(expected)
+
+
 def load_hf_weights(model: nn.Module, hf_dir: str | Path) -> None:
     """Fills every parameter (plain or DTensor) from safetensors, in its own type; a rank reads its own slices only.
 
     Raises InputError for missing, unknown, misshapen or ambiguous tensors and for damaged files.
     """
-    source = HuggingFaceWeights(hf_dir)
-    parameters = _parameters(model)
-    source.fit({name: p.shape for name, p in parameters.items()})
-    for name, p in parameters.items():
-        _fill(p, source, name)
+    _fill_parameters(model, HuggingFaceWeights(hf_dir))
 
 
 _DCP_CLASSES = {  # all that the pickle of a DCP checkpoint's description needs
@@ -241,13 +242,13 @@ class _MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_metadata(directory: Path) -> Metadata:
+def read_metadata(directory: Path) -> dcp_metadata.Metadata:
     """DCP's description of a checkpoint: a pickle, read admitting only the plain classes that DCP writes into it."""
     path = directory / ".metadata"
     try:
         with open(path, "rb") as file:
             metadata = _MetadataUnpickler(file).load()
-        if not isinstance(metadata, Metadata):
+        if not isinstance(metadata, dcp_metadata.Metadata):
             raise TypeError(f"it holds a {type(metadata).__name__}")
         return metadata
     except FileNotFoundError as e:
@@ -264,14 +265,13 @@ class CheckpointWeights:
         metadata = read_metadata(self.path)
         self.tensors: dict[str, Stored] = {}
         self._chunks: dict[str, list[tuple[torch.Size, torch.Size, _StorageInfo]]] = {}
-        self._mapped: dict[str, Tensor] = {}
         lengths: dict[str, int] = {}
         try:
             for name, tensor in metadata.state_dict_metadata.items():
-                if not isinstance(tensor, TensorStorageMetadata):
+                if not isinstance(tensor, dcp_metadata.TensorStorageMetadata):
                     continue  # objects of other tools: they are pickles, and stay unread
                 self.tensors[name] = tensor.properties.dtype, tensor.size
-                self._chunks[name] = [(c.offsets, c.sizes, metadata.storage_data[MetadataIndex(name, c.offsets)])
+                self._chunks[name] = [(c.offsets, c.sizes, metadata.storage_data[dcp_metadata.MetadataIndex(name, c.offsets)])
                                       for c in tensor.chunks]
                 for _, _, info in self._chunks[name]:
                     if Path(info.relative_path).name != info.relative_path:
@@ -282,9 +282,16 @@ class CheckpointWeights:
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise InputError(f"{self.path / '.metadata'}: is damaged ({e}); take another checkpoint") from e
         for file, length in lengths.items():
-            size = (self.path / file).stat().st_size if (self.path / file).exists() else 0
-            if size < length:
+            if not (self.path / file).exists():
+                raise InputError(f"{self.path / file}: is missing; take another checkpoint")
+            if (size := (self.path / file).stat().st_size) < length:
                 raise InputError(f"{self.path / file}: is damaged ({size} of {length} bytes); take another checkpoint")
+
+    def fit(self, expected: dict[str, torch.Size]) -> CheckpointWeights:
+        """Checks the parameters' names and shapes against a model's. Returns self."""
+        parameters = {name: t for name, t in self.tensors.items() if not name.startswith("optimizer.")}
+        _check_fit(parameters, expected, self.path)
+        return self
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         """One window of a tensor, put together from the pieces that overlap it."""
@@ -300,33 +307,31 @@ class CheckpointWeights:
     def _piece(self, name: str, shape: torch.Size, info: _StorageInfo) -> Tensor:
         """A stored piece as a view of the mapped file: torch.save wrote it, a zip with the values uncompressed."""
         path = self.path / info.relative_path
-        try:
-            with open(path, "rb") as file:
+        with open(path, "rb") as file:
+            try:
                 view = _create_file_view(file, info.offset, info.length)
                 form = torch.load(view, map_location="meta", weights_only=True)
+                if (form.shape, form.dtype) != (shape, self.tensors[name][0]) or not form.is_contiguous():
+                    raise ValueError(f"it holds {form.dtype} {list(form.shape)}")
                 view.seek(0)
                 start = info.offset + torch._C.PyTorchFileReader(view).get_record_offset("data/0")
-            if (form.shape, form.dtype) != (shape, self.tensors[name][0]) or not form.is_contiguous():
-                raise ValueError(f"it holds {form.dtype} {list(form.shape)}")
-            if info.relative_path not in self._mapped:
-                self._mapped[info.relative_path] = torch.from_file(
-                    str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-            start += form.storage_offset() * form.itemsize
-            raw = self._mapped[info.relative_path][start : start + form.nbytes]
-            return (raw if start % form.itemsize == 0 else raw.clone()).view(form.dtype).view(shape)
-        except Exception as e:  # a damaged file can raise nearly anything
-            reason = str(e).partition("\n")[0]
-            raise InputError(f"{path}: the piece of {name} at byte {info.offset} is damaged ({reason})") from e
+                start += form.storage_offset() * form.itemsize
+                mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+                raw = mapped[start : start + form.nbytes]
+                return (raw if start % form.itemsize == 0 else raw.clone()).view(form.dtype).view(shape)
+            except Exception as e:  # nearly anything; torch's own words advise running the file's code
+                raise InputError(f"{path}: the piece of {name} at byte {info.offset} is damaged; "
+                                 "take another checkpoint") from e
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
 class _HashedFile:
-    """A new file that knows the SHA-256 of what it was given, and is on the disk when its `with` block ends."""
+    """A new file, on the disk when its `with` block ends; its entry for checksums.json is in `files` then."""
 
-    def __init__(self, path: Path):
-        self.path, self.size, self._hash = path, 0, hashlib.sha256()
+    def __init__(self, path: Path, files: dict[str, dict]):
+        self.path, self.size, self._hash, self._files = path, 0, hashlib.sha256(), files
 
     def __enter__(self) -> _HashedFile:
         self._file = open(self.path, "xb")
@@ -340,51 +345,41 @@ class _HashedFile:
         with self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
-
-    @property
-    def record(self) -> dict[str, dict]:
-        """Its entry in checksums.json."""
-        return {self.path.name: {"bytes": self.size, "sha256": self._hash.hexdigest()}}
+        self._files[self.path.name] = {"bytes": self.size, "sha256": self._hash.hexdigest()}
 
 
-def _write_bytes(path: Path, data: bytes) -> dict[str, dict]:
-    with _HashedFile(path) as file:
+def _write_bytes(path: Path, data: bytes, files: dict[str, dict]) -> None:
+    with _HashedFile(path, files) as file:
         file.write(data)
-    return file.record
 
 
-def _write_shard(path: Path, pieces: Iterable[tuple[str, torch.Size, tuple[int, ...], Tensor]]) -> tuple[list, dict]:
-    """Writes (name, whole shape, offset, values) one after the other. Returns what `_write_metadata` needs, and the
-    file's entry in checksums.json."""
+def _write_shard(
+    path: Path, pieces: Iterable[tuple[str, torch.Size, tuple[int, ...], Tensor]], files: dict[str, dict]
+) -> list[tuple]:
+    """Writes (name, whole shape, offset, values) one after the other. Returns what `_write_metadata` needs."""
     entries = []
-    with _HashedFile(path) as file:
+    with _HashedFile(path, files) as file:
         for name, whole, offset, values in pieces:
             file.write(b"\0" * (-file.size % 64))  # aligned, so that a reader can map the values
             start = file.size
-            _write_tensor(file, values)
+            buffer = io.BytesIO()  # torch.save straight into a file hides why a write failed
+            torch.save(values.cpu().clone(memory_format=torch.contiguous_format), buffer)  # without what is around it
+            file.write(buffer.getbuffer())
             info = _StorageInfo(path.name, start, file.size - start)
             entries.append((name, values.dtype, whole, torch.Size(offset), values.shape, info))
-    return entries, file.record
+    return entries
 
 
-def _write_tensor(file: _HashedFile, values: Tensor) -> None:
-    values = values.cpu().contiguous()
-    if values.untyped_storage().nbytes() != values.nbytes:
-        values = values.clone()  # torch.save would write all of the memory that this is a view of
-    buffer = io.BytesIO()  # torch.save straight into a file hides why a write failed
-    torch.save(values, buffer)
-    file.write(buffer.getbuffer())
-
-
-def _write_metadata(directory: Path, entries: list) -> dict[str, dict]:
-    """The `.metadata` that makes a DCP checkpoint of written shards. Returns its entry in checksums.json."""
-    tensors: dict[str, TensorStorageMetadata] = {}
+def _write_metadata(directory: Path, entries: list[tuple], files: dict[str, dict]) -> None:
+    """The `.metadata` that makes a DCP checkpoint of written shards."""
+    tensors: dict[str, dcp_metadata.TensorStorageMetadata] = {}
     storage = {}
     for name, dtype, whole, offset, shape, info in entries:
-        chunks = tensors.setdefault(name, TensorStorageMetadata(TensorProperties(dtype=dtype), whole, [])).chunks
-        storage[MetadataIndex(name, offset, len(chunks))] = info
-        chunks.append(ChunkStorageMetadata(offset, shape))
-    return _write_bytes(directory / ".metadata", pickle.dumps(Metadata(tensors, storage_data=storage)))
+        empty = dcp_metadata.TensorStorageMetadata(dcp_metadata.TensorProperties(dtype=dtype), whole, [])
+        chunks = tensors.setdefault(name, empty).chunks
+        storage[dcp_metadata.MetadataIndex(name, offset, len(chunks))] = info
+        chunks.append(dcp_metadata.ChunkStorageMetadata(offset, shape))
+    _write_bytes(directory / ".metadata", pickle.dumps(dcp_metadata.Metadata(tensors, storage_data=storage)), files)
 
 
 def _sync(directory: Path) -> None:
@@ -421,7 +416,7 @@ def _complete(partial: Path, final: Path, files: dict[str, dict], tracker: str |
         if size != record["bytes"]:
             raise InputError(f"{partial / name}: {size} bytes are there, {record['bytes']} were written: it must be on "
                              "storage that every node shares")
-    _write_bytes(partial / CHECKSUMS, json.dumps(files, indent=1, sort_keys=True).encode())
+    _write_bytes(partial / CHECKSUMS, json.dumps(files, indent=1, sort_keys=True).encode(), {})
     _sync(partial)
     aside = final.with_name(f".old_{final.name}")
     if final.exists():
@@ -431,7 +426,7 @@ def _complete(partial: Path, final: Path, files: dict[str, dict], tracker: str |
     if tracker is not None:
         temporary = final.with_name(f".tmp_{TRACKER}")
         temporary.unlink(missing_ok=True)
-        _write_bytes(temporary, tracker.encode())
+        _write_bytes(temporary, tracker.encode(), {})
         os.replace(temporary, final.with_name(TRACKER))
         _sync(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
@@ -467,17 +462,16 @@ def _rank() -> int:
 def _together(action: Callable[[], object], on_rank_0: bool = False) -> list:
     """Runs `action` on every rank (or on rank 0 alone) and gathers the results. If it fails on one it raises on all:
     no rank goes on to wait for another that will not come."""
-    rank = _rank()
-    result, failure, cause = None, None, None
+    result = problem = cause = None
     try:
-        if rank == 0 or not on_rank_0:
+        if _rank() == 0 or not on_rank_0:
             result = action()
     except Exception as e:  # whatever it is: the others wait for this rank's word
-        failure, cause = f"{e} (rank {rank})" if dist.is_initialized() else str(e), e
-    outcomes = [(result, failure)]
+        problem, cause = f"{e} (rank {_rank()})" if dist.is_initialized() else str(e), e
+    outcomes = [(result, problem)]
     if dist.is_initialized():
-        outcomes = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, (result, failure))
+        outcomes *= dist.get_world_size()
+        dist.all_gather_object(outcomes, (result, problem))
     for _, problem in outcomes:
         if problem is not None:
             raise InputError(problem) from cause
@@ -486,18 +480,15 @@ def _together(action: Callable[[], object], on_rank_0: bool = False) -> list:
 
 def _own_pieces(state: dict[str, Tensor]) -> Iterator[tuple[str, torch.Size, tuple[int, ...], Tensor]]:
     """What this rank writes: its part of every DTensor (replicas take turns), and on rank 0 the plain tensors."""
-    rank = _rank()
     for i, (name, tensor) in enumerate(state.items()):
-        local, origin = _local(tensor)
         if isinstance(tensor, DTensor):
             mesh = tensor.device_mesh
             places = zip(mesh.get_coordinate(), mesh.shape, tensor.placements, strict=True)
             mine = all(at == i % n for at, n, placement in places if placement.is_replicate())
         else:
-            mine = rank == 0
-        for offset, sizes in _pieces(local.shape, local.element_size()) if mine else ():
-            begin = tuple(a + b for a, b in zip(origin, offset, strict=True))
-            yield name, tensor.shape, begin, local[_window(offset, sizes)]
+            mine = _rank() == 0
+        for offset, part in _local_pieces(tensor) if mine else ():
+            yield name, tensor.shape, offset, part
 
 
 def save_checkpoint(
@@ -506,9 +497,10 @@ def save_checkpoint(
 ) -> Path:
     """Writes `save_dir/iter_XXXXXXX` and points the tracker to it; every rank calls it. Returns the directory.
 
-    `trainer_state` is this rank's: plain types and tensors. `retain`: of the iterations up to this one keep the newest
-    N. Whatever happens, the directory is complete or it is not there (see `_complete`), and a failure on one rank (a
-    full disk, say) raises InputError on all of them, with the earlier iterations as they were.
+    `trainer_state` is this rank's: plain types and tensors, "iteration" (an int) and "data" (a dict) among them.
+    `retain`: of the iterations up to this one keep the newest N. Whatever happens, the directory is complete or it is
+    not there (see `_complete`), and a failure on one rank (a full disk, say) raises InputError on all of them, with the
+    earlier iterations as they were.
     """
     final = Path(save_dir) / f"iter_{iteration:07d}"
     partial = final.with_name(f".tmp_{final.name}")
@@ -520,19 +512,19 @@ def save_checkpoint(
         state |= {f"optimizer.{key}.{name}": value for key, value in moments.items()}
 
     def write() -> tuple[list, dict]:
-        entries, files = _write_shard(partial / f"__{rank}_0.distcp", _own_pieces(state))
+        files: dict[str, dict] = {}
+        entries = _write_shard(partial / f"__{rank}_0.distcp", _own_pieces(state), files)
         if trainer_state is not None:
             buffer = io.BytesIO()
             torch.save(trainer_state, buffer)
             torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)  # what could not be loaded is not saved
-            files |= _write_bytes(partial / f"trainer_state_rank_{rank:05d}.pt", buffer.getvalue())
+            _write_bytes(partial / f"trainer_state_rank_{rank:05d}.pt", buffer.getvalue(), files)
         return entries, files
 
     def complete() -> None:
-        files = _write_metadata(partial, [entry for entries, _ in written for entry in entries])
+        files = {name: record for _, records in written for name, record in records.items()}
+        _write_metadata(partial, [entry for entries, _ in written for entry in entries], files)
         CheckpointWeights(partial)  # every tensor whole
-        for _, records in written:
-            files |= records
         _complete(partial, final, files, tracker=str(iteration))
 
     try:
@@ -567,9 +559,9 @@ def find_checkpoint(load_dir: str | Path) -> tuple[Path, str]:
     if (path / ".metadata").exists():
         name = path.resolve().name
         return path, str(int(name[5:])) if re.fullmatch(r"iter_\d+", name) else name
+    complete = ", ".join(d.name for d in _iterations(path).values() if (d / ".metadata").exists())
     if not (path / TRACKER).exists():
-        known = ", ".join(d.name for d in _iterations(path).values())
-        hint = (f"name one of its iterations ({known})" if known else
+        hint = (f"name one of its iterations ({complete})" if complete else
                 "convert it first (convert.py hf_to_dcp)" if hf_has_weights(path) else
                 "give a save directory, one of its iter_XXXXXXX, or what hf_to_dcp wrote")
         raise InputError(f"{path}: {'is not there' if not path.exists() else f'has no {TRACKER}'}: {hint}")
@@ -580,60 +572,57 @@ def find_checkpoint(load_dir: str | Path) -> tuple[Path, str]:
     for directory in (path / name, path / f".old_{name}"):  # the second: a save that replaced it was killed
         if (directory / ".metadata").exists():
             return directory, tracker
-    raise InputError(f"{path / TRACKER}: names {name}, which is not there; name another one of "
-                     f"{', '.join(d.name for d in _iterations(path).values()) or 'none'}")
+    state = "incomplete (it has no .metadata)" if (path / name).exists() else "not there"
+    raise InputError(f"{path / TRACKER}: names {name}, which is {state}; name another one of {complete or 'none'}")
 
 
 def load_checkpoint(iteration_dir: str | Path, model: nn.Module, optimizer: Optimizer | None = None) -> dict | None:
     """Loads weights, and the optimizer's state if given and stored, whatever layout wrote them; a rank reads its own
     slices. Parameters whose state was not saved (they were frozen) start fresh, and the log says so.
 
-    Returns this rank's trainer state with `optimizer_loaded` added, or None (a converted checkpoint has none). A rank
-    that the saving run did not have gets rank 0's. Raises InputError for damaged files, missing tensors, other shapes.
+    Returns this rank's trainer state, or None (a converted checkpoint has none). A rank that the saving run did not
+    have gets rank 0's. Raises InputError for damaged files, missing tensors, other shapes.
     """
     source = CheckpointWeights(iteration_dir)
-    parameters = _parameters(model)
-    weights = {name: tensor for name, tensor in source.tensors.items() if not name.startswith("optimizer.")}
-    _check_fit(weights, {name: p.shape for name, p in parameters.items()}, source.path)
-    for name, p in parameters.items():
-        _fill(p, source, name)
-    loaded = optimizer is not None and _load_optimizer(source, parameters, optimizer)
-    rank = _rank()
-    path = source.path / f"trainer_state_rank_{rank:05d}.pt"
+    parameters = _fill_parameters(model, source)
+    if optimizer is not None:
+        _load_optimizer(source, parameters, optimizer)
+    path = source.path / f"trainer_state_rank_{_rank():05d}.pt"
     path = path if path.exists() else source.path / "trainer_state_rank_00000.pt"
     if not path.exists():
         return None
-    try:
-        return {**torch.load(path, map_location="cpu", weights_only=True), "optimizer_loaded": loaded}
-    except Exception as e:  # a damaged file can raise nearly anything
-        reason = str(e).partition("\n")[0]
-        raise InputError(f"{path}: is damaged ({reason}); take another checkpoint") from e
+    with open(path, "rb") as file:
+        try:
+            state = {**torch.load(file, map_location="cpu", weights_only=True)}
+            if not isinstance(state["iteration"], int) or not isinstance(state["data"], dict):
+                raise TypeError("its iteration and data are not an int and a dict")
+        except Exception as e:  # as in `_piece`
+            raise InputError(f"{path}: is damaged or not a trainer's state; take another checkpoint") from e
+    return state
 
 
-def _load_optimizer(source: CheckpointWeights, parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> bool:
-    fresh, loaded = [], False
+def _load_optimizer(source: CheckpointWeights, parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    fresh = []
     for name, p in parameters.items():
         if p not in groups:
             continue
         on_device = groups[p].get("fused") or groups[p].get("capturable")
         state = {"step": torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu"),
                  "exp_avg": torch.zeros_like(p.detach()), "exp_avg_sq": torch.zeros_like(p.detach())}
-        keys = {key: f"optimizer.{key}.{name}" for key in state}
-        if not all(key in source.tensors for key in keys.values()):
+        stored = {key: source.tensors.get(f"optimizer.{key}.{name}") for key in state}
+        if None in stored.values():
             fresh.append(name)
             continue
-        for key, stored in keys.items():
-            if source.tensors[stored][1] != state[key].shape:
-                raise InputError(f"{source.path}: {stored} has shape {list(source.tensors[stored][1])}, "
-                                 f"the model's is {list(state[key].shape)}")
-            _fill(state[key], source, stored)
+        for key, value in state.items():
+            if stored[key][1] != value.shape:
+                raise InputError(f"{source.path}: optimizer.{key}.{name} has shape {list(stored[key][1])}, "
+                                 f"the model's is {list(value.shape)}")
+            _fill(value, source, f"optimizer.{key}.{name}")
         optimizer.state[p] = state
-        loaded = True
     if fresh:
         logger.warning("%s: no optimizer state for %d of %d trainable parameters (%s, ...): theirs starts fresh",
                        source.path, len(fresh), len(groups), fresh[0])
-    return loaded
 
 
 # ---- the conversions -----------------------------------------------------------------------------------------------
@@ -659,8 +648,7 @@ def expected_shapes(hf_dir: str | Path) -> dict[str, torch.Size]:
 def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, overwrite: bool = False) -> Path:
     """Writes `dcp_dir/release` (types as stored, published layout, a shard for each source file) and the tracker."""
     expected = expected_shapes(hf_dir)
-    source = HuggingFaceWeights(hf_dir)
-    source.fit(expected)
+    source = HuggingFaceWeights(hf_dir).fit(expected)
     final = Path(dcp_dir).resolve() / "release"
     if _iterations(final.parent):
         raise InputError(f"{final.parent}: is a training run's directory; choose another --dcp_dir")
@@ -669,7 +657,7 @@ def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, overwrite: bool = False) 
     itemsize = {name: source.tensors[name][0].itemsize for name in expected}
 
     def pieces(names: list[str]) -> Iterator[tuple[str, torch.Size, tuple[int, ...], Tensor]]:
-        for name in names:
+        for name in filter(expected.__contains__, names):
             for offset, sizes in _pieces(expected[name], itemsize[name]):
                 yield name, expected[name], offset, source.read(name, offset, sizes)
                 bar.update(math.prod(sizes) * itemsize[name])
@@ -678,11 +666,13 @@ def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, overwrite: bool = False) 
     with _building(final, total, tracker="release") as (partial, files, bar):
         entries = []
         for i, names in enumerate(source.files.values()):
-            written, record = _write_shard(partial / f"__0_{i}.distcp", pieces([n for n in names if n in expected]))
-            entries += written
-            files |= record
-        files |= _write_metadata(partial, entries)
+            entries += _write_shard(partial / f"__0_{i}.distcp", pieces(names), files)
+        _write_metadata(partial, entries, files)
     return final
+
+
+# configurations, tokenizer, chat template, licence; not weights, and no code
+_ASSET = re.compile(r".*(?<!\.index)\.json|.*\.(txt|jinja|model)|(LICEN[SC]E|NOTICE).*")
 
 
 def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str | Path, dtype: str | None = None,
@@ -693,8 +683,7 @@ def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str 
     """
     assets = Path(model_assets_dir)
     expected = expected_shapes(assets)
-    source = CheckpointWeights(find_checkpoint(load_dir)[0])
-    _check_fit({n: t for n, t in source.tensors.items() if not n.startswith("optimizer.")}, expected, source.path)
+    source = CheckpointWeights(find_checkpoint(load_dir)[0]).fit(expected)
     final = Path(save_dir).resolve()
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         if not overwrite:
@@ -722,45 +711,40 @@ def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str 
         for i, names in enumerate(shards):
             file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
             weight_map |= dict.fromkeys(names, file)
-            files |= _write_safetensors(partial / file, names, types, expected, source, bar)
+            with _HashedFile(partial / file, files) as output:
+                _write_safetensors(output, names, types, source, bar)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        files |= _write_bytes(partial / INDEX, json.dumps(index, indent=2).encode())
+        _write_bytes(partial / INDEX, json.dumps(index, indent=2).encode(), files)
         for path in sorted(assets.iterdir()):
-            if path.is_file() and _is_asset(path.name):
+            if path.is_file() and _ASSET.fullmatch(path.name) and path.name != CHECKSUMS:
                 data = path.read_bytes()
                 if path.name == "config.json" and target is not None:
                     data = _config_with_dtype(data, named)
-                files |= _write_bytes(partial / path.name, data)
+                _write_bytes(partial / path.name, data, files)
     return final
 
 
 def _write_safetensors(
-    path: Path, names: list[str], types: dict, shapes: dict, source: CheckpointWeights, bar: tqdm
-) -> dict:
-    """One safetensors file, piece by piece. Wide types go first: readers map the values, and need them aligned."""
+    file: _HashedFile, names: list[str], types: dict[str, torch.dtype], source: CheckpointWeights, bar: tqdm
+) -> None:
+    """Tensors in these types, piece by piece. Wide types go first: readers map the values, and need them aligned."""
     names = sorted(names, key=lambda name: -types[name].itemsize)
     labels = {dtype: label for label, dtype in SAFETENSORS_TYPES.items()}
     header: dict[str, dict] = {"__metadata__": {"format": "pt", **LAYOUT}}
     end = 0
     for name in names:
-        begin, end = end, end + types[name].itemsize * shapes[name].numel()
-        header[name] = {"dtype": labels[types[name]], "shape": list(shapes[name]), "data_offsets": [begin, end]}
+        shape = source.tensors[name][1]
+        begin, end = end, end + types[name].itemsize * shape.numel()
+        header[name] = {"dtype": labels[types[name]], "shape": list(shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with _HashedFile(path) as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name in names:
-            for offset, sizes in _pieces(shapes[name], max(types[name].itemsize, source.tensors[name][0].itemsize)):
-                values = source.read(name, offset, sizes).to(types[name])
-                file.write(memoryview(values.view(-1).view(torch.uint8).numpy()))
-                bar.update(values.nbytes)
-    return file.record
-
-
-def _is_asset(name: str) -> bool:
-    """Configurations, tokenizer, chat template, licence; not weights, and no code."""
-    known = name.endswith((".json", ".txt", ".jinja", ".model")) or name.startswith(("LICENSE", "LICENCE", "NOTICE"))
-    return known and not name.endswith(".index.json") and name != CHECKSUMS
+    file.write(len(encoded).to_bytes(8, "little") + encoded)
+    for name in names:
+        stored, shape = source.tensors[name]
+        for offset, sizes in _pieces(shape, max(types[name].itemsize, stored.itemsize)):
+            values = source.read(name, offset, sizes).to(types[name])
+            file.write(memoryview(values.view(-1).view(torch.uint8).numpy()))
+            bar.update(values.nbytes)
 
 
 def _config_with_dtype(data: bytes, dtype: str) -> bytes:
@@ -790,18 +774,16 @@ def verify(directory: str | Path) -> list[str]:
 
 def _verify_one(path: Path) -> str:
     if not (path / CHECKSUMS).exists():
-        if (path / ".metadata").exists():
-            count = len(CheckpointWeights(path).tensors)
-        elif hf_has_weights(path) or [*path.glob("*.safetensors")]:
-            count = len(HuggingFaceWeights(path).tensors)
-        else:
-            raise InputError(f"{path}: holds neither {CHECKSUMS}, a DCP checkpoint nor safetensors")
-        return f"{path}: {count} tensors, sizes are right (there is no {CHECKSUMS}: contents cannot be checked)"
+        source = CheckpointWeights(path) if (path / ".metadata").exists() else HuggingFaceWeights(path)
+        return (f"{path}: {len(source.tensors)} tensors, sizes are right "
+                f"(there is no {CHECKSUMS}: contents cannot be checked)")
     records = _read_json(path / CHECKSUMS)
     for name, record in records.items():
-        if Path(name).name != name or not isinstance(record, dict) or {"bytes", "sha256"} - record.keys():
+        fields = (record.get("bytes"), record.get("sha256")) if isinstance(record, dict) else ()
+        if Path(name).name != name or [type(field) for field in fields] != [int, str]:
             raise InputError(f"{path / CHECKSUMS}: its entry {name!r} is damaged")
-    bad = []
+    unlisted = sorted({file.name for file in path.iterdir() if file.is_file()} - records.keys() - {CHECKSUMS})
+    bad = [f"{name} is not in {CHECKSUMS}" for name in unlisted]
     with tqdm(total=sum(r["bytes"] for r in records.values()), desc=path.name, unit="B", unit_scale=True) as bar:
         for name, record in records.items():
             size = (path / name).stat().st_size if (path / name).exists() else None
@@ -816,7 +798,8 @@ def _verify_one(path: Path) -> str:
             if digest.hexdigest() != record["sha256"]:
                 bad.append(f"{name} has other contents than were written")
     if bad:
-        raise InputError(f"{path}: {len(bad)} of {len(records)} files are damaged: {'; '.join(bad[:3])}")
+        raise InputError(f"{path}: {len(bad)} files are not as written: {'; '.join(bad[:3])}"
+                         f"{'; ...' if len(bad) > 3 else ''}")
     return f"{path}: {len(records)} files, {sum(r['bytes'] for r in records.values()) / 1e9:.3f} GB, all as written"
 
 

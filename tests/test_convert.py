@@ -28,6 +28,7 @@ from kernels_npu import run_program
 from model import Qwen3VL, Qwen3VLConfig
 
 ROOT = Path(__file__).parents[1]
+STATE = {"iteration": 1, "data": {"consumed": 4}}  # the least that a trainer's state holds
 KINDS = {"dense, tied": (False, True), "dense, untied": (False, False), "moe": (True, False)}
 
 
@@ -232,6 +233,17 @@ def test_tied_checkpoint_with_a_copy_of_the_embedding_and_cut_layers(make_hf, tm
     assert all(torch.equal(p, stored[name]) for name, p in model.named_parameters())
 
 
+def test_shapes_are_checked_before_memory_is_taken(make_hf, tmp_path):
+    """A model too large for any machine is compared with the files on the meta device."""
+    hf = make_hf("dense, untied")
+    convert.check_hf_weights(hf, convert.expected_shapes(hf))
+    raw = json.loads((hf / "config.json").read_text())
+    raw["text_config"]["vocab_size"] = 99_999_999
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match=r"embed_tokens.weight has shape .*, config.json makes it \[99999999, 56\]"):
+        convert.check_hf_weights(hf, convert.expected_shapes(tmp_path))
+
+
 def cut(path: Path, size: int) -> None:
     with open(path, "r+b") as file:
         file.truncate(size)
@@ -362,8 +374,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: 
             grad = torch.randn(p.shape, generator=generator)
             if p.requires_grad:
                 p.grad = torch.zeros_like(p.detach())
-                local, offset = convert._local(p.grad)
-                local.copy_(grad[tuple(slice(o, o + n) for o, n in zip(offset, local.shape, strict=True))])
+                for offset, part in convert._local_pieces(p.grad):
+                    part.copy_(grad[convert._window(offset, part.shape)])
         optimizer.step()
 
 
@@ -387,13 +399,13 @@ def test_save_and_load_are_exact(make_hf, tmp_path, monkeypatch, kind):
     load_hf_weights(model, hf)
     optimizer = torch.optim.AdamW([{"params": [p]} for p in model.parameters()])
     train(model, optimizer, steps=2, seed=0)
-    state = {"iteration": 2, "rng": torch.get_rng_state(), "position": [1, {"epoch": 0}]}
+    state = {"iteration": 2, "rng": torch.get_rng_state(), "data": {"position": [1, {"epoch": 0}]}}
     saved = save_checkpoint(tmp_path / "run", 2, model, optimizer, state)
     assert saved == tmp_path / "run/iter_0000002" and find_checkpoint(tmp_path / "run") == (saved, "2")
     again = build(hf)
     resumed = torch.optim.AdamW(again.parameters())
     loaded = load_checkpoint(saved, again, resumed)
-    assert loaded.pop("optimizer_loaded") and torch.equal(loaded.pop("rng"), state.pop("rng")) and loaded == state
+    assert torch.equal(loaded.pop("rng"), state.pop("rng")) and loaded == state
     assert same(everything(again, resumed), everything(model, optimizer))
     train(model, optimizer, steps=2, seed=1)
     train(again, resumed, steps=2, seed=1)
@@ -419,11 +431,11 @@ def test_what_was_frozen_starts_fresh(tmp_path, caplog):
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
     optimizer = torch.optim.AdamW(model[1].requires_grad_().parameters())
     train(model[1], optimizer, 1, seed=0)
-    saved = save_checkpoint(tmp_path, 1, model, optimizer, {})
+    saved = save_checkpoint(tmp_path, 1, model, optimizer, STATE)
     again = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
     resumed = torch.optim.AdamW(again.parameters())
     caplog.set_level(logging.WARNING)
-    assert load_checkpoint(saved, again, resumed) == {"optimizer_loaded": True}
+    assert load_checkpoint(saved, again, resumed) == STATE
     assert "2 of 4 trainable parameters (0.weight" in caplog.text
     assert set(resumed.state) == set(again[1].parameters())
     train(again, resumed, 1, seed=0)  # and the fresh ones can be trained
@@ -458,15 +470,19 @@ def test_find_checkpoint(make_hf, tmp_path):
         (run / convert.TRACKER).write_text(tracker)
         with pytest.raises(InputError, match=words):
             find_checkpoint(run)
+    (run / "iter_0000007").mkdir()
+    (run / convert.TRACKER).write_text("7")
+    with pytest.raises(InputError, match="iter_0000007, which is incomplete .*; name another one of iter_0000005$"):
+        find_checkpoint(run)
     (run / convert.TRACKER).unlink()
-    with pytest.raises(InputError, match="iter_0000005"):
+    with pytest.raises(InputError, match=r"name one of its iterations \(iter_0000005\)"):
         find_checkpoint(run)
 
 
-def test_damaged_checkpoints(tmp_path):
+def test_damaged_checkpoints(tmp_path, capfd):
     """A lost end is found by loading, a changed byte by verify, each with the file's name."""
     model = nn.Linear(300, 30)
-    saved = save_checkpoint(tmp_path, 1, model, trainer_state={})
+    saved = save_checkpoint(tmp_path, 1, model, trainer_state=STATE)
     shard = saved / "__0_0.distcp"
     original = shard.read_bytes()
     middle = len(original) // 2
@@ -479,19 +495,37 @@ def test_damaged_checkpoints(tmp_path):
             check()
     shard.unlink()
     for check in (lambda: load_checkpoint(saved, model), lambda: convert.verify(tmp_path)):
-        with pytest.raises(InputError, match="__0_0.distcp"):
+        with pytest.raises(InputError, match="__0_0.distcp:? is missing"):
             check()
     shard.write_bytes(b"\0" * len(original))
-    with pytest.raises(InputError, match="__0_0.distcp: the piece of .* is damaged"):
-        load_checkpoint(saved, model)
+    with pytest.raises(InputError, match="__0_0.distcp: the piece of .* is damaged; take another checkpoint$"):
+        load_checkpoint(saved, model)  # and not what torch says: to load it with weights_only=False
     shard.write_bytes(original)
     assert load_checkpoint(saved, model) is not None and len(convert.verify(saved)) == 1
-    (saved / "trainer_state_rank_00000.pt").write_bytes(b"x")
+    path = saved / "trainer_state_rank_00000.pt"
+    path.write_bytes(b"x")
     with pytest.raises(InputError, match="trainer_state_rank_00000.pt: is damaged"):
         load_checkpoint(saved, model)
+    for state in ({"foo": 1}, STATE | {"data": None}, STATE | {"iteration": "1"}, [], torch.zeros(3)):
+        torch.save(state, path)
+        with pytest.raises(InputError, match="trainer_state_rank_00000.pt: is damaged or not a trainer's"):
+            load_checkpoint(saved, model)
     with pytest.raises(InputError, match="weight has shape \\[30, 300\\], config.json makes it \\[30, 301\\]"):
         load_checkpoint(saved, nn.Linear(301, 30))
-    (saved / convert.CHECKSUMS).unlink()
+    checksums = saved / convert.CHECKSUMS
+    written = json.loads(checksums.read_text())
+    for records, words in (
+        ({"a": {"bytes": "x", "sha256": 1}}, "its entry 'a' is damaged"),
+        ({"a": {"bytes": 1, "sha256": 1}}, "its entry 'a' is damaged"),
+        ({"a": 1}, "its entry 'a' is damaged"),
+        ({"../a": written[shard.name]}, "its entry '../a' is damaged"),
+        ({}, f"{shard.name} is not in {convert.CHECKSUMS}"),
+        ({k: v for k, v in written.items() if k != ".metadata"}, f".metadata is not in {convert.CHECKSUMS}"),
+    ):
+        checksums.write_text(json.dumps(records))
+        status, error = program(capfd, "verify", saved)
+        assert status == 1 and words in error.splitlines()[-1] and "Traceback" not in error
+    checksums.unlink()
     assert "cannot be checked" in convert.verify(saved)[0]
 
 
@@ -503,7 +537,7 @@ class Poison:
 def test_checkpoints_run_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = nn.Linear(3, 3)
-    saved = save_checkpoint(tmp_path / "run", 1, model, trainer_state={})
+    saved = save_checkpoint(tmp_path / "run", 1, model, trainer_state=STATE)
     good = (saved / ".metadata").read_bytes()
     metadata = convert.read_metadata(saved)
     metadata.planner_data = Poison()
@@ -588,9 +622,10 @@ def test_kill_9_at_every_moment_of_a_save(tmp_path, iteration):
     while killed:
         event += 1
         run = tmp_path / f"{event}"
-        save_checkpoint(run, 10, linear(1.0), trainer_state={"value": 1.0})
+        save_checkpoint(run, 10, linear(1.0), trainer_state=STATE | {"value": 1.0})
+        state = STATE | {"value": 2.0}
         killed = in_a_killed_child(
-            lambda run=run: save_checkpoint(run, iteration, linear(2.0), trainer_state={"value": 2.0}, retain=1), event)
+            lambda run=run, state=state: save_checkpoint(run, iteration, linear(2.0), None, state, retain=1), event)
         directory, tracker = find_checkpoint(run)
         model = linear(0.0)
         state = load_checkpoint(directory, model)
@@ -644,10 +679,10 @@ def worker(mode: str, hf: Path, work: Path) -> None:
     assert same({n: whole(p.detach()) for n, p in model.named_parameters()}, published(hf))
     optimizer = torch.optim.AdamW(model.parameters())
     train(model, optimizer, steps=2, seed=0)
-    saved = save_checkpoint(work / "run", 1, model, optimizer, {"rank": rank})
+    saved = save_checkpoint(work / "run", 1, model, optimizer, STATE | {"rank": rank})
     again = sharded()
     resumed = torch.optim.AdamW(again.parameters())
-    assert load_checkpoint(saved, again, resumed) == {"rank": rank, "optimizer_loaded": True}
+    assert load_checkpoint(saved, again, resumed) == STATE | {"rank": rank}
     before, after = everything(model, optimizer), everything(again, resumed)
     assert same(before, after)
 
@@ -687,7 +722,7 @@ def test_save_on_many_ranks_load_on_one(make_hf, tmp_path, mode, ranks, kind):
     saved = tmp_path / "run/iter_0000001"
     model = build(hf)
     optimizer = torch.optim.AdamW(model.parameters())
-    assert load_checkpoint(saved, model, optimizer) == {"rank": 0, "optimizer_loaded": True}
+    assert load_checkpoint(saved, model, optimizer) == STATE | {"rank": 0}
     assert same(everything(model, optimizer), expected)
     stock = {k: torch.zeros_like(v) for k, v in expected.items()}
     dcp.load(stock, checkpoint_id=saved)
