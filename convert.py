@@ -271,8 +271,8 @@ class CheckpointWeights:
                 if not isinstance(tensor, dcp_metadata.TensorStorageMetadata):
                     continue  # objects of other tools: they are pickles, and stay unread
                 self.tensors[name] = tensor.properties.dtype, tensor.size
-                self._chunks[name] = [(c.offsets, c.sizes, metadata.storage_data[dcp_metadata.MetadataIndex(name, c.offsets)])
-                                      for c in tensor.chunks]
+                places = [metadata.storage_data[dcp_metadata.MetadataIndex(name, c.offsets)] for c in tensor.chunks]
+                self._chunks[name] = [(c.offsets, c.sizes, at) for c, at in zip(tensor.chunks, places, strict=True)]
                 for _, _, info in self._chunks[name]:
                     if Path(info.relative_path).name != info.relative_path:
                         raise ValueError(f"{info.relative_path!r} is not a file of this directory")
