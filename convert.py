@@ -573,7 +573,8 @@ def find_checkpoint(load_dir: str | Path) -> tuple[Path, str]:
         if (directory / ".metadata").exists():
             return directory, tracker
     state = "incomplete (it has no .metadata)" if (path / name).exists() else "not there"
-    raise InputError(f"{path / TRACKER}: names {name}, which is {state}; name another one of {complete or 'none'}")
+    hint = f"name another one of {complete}" if complete else "no complete one is there"
+    raise InputError(f"{path / TRACKER}: names {name}, which is {state}; {hint}")
 
 
 def load_checkpoint(iteration_dir: str | Path, model: nn.Module, optimizer: Optimizer | None = None) -> dict | None:
