@@ -22,6 +22,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 logger = logging.getLogger(__name__)
+# The limit on a picture's size is Pillow's error, its warning at half of that is noise. (Filters that change for each
+# picture would make Python forget which warnings it has shown.)
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 IGNORE = -100  # the label of a token that is not supervised
 
@@ -117,6 +121,7 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 PLACEHOLDER = re.compile("(<image>|<video>)")
 STILL_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".ppm")
 PICTURE_SUFFIXES = (*STILL_SUFFIXES, ".gif", ".webp")
+NOT_IN_PATHS = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # \udc80 to \udcff are a name's bytes beyond UTF-8
 
 
 @dataclass
@@ -240,7 +245,7 @@ def _type(value) -> str:
 
 def resolve_path(path: str, media_dir: str | Path, confine: bool) -> Path:
     """`path`, relative to `media_dir`. Raises InputError if there is no such file or it is outside and `confine`."""
-    if not isinstance(path, str) or not path or "\0" in path:
+    if not isinstance(path, str) or not path or NOT_IN_PATHS.search(path):
         raise InputError(f"a path is needed, this is {_type(path)}{': ' + repr(path)[:100] if path else ''}")
     if path.startswith(("http://", "https://", "data:")):
         raise InputError(f"{path[:80]} is not a file on disk: download it first")
@@ -379,6 +384,8 @@ def _one_line(error: BaseException) -> str:
 DEFAULTS = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "rescale_factor": 1 / 255, "min_frames": 4}
 DEFAULTS |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 DEFAULT_PIXELS = {"image": (65536, 16777216), "video": (4096, 25165824)}
+PIXEL_KEYS = ("min_pixels", "max_pixels", "shortest_edge", "longest_edge")
+EXAMPLES = DEFAULTS | dict.fromkeys(PIXEL_KEYS, 65536) | {"vocab_size": 151936}  # what settings must look like
 CONTROL_TOKENS = {
     "im_start_token_id": "<|im_start|>",
     "im_end_token_id": "<|im_end|>",
@@ -418,7 +425,9 @@ class Processor:
             raise InputError(f"{path} cannot be read as a tokenizer: {_one_line(error)}") from error
         self.tokenizer.encode_special_tokens = True  # those in a text are split into ordinary tokens
 
-        config = _read_json(Path(hf_dir, "config.json"))
+        config_path = Path(hf_dir, "config.json")
+        config = _read_json(config_path)
+        text, vision = _section(config, "text_config", config_path), _section(config, "vision_config", config_path)
         for name, token in CONTROL_TOKENS.items():
             token_id = self.tokenizer.token_to_id(token)
             if token_id is None:
@@ -426,23 +435,24 @@ class Processor:
             if config.get(name, token_id) != token_id:
                 raise InputError(f"{path} gives {token} the id {token_id}, but config.json's {name} is {config[name]}")
             setattr(self, name, token_id)
-        size, vocab_size = self.tokenizer.get_vocab_size(), config.get("text_config", {}).get("vocab_size", math.inf)
-        if size > vocab_size:
-            raise InputError(f"{path} has {size} tokens, more than config.json's vocab_size {vocab_size}")
+        token, token_id = max(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if token_id >= text.get("vocab_size", math.inf):
+            raise InputError(f"{path} has {token} as id {token_id}, config.json's vocab_size is {text['vocab_size']}")
 
-        both = _read_json(Path(hf_dir, "processor_config.json"))
-        image = both.get("image_processor", {}) | _read_json(Path(hf_dir, "preprocessor_config.json"))
-        video = both.get("video_processor", {}) | _read_json(Path(hf_dir, "video_preprocessor_config.json"))
+        shared = Path(hf_dir, "processor_config.json")
+        both = _read_json(shared)
+        image = _section(both, "image_processor", shared) | _read_json(Path(hf_dir, "preprocessor_config.json"))
+        video = _section(both, "video_processor", shared) | _read_json(Path(hf_dir, "video_preprocessor_config.json"))
         self.image, self.video = DEFAULTS | image, DEFAULTS | video
         self.image_pixels = _pixel_limits("image", image, image_min_pixels, image_max_pixels)
         self.video_pixels = _pixel_limits("video", video, video_min_pixels, video_max_pixels)
         self.patch, self.merge = self.image["patch_size"], self.image["merge_size"]
         self.temporal = self.image["temporal_patch_size"]
-        vision = config.get("vision_config", {})
-        for name, in_config in (("patch_size", "patch_size"), ("merge_size", "spatial_merge_size")):
-            stated = {self.image[name], self.video[name], vision.get(in_config, self.image[name])}
-            if len(stated) > 1:
-                raise InputError(f"{hf_dir}: config.json and the preprocessor files disagree on {name}: {stated}")
+        for name in ("patch_size", "temporal_patch_size", "merge_size"):
+            stated = vision.get(name.replace("merge", "spatial_merge"), DEFAULTS[name])
+            if not self.image[name] == self.video[name] == stated:
+                found = f"{self.image[name]} for pictures, {self.video[name]} for videos, {stated!r}"
+                raise InputError(f"{hf_dir}: the preprocessor files and config.json disagree on {name}: {found}")
         if not (0 < video_fps < math.inf and video_maxlen >= self.temporal):
             raise InputError(f"video_fps {video_fps} must be positive and video_maxlen {video_maxlen} at least 2")
         self.video_fps, self.video_maxlen = video_fps, video_maxlen
@@ -672,11 +682,26 @@ def _read_json(path: Path) -> dict:
         return {}
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {_one_line(error)}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} must hold an object, this is {_type(value)}")
-    return value
+    return _section({str(path): value}, str(path))
+
+
+def _section(values: dict, name: str, file: Path | None = None) -> dict:
+    """The object `name` of a file's values, its settings checked against EXAMPLES; {} if it is not there."""
+    section, where = values.get(name, {}), f"{file}: {name}" if file else name
+    if not isinstance(section, dict):
+        raise InputError(f"{where} must hold an object, this is {_type(section)}")
+    if "size" in section:
+        _section(section, "size", where)
+    for key in [key for key in EXAMPLES if key in section and not (key in PIXEL_KEYS and section[key] is None)]:
+        value, example = section[key], EXAMPLES[key]
+        numbers, examples = (x if isinstance(x, list) and isinstance(example, list) else [x] for x in (value, example))
+        least = -1e6 if key == "image_mean" else 0
+        if [type(x) in (int, type(examples[0])) and least < x < 2**53 for x in numbers] != [True] * len(examples):
+            found = json.dumps(value)[:100]
+            raise InputError(f"{where}: {key} is {found}: it must be positive, such as {json.dumps(example)}")
+    return section
 
 
 def _pixel_limits(kind: str, settings: dict, minimum: int | None, maximum: int | None) -> tuple[int, int]:
@@ -715,6 +740,8 @@ class RowDataset:
         if dataset_dir is not None and not os.path.isdir(dataset_dir):
             raise InputError(f"{dataset_dir} is no folder: --dataset-dir names the one that media paths start from")
         self.paths = [str(path) for path in paths]
+        if "" in self.paths:
+            raise InputError("the name of a dataset is empty: give a file, and no comma too many")
         self.media_dirs = [Path(dataset_dir or Path(path).parent) for path in self.paths]
         self.ranges = [_cached_index(Path(path), cache_dir)[:max_samples] for path in self.paths]  # [rows, 2] each
         self.ends = np.cumsum([len(ranges) for ranges in self.ranges])
@@ -748,6 +775,8 @@ class RowDataset:
 
 
 def _cached_index(path: Path, cache_dir: str | None) -> np.ndarray:
+    if path.exists() and not path.is_file():
+        raise InputError(f"the dataset {path} is not a regular file: its rows are read from there again and again")
     try:
         if cache_dir is None:
             return _index_rows(path)
@@ -759,10 +788,11 @@ def _cached_index(path: Path, cache_dir: str | None) -> np.ndarray:
         raise InputError(f"the dataset {path} cannot be read: {error.strerror}") from error
     cached = Path(cache_dir, f"rows-{digest.hexdigest()[:32]}.npy")
     if cached.exists():
-        try:
-            return np.load(cached)
-        except (ValueError, EOFError):
-            logger.warning("%s is damaged and is made anew", cached)
+        with contextlib.suppress(ValueError, EOFError), open(cached, "rb") as stream:
+            ranges = np.lib.format.read_array(stream)
+            if (ranges.dtype, ranges.shape[1:]) == (np.int64, (2,)) and len(ranges):
+                return ranges
+        logger.warning("%s is damaged and is made anew", cached)
     ranges = _index_rows(path)
     cached.parent.mkdir(parents=True, exist_ok=True)
     temporary = cached.with_suffix(f".{os.getpid()}")
@@ -904,8 +934,6 @@ class Loader:
         )
         seen, bad, logged = np.zeros(len(self.dataset.paths)), np.zeros(len(self.dataset.paths)), set()
         for batch, files, failures in batches:
-            for file in files:
-                seen[file] += 1
             for file, message in failures:
                 if self.on_bad_sample == "error":
                     raise InputError(message)
@@ -913,12 +941,16 @@ class Loader:
                     logger.warning("skipped: %s", message)
                     logged.add(message)
                 bad[file] += 1
-                # A tenth of what this rank sees of the file in whole epochs; by chance one rank of many sees more.
-                share = len(self.dataset.ranges[file]) / self.dp_size
-                allowed = 0.1 * share * math.ceil(seen[file] / share)
+            for file in files:
+                seen[file] += 1
+            epochs = (batch.resume_state["consumed"] - 1) // len(self.dataset) - start // len(self.dataset) + 1
+            for file in set(files):
+                # A tenth of this rank's share of the file in the epochs begun; by chance one rank of many sees more.
+                rows = len(self.dataset.ranges[file])
+                allowed = 0.1 * epochs * rows / self.dp_size
                 if self.dp_size > 1:
                     allowed += 3 * math.sqrt(allowed)
-                if seen[file] >= 10 and bad[file] > allowed:
+                if seen[file] >= min(10, rows) and bad[file] > allowed:
                     raise InputError(
                         f"{self.dataset.paths[file]}: {int(bad[file])} of {int(seen[file])} rows read are bad, more "
                         "than a tenth of the dataset; the reasons are above"

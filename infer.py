@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import signal
 import sys
 import time
@@ -265,6 +266,7 @@ class Answerer:
     def __init__(self, args: argparse.Namespace):
         limits = {name: getattr(args, name) for kind in ("image", "video")
                   for name in (f"{kind}_min_pixels", f"{kind}_max_pixels")}
+        Qwen3VLConfig.from_json(args.model)  # its mistakes are told first
         self.args = args
         self.processor = data.Processor(args.model, video_fps=args.video_fps, video_maxlen=args.video_maxlen, **limits)
         self.end_token_ids = end_token_ids(args.model, self.processor)
@@ -309,7 +311,11 @@ def stream_answer(answer: Answerer, sample: data.Sample, turn: int) -> str:
 
     def show(text: str) -> None:
         pieces.append(text)
-        print(text, end="", flush=True)
+        try:
+            print(text, end="", flush=True)
+        except OSError as e:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python tries again when it ends
+            raise OSError(e.errno, e.strerror, "standard output") from e
 
     answer([sample], turn, lambda _, token: show(stream.push(token)))
     show(stream.rest() + "\n")
@@ -334,6 +340,10 @@ def answer_questions(args: argparse.Namespace, answer: Answerer) -> None:
     """Answers --prompt and the turns of --chat, each knowing the conversation so far."""
     messages = [{"role": "system", "content": args.system}] if args.system is not None else []
     for turn, question in enumerate(questions(args)):
+        try:
+            question.encode()
+        except UnicodeEncodeError as e:  # bytes that came as halves of surrogate pairs
+            raise InputError(f"question {turn + 1}, {question[:100]!r}, is not UTF-8") from e
         messages.append({"role": "user", "content": question})
         row = {"messages": messages, "images": args.image, "videos": args.video}
         sample = answer.processor.encode(row, media_dir=".", for_generation=True)
@@ -479,7 +489,7 @@ def main(argv: list[str]) -> None:
     args = parse_args(argv)
     sys.stdout.reconfigure(encoding="utf-8")
     if args.chat:
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # data.py tells what cannot be text
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # answers come before a bad line
     kernels_npu.select(args.device)
     (answer_questions if args.input is None else answer_rows)(args, Answerer(args))
 

@@ -13,12 +13,15 @@ import math
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import types
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import transformers
 from PIL import Image
@@ -545,16 +548,44 @@ def test_preprocessor_settings(qwen_dir, tmp_path):
     ("files", "message"),
     [
         ({"config": {"image_token_id": 5}}, "image_token_id is 5"),
-        ({"config": {"text_config": {"vocab_size": 1000}}}, "151669 tokens, more than .* 1000"),
-        ({"config": {"vision_config": {"patch_size": 14}}}, "disagree on patch_size"),
+        ({"config": {"text_config": {"vocab_size": 262}}}, "<.video_pad.> as id 262, config.json's vocab_size is 262"),
+        ({"config": {"vision_config": {"patch_size": 14}}}, "disagree on patch_size: 16 for pictures, .*videos, 14"),
+        ({"config": {"vision_config": {"patch_size": [16]}}}, "/config.json: vision_config: patch_size is .16.: "),
+        ({"config": {"vision_config": {"temporal_patch_size": 1}}}, "disagree on temporal_patch_size"),
+        ({"config": {"vision_config": {"spatial_merge_size": 4}}}, "disagree on merge_size"),
+        ({"preprocessor_config": {"temporal_patch_size": 1}}, "disagree on temporal_patch_size: 1 for pictures, 2"),
+        ({"video_preprocessor_config": {"merge_size": 1}}, "disagree on merge_size: 2 for pictures, 1"),
         ({"config": "{"}, "config.json is not JSON"),
+        ({"config": "[" * 100000}, "config.json is not JSON"),
+        ({"config": {"text_config": []}}, "config.json: text_config must hold an object, this is empty"),
+        ({"config": {"vision_config": 5}}, "config.json: vision_config must hold an object, this is a number"),
+        ({"config": {"text_config": {"vocab_size": "264"}}}, 'config.json: text_config: vocab_size is "264": it must'),
+        ({"processor_config": "null"}, "processor_config.json must hold an object, this is null"),
+        ({"processor_config": {"image_processor": []}}, "/processor_config.json: image_processor must hold an object"),
+        ({"processor_config": {"video_processor": {"size": {"longest_edge": -1}}}},
+            "/processor_config.json: video_processor: size: longest_edge is -1: it must be positive, such as 65536"),
+        *[({"preprocessor_config": {"size": size}}, "/preprocessor_config.json: size must hold an object, this is")
+            for size in (5, [], None)],
+        *[({"preprocessor_config": {key: value}}, f"/preprocessor_config.json: {key} is .*: it must be positive, such")
+            for key, values in {
+                "image_mean": ([0.5], "x", None, [0.5, 0.5, None], 0.5, [float("nan")] * 3),
+                "image_std": ([0, 0, 0], [0.5, 0.5, -0.5], [[0.5]] * 3),
+                "rescale_factor": ("x", 0, None, True),
+                "temporal_patch_size": ("2", 2.0, None, [2], 0),
+                "patch_size": ({}, 10**400),
+                "max_pixels": ("9", 0, 4096.0),
+            }.items() for value in values],
+        ({"preprocessor_config": {"size": {"shortest_edge": "x"}}}, 'config.json: size: shortest_edge is "x": it must'),
+        ({"video_preprocessor_config": {"min_frames": "4"}}, 'video_preprocessor_config.json: min_frames is "4"'),
         ({"preprocessor_config": "[1]"}, "preprocessor_config.json must hold an object, this is a list"),
         ({"preprocessor_config": {"size": {"shortest_edge": 9, "longest_edge": 4}}}, "image_min_pixels 9"),
     ],
 )
-def test_bad_settings(qwen_dir, tmp_path, files, message):
-    with pytest.raises(InputError, match=message):
-        Processor(settings_dir(qwen_dir, tmp_path, **files))
+def test_bad_settings(tmp_path, files, message):
+    tokenizer_dir = tiny.hf_dir(tmp_path / "tiny", tiny.config_dict())
+    with pytest.raises(InputError, match=message) as caught:
+        Processor(settings_dir(tokenizer_dir, tmp_path, **files))
+    assert "\n" not in str(caught.value)
 
 
 def test_bad_tokenizer(tmp_path):
@@ -568,6 +599,18 @@ def test_bad_tokenizer(tmp_path):
     Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(InputError, match=r"no token <\|im_start\|>"):
         Processor(tmp_path)
+
+
+def test_token_id_beyond_the_vocabulary(tmp_path):
+    """As many tokens as the model has, but one of them with an id that it has no embedding for."""
+    folder = tiny.hf_dir(tmp_path, tiny.config_dict())
+    Processor(folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    tokenizer["model"]["vocab"]["!"] = 9000
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(InputError, match="tokenizer.json has ! as id 9000, config.json's vocab_size is 264"):
+        Processor(folder)
 
 
 # ------------------------------------------------------------------------------------------------------------ bad rows
@@ -661,8 +704,21 @@ def test_confined_paths(bad_media, processor, tmp_path):
             processor.encode(row, media_dir=inside, confine=True)
         with pytest.raises(InputError, match="outside .*--confine-paths"):
             processor.encode(chat("x", "y", videos=[["a.png", path]]), media_dir=inside, confine=True)
-    for path in ("a.png", "../inside/a.png", "good.png", str(inside / "a.png")):
+    for path in ("\ud800", "a\udd00.png", "\udc7f/a.png"):  # no file system can hold such a name
+        with pytest.raises(InputError, match=r"^images\[0\]: a path is needed, this is a string: .*\\ud"):
+            processor.encode(chat("x", "y", images=[path]), media_dir=inside, confine=True)
+    os.symlink("a.png", os.fsencode(inside) + b"/\xff.png")  # JSON names a byte that is not UTF-8 as "\udcff"
+    for path in ("a.png", "../inside/a.png", "good.png", str(inside / "a.png"), "\udcff.png"):
         processor.encode(chat("x", "y", images=[path]), media_dir=inside, confine=True)
+
+
+def test_large_picture_is_read_in_silence(tmp_path):
+    """In a fresh process, as pytest has warnings its own way: Pillow warns from half of the size that it refuses."""
+    Image.new("1", (9500, 9500)).save(tmp_path / "large.png")
+    code = "import sys, data; print(data.load_picture(data.Path(sys.argv[1])).size)"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "large.png"], capture_output=True, text=True,
+        cwd=Path(data.__file__).parent)
+    assert (done.stdout, done.stderr) == ("(9500, 9500)\n", "")
 
 
 # ------------------------------------------------------------------------------------------------------- files of rows
@@ -702,6 +758,14 @@ def test_missing_file_and_folder(tmp_path):
     (tmp_path / "a.json").write_text("[1]")
     with pytest.raises(InputError, match="--dataset-dir"):
         RowDataset([str(tmp_path / "a.json")], dataset_dir=str(tmp_path / "none"))
+    for paths in ([""], [str(tmp_path / "a.json"), ""]):
+        with pytest.raises(InputError, match="the name of a dataset is empty"):
+            RowDataset(paths)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        for cache in (None, str(tmp_path / "cache")):
+            with pytest.raises(InputError, match=f"the dataset {path} is not a regular file"):
+                RowDataset([str(path)], cache_dir=cache)
 
 
 @pytest.mark.parametrize("line", [b'{"a": ', b'{"a": "\xff"}', b'{"a": "\0"}', b"{}{}"])
@@ -744,8 +808,13 @@ def test_cached_index(tmp_path):
     for _ in range(2):
         assert len(RowDataset([str(path)], cache_dir=str(cache))) == 5
     (file,) = cache.iterdir()
+    whole = file.read_bytes()
     file.write_bytes(b"damaged")
     assert len(RowDataset([str(path)], cache_dir=str(cache))) == 5
+    for shape, dtype in (((), int), ((5,), int), ((5, 3), int), ((0, 2), int), ((5, 2), float)):
+        np.save(file, np.zeros(shape, dtype))
+        assert [row["id"] for row, _, _ in RowDataset([str(path)], cache_dir=str(cache))] == list(range(5))
+        assert file.read_bytes() == whole
     path.write_text(json.dumps([{"id": i} for i in range(6)]))  # other content, other index
     assert len(RowDataset([str(path)], cache_dir=str(cache))) == 6
     assert len(list(cache.iterdir())) == 2
@@ -899,6 +968,38 @@ def test_a_bad_row_surfaces_in_the_main_process(workers, tmp_path, processor):
     with pytest.raises(InputError) as caught:
         take(loader, 8)
     assert str(caught.value) == f"{tmp_path}/a.json row 7 (id 6): 'messages' must be a list of turns, this is a number"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("bad", "count", "seen"), [([0, 1, 2, 3, 4], 5, 5), ([0, 3, 5, 6], 9, 9), ([1], 5, 5),
+    ([0], 1, 1), ([3, 8], 10, 10)])
+def test_too_many_bad_rows_of_few(bad, count, seen, workers, tmp_path, processor):
+    """Fewer than ten rows are judged once all were seen, whether or not the last is a bad one."""
+    rows = [{} if i in bad else chat("q", "a") for i in range(count)]
+    (tmp_path / "few.json").write_text(json.dumps(rows))
+    dataset = RowDataset([str(tmp_path / "few.json")])
+    loader = make_loader(dataset, processor, on_bad_sample="skip", shuffle=False, num_workers=workers)
+    stream, batches = iter(loader), []
+    with pytest.raises(InputError, match=f"few.json: {len(bad)} of {seen} rows read are bad, more than a tenth"):
+        while len(batches) < 50:
+            batches.append(next(stream))
+    assert len(batches) == seen - 1
+    ranks = [make_loader(dataset, processor, on_bad_sample="skip", dp_rank=rank, dp_size=2, global_batch_size=2)
+        for rank in (0, 1)]
+    if len(bad) == count > 1:
+        for rank in ranks:
+            with pytest.raises(InputError, match="rows read are bad"):
+                take(rank, 20)
+
+
+def test_a_tenth_bad_is_fine_wherever_the_stream_begins(tmp_path, processor):
+    rows = [{} if i in (0, 1) else chat("q", "a") for i in range(20)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    dataset = RowDataset([str(tmp_path / "a.json")])
+    for consumed in range(20):
+        for shuffle in (False, True):
+            state = {"consumed": consumed, "rows": 20}
+            take(make_loader(dataset, processor, on_bad_sample="skip", shuffle=shuffle, resume_state=state), 60)
 
 
 def test_too_many_bad_rows(tmp_path, processor):

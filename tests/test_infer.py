@@ -300,7 +300,19 @@ def test_chat_knows_what_was_said(world, run):
     assert (status, out, err) == (0, f"{first}\n{expected_text(world, row, 7)}\n", "")
     assert run(*argv, "--prompt", "What é?", stdin=b"And now?")[1] == out
     status, out, err = run(*argv, stdin=b"What \xff?\n")
-    assert (status, out) == (1, "") and err.startswith("error: ") and err.count("\n") == 1
+    assert (status, out, err) == (1, "", "error: question 1, 'What \\udcff?', is not UTF-8\n")
+    status, out, err = run(*argv, stdin="What é?\n".encode() + b"\xff\n")
+    assert (status, out, err) == (1, f"{first}\n", "error: question 2, '\\udcff', is not UTF-8\n")
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"text_config": []}, "config.json: needs text_config and vision_config, each an object"),
+    ({"vision_config": 5}, "config.json: needs text_config and vision_config, each an object"),
+    ({"text_config": tiny.config_dict()["text_config"] | {"vocab_size": "264"}}, "vocab_size is '264', it must be"),
+])
+def test_damaged_config(run, tmp_path, change, message):
+    status, out, err = run("--model", tiny.hf_dir(tmp_path, tiny.config_dict() | change), "--prompt", "x")
+    assert (status, out) == (1, "") and err.startswith(f"error: {tmp_path}") and message in err
 
 
 def test_verbose_figures(run):
@@ -380,10 +392,10 @@ def test_answer_is_printed_as_it_is_made(world, monkeypatch):
     (["--prompt", "x", "--image-min-pixels", "9", "--image-max-pixels", "8"], 2, "--image-min-pixels 9 is above"),
     (["--prompt", "x", "--image", "gone.png"], 1, "images[0]: gone.png does not exist"),
     (["--prompt", "x <image>"], 1, "<image>"),
-    (["--prompt", "x", "--model", "gone"], 1, "gone/tokenizer.json does not exist"),
+    (["--prompt", "x", "--model", "gone"], 1, "gone: cannot be read (No such file or directory)"),
     (["--prompt", "x", "--load", "gone"], 1, "gone: is not there"),
-    (["--prompt", "x", "--device", "npu"], 1, "--device npu"),
-    (["--prompt", "x", "--text-attn-implementation", "flash_attention_2"], 1, "flash_attention_2"),
+    (["--prompt", "x", "--device", "npu"], 2, "--device npu"),
+    (["--prompt", "x", "--text-attn-implementation", "flash_attention_2"], 2, "flash_attention_2"),
     (["--input", "gone.json", "--output", "o"], 1, "gone.json"),
     (["--input", "rows.jsonl", "--output", "gone/o"], 1, "gone/o: No such file or directory"),
     (["--input", "rows.jsonl", "--output", "o", "--dataset-dir", "gone"], 1, "--dataset-dir"),
@@ -403,3 +415,11 @@ def test_as_a_process(world, tmp_path):
     expected = expected_text(world, row, 12)
     assert not expected.isascii()
     assert (done.returncode, done.stdout.decode(), done.stderr) == (0, expected + "\n", b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
+def test_standard_output_is_full(world):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, Path(infer.__file__), "--model", world.model, "--prompt", "Hi"],
+                              stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (1, b"error: standard output: No space left on device\n")
