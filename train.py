@@ -174,12 +174,14 @@ def batch_sizes(args: argparse.Namespace, dp_size: int) -> tuple[int, int]:
 
 def build_model(args: argparse.Namespace, config: Qwen3VLConfig, ranks: parallel.Ranks, dtype: torch.dtype) -> Qwen3VL:
     """The sharded model with its initial weights: random, or the directory's (unless --load brings them)."""
-    has_weights = convert.hf_has_weights(args.init_from_hf_path)
-    if args.init == "weights" and not has_weights and not args.load:
+    from_hf = args.init == "weights" and not args.load
+    if from_hf and not convert.hf_has_weights(args.init_from_hf_path):
         raise InputError(f"{args.init_from_hf_path}: holds no safetensors: give a directory with weights, "
                          "--init random to train from scratch, or --load")
     with torch.device("meta"):
         model = Qwen3VL(config)
+    if from_hf:  # before memory is taken for what may not fit together
+        convert.check_hf_weights(args.init_from_hf_path, {name: p.shape for name, p in model.named_parameters()})
     size = sum(p.numel() for p in model.parameters())
     if not args.init_model_with_meta_device:
         if size > 10e9:
@@ -193,7 +195,7 @@ def build_model(args: argparse.Namespace, config: Qwen3VLConfig, ranks: parallel
     parallel.parallelize(model, ranks, compute_dtype=dtype, recompute=recompute == "full", compile=args.compile)
     if args.init_model_with_meta_device:
         model.to_empty(device=ranks.device)
-    if args.init == "weights" and has_weights and not args.load:
+    if from_hf:
         convert.load_hf_weights(model, args.init_from_hf_path)
     elif not args.load:
         model.init_weights(args.seed, parallel.write_shard)
