@@ -305,8 +305,13 @@ class MetricsLog:
                 raise InputError("--tensorboard-dir needs TensorBoard: pip install tensorboard") from e
             self.board = SummaryWriter(args.tensorboard_dir, purge_step=start + 1)
 
-    def write(self, metrics: dict) -> None:
-        """One iteration's metrics (see METRICS; None where one does not apply)."""
+    def write(self, **metrics) -> None:
+        """One iteration's metrics (METRICS; None where one does not apply), those of time and memory added here."""
+        peak_flops, seconds = kernels_npu.ops.peak_flops(), metrics["step_time_s"] * self.world
+        metrics["samples"] = self.global_batch_size - metrics["skipped_samples"]
+        metrics["tokens_per_s"] = metrics["tokens"] / metrics["step_time_s"]
+        metrics["mfu"] = metrics["model_flops"] / (seconds * peak_flops) if peak_flops else None
+        metrics["memory_allocated"], metrics["memory_reserved"] = kernels_npu.ops.memory()
         if self.file:
             try:
                 self.file.write(json.dumps({key: _finite(metrics[key]) for key in METRICS}) + "\n")
@@ -344,6 +349,16 @@ class MetricsLog:
         return " " + " | ".join(parts) + " |"
 
 
+    def close(self, iteration: int) -> None:
+        """The last line: how far it came, where the checkpoint is, how to go on."""
+        if not self.main:
+            return
+        early, save = iteration < self.args.train_iters, self.args.save
+        how = f"stopped at iteration {iteration} of {self.args.train_iters}" if early else "done"
+        where = f"the checkpoint is in {save}" if save else "nothing was saved: there is no --save"
+        print(f"{how}: {where}" + f"; go on with --load {save}" * (early and bool(save)), flush=True)
+
+
 def _finite(value):
     """JSON has no NaN: a number that is not finite is written as null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -378,7 +393,6 @@ def train(
 ) -> None:
     """Runs iterations start + 1 to --train-iters, saving and evaluating on the way."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    peak_flops = kernels_npu.ops.peak_flops()
     signals = Signals(args.exit_duration_in_mins)
     skipped_in_a_row = 0
     # closing: whatever happens here, the loader's worker processes end
@@ -418,30 +432,20 @@ def train(
             if eval_loader and (last or args.eval_interval and iteration % args.eval_interval == 0):
                 eval_loss = evaluate(model, eval_loader, ranks, args.eval_iters)
             kernels_npu.ops.synchronize()
-            step_time = time.perf_counter() - began
-            allocated, reserved = kernels_npu.ops.memory()
-            metrics_log.write({
-                "iteration": iteration, "loss": loss, "grad_norm": grad_norm, "eval_loss": eval_loss,
-                "aux_loss": aux_loss if model.config.text.num_experts else None,
-                "lr": optimizer.param_groups[-1]["lr"], "samples": metrics_log.global_batch_size - int(skipped),
-                "consumed_samples": batches[-1].resume_state["consumed"], "tokens": num_tokens,
-                "supervised_tokens": num_supervised, "step_time_s": step_time, "data_time_s": data_time,
-                "tokens_per_s": num_tokens / step_time, "model_flops": flops,
-                "mfu": flops / (step_time * ranks.world * peak_flops) if peak_flops else None,
-                "memory_allocated": allocated, "memory_reserved": reserved, "skipped_samples": int(skipped),
-                "truncated_samples": int(truncated), "skipped_iterations": int(not good),
-            })
+            metrics_log.write(
+                iteration=iteration, loss=loss, grad_norm=grad_norm, eval_loss=eval_loss, model_flops=flops,
+                aux_loss=aux_loss if model.config.text.num_experts else None, lr=optimizer.param_groups[-1]["lr"],
+                consumed_samples=batches[-1].resume_state["consumed"], tokens=num_tokens,
+                supervised_tokens=num_supervised, step_time_s=time.perf_counter() - began, data_time_s=data_time,
+                skipped_samples=int(skipped), truncated_samples=int(truncated), skipped_iterations=int(not good),
+            )
             if profile:
                 profile.step()
             if args.save and (last or save or args.save_interval and iteration % args.save_interval == 0):
                 save_iteration(args, iteration, model, optimizer, ranks, batches[-1].resume_state)
             if stop:
                 break
-    if ranks.rank == 0:
-        early = iteration < args.train_iters
-        how = f"stopped at iteration {iteration} of {args.train_iters}" if early else "done"
-        where = f"the checkpoint is in {args.save}" if args.save else "nothing was saved: there is no --save"
-        print(f"{how}: {where}" + f"; go on with --load {args.save}" * (early and bool(args.save)), flush=True)
+    metrics_log.close(iteration)
 
 
 def report_bad_step(iteration: int, loss: float, grad_norm: float, batches: list[data.Batch], in_a_row: int) -> None:
