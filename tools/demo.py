@@ -24,8 +24,9 @@ from safetensors import safe_open
 ROOT = Path(__file__).resolve().parent.parent
 ENOUGH = 0.95
 PYTHON = os.path.relpath(sys.executable, ROOT) if ROOT in Path(sys.executable).parents else sys.executable
+BATCH = 32
 TRAIN_FLAGS = (
-    "--train-iters 800 --micro-batch-size 32 --lr 2e-3 --lr-warmup-iters 50 --adam-beta2 0.99 "
+    f"--train-iters 850 --micro-batch-size {BATCH} --lr 2e-3 --lr-warmup-iters 50 --adam-beta2 0.99 "
     "--router-aux-loss-coef 0.01 --no-shuffle --num-workers 1 --log-interval 20 --eval-interval 100 --eval-iters 2"
 )
 
@@ -120,10 +121,12 @@ def main() -> None:
     results = score(held_out, predictions, train)
     questions, right, guessed = (sum(column) for column in zip(*results.values(), strict=True))
     parameters = _count_parameters(model)
+    describing = 2 * len(json.loads((data / "describe.json").read_text())) // BATCH
     plots.plot_loss(
         out / "run" / "metrics.jsonl",
         out / "loss.png",
         f"A {parameters / 1e6:.1f}M-parameter Qwen3-VL-MoE from scratch",
+        {0: "describing pictures", describing: "answering questions"},
     )
     plots.plot_answers(
         make_cards(held_out, predictions, data),

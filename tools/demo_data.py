@@ -1,8 +1,8 @@
 """Makes what `make demo` trains on: drawn pictures with questions, a tiny tokenizer, the description of a small model.
 
-    python tools/demo_data.py --output demo_out [--describe 4800] [--answer 16000] [--held-out 80] [--seed 0]
+    python tools/demo_data.py --output demo_out [--describe 5600] [--answer 16000] [--held-out 80] [--seed 0]
 
-A picture is one to five coloured shapes, each in a cell of a 3 x 3 grid, with position, size, angle and shade jittered.
+A picture is one to four coloured shapes, each in a cell of a 3 x 3 grid, with position, size, angle and shade jittered.
 Rows are in the LLaVA format of `data.py`: a question about one picture, about two, or (text only) about numbers. No
 arrangement of shapes and no question about numbers that is held out occurs in training. Nothing is downloaded, and the
 same seed gives the same files.
@@ -41,7 +41,7 @@ WORDINGS = {
     "numbers": ("Which is the {}?",),
 }
 KINDS = {"list": 1, "colour": 1, "shape": 1, "count": 1, "where": 1, "pair": 2, "numbers": 0}  # and their pictures
-COUNTS = ("one", "two", "three", "four", "five")
+COUNTS = ("one", "two", "three", "four")
 
 PICTURE_PIXELS = 192  # as drawn; the processor halves it
 MODEL_PIXELS = 96  # as the model sees it: 6 x 6 patches, 9 tokens
@@ -78,8 +78,8 @@ class Question(NamedTuple):
 
 
 def make_scene(rng: random.Random, mixed: bool) -> Scene:
-    """Draws a random arrangement of one to five things: of all sorts if `mixed`, else all of one shape and colour."""
-    cells = rng.sample([(row, column) for row in range(3) for column in range(3)], rng.randint(1, 5))
+    """Draws a random arrangement of one to four things: of all sorts if `mixed`, else all of one shape and colour."""
+    cells = rng.sample([(row, column) for row in range(3) for column in range(3)], rng.randint(1, 4))
     sort = rng.choice(SHAPES), rng.choice(list(COLOURS))
     sorts = [(rng.choice(SHAPES), rng.choice(list(COLOURS))) if mixed else sort for _ in cells]
     return tuple(Thing(*cell, *sort) for cell, sort in zip(sorted(cells), sorts, strict=True))
@@ -88,9 +88,9 @@ def make_scene(rng: random.Random, mixed: bool) -> Scene:
 def ask(kind: str, scenes: list[Scene], rng: random.Random) -> Question:
     """Asks a question of a kind about one scene (two for `pair`, none for `numbers`)."""
     if kind == "numbers":
-        numbers = rng.sample(range(10), 4)
+        numbers = rng.sample(range(10), 3)
         word, pick = rng.choice([("largest", max), ("smallest", min)])
-        return Question(kind, "{} of {}, {}, {} and {}".format(word, *numbers), str(pick(numbers)))
+        return Question(kind, "{} of {}, {} and {}".format(word, *numbers), str(pick(numbers)))
     scene = scenes[0]
     places = [f"{ROWS[thing.row]} {COLUMNS[thing.column]}" for thing in scene]
     answer = {
@@ -152,7 +152,8 @@ def make_rows(num_describe: int, num_answer: int, num_held_out: int, seed: int, 
     """Draws the pictures into `folder`/pictures and returns the rows: {"describe", "answer", "held_out": [row, ...]}.
 
     Args:
-        num_describe: training rows that list what is in a picture: dense answers, from which seeing is learned fastest.
+        num_describe: training rows that list what is in a picture (dense answers, from which seeing is learned fastest)
+            or, every fourth, are about numbers.
         num_answer: training rows of all kinds, several questions in each.
         num_held_out: held-out rows of each kind, one question in each.
         seed: the same seed gives the same rows and pictures.
@@ -183,7 +184,8 @@ def make_rows(num_describe: int, num_answer: int, num_held_out: int, seed: int, 
         return {"id": name, "kinds": [q.kind for q in questions], "image": paths, "conversations": conversations}
 
     about_one = ["colour", "shape", "count", "where"]
-    groups = [["list"], ["list"], about_one, about_one, about_one, ["pair"], ["pair"], ["numbers"] * 6]
+    describe = [["list"], ["list"], ["list"], ["numbers"]]
+    answer = [["list"], ["list"], ["list"], about_one, about_one, ["pair"], ["numbers"], ["numbers"]]
     held_out_kinds = list(KINDS) * num_held_out
     with tqdm(desc="drawing", unit=" rows", total=num_describe + num_answer + len(held_out_kinds)) as progress:
 
@@ -196,8 +198,8 @@ def make_rows(num_describe: int, num_answer: int, num_held_out: int, seed: int, 
 
         return {  # the held-out part first: the others avoid what is in it
             "held_out": make_part("held-out", [[kind] for kind in held_out_kinds], held_out=True),
-            "describe": make_part("describe", [["list"]] * num_describe),
-            "answer": make_part("answer", [groups[i % len(groups)] for i in range(num_answer)]),
+            "describe": make_part("describe", [describe[i % len(describe)] for i in range(num_describe)]),
+            "answer": make_part("answer", [answer[i % len(answer)] for i in range(num_answer)]),
         }
 
 
@@ -337,7 +339,7 @@ def main() -> None:
     """The command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Makes the demo's dataset, tokenizer and model description.")
     parser.add_argument("--output", type=Path, default=Path("demo_out"), help="folder for data/ and base/")
-    parser.add_argument("--describe", type=int, default=4800, help="training rows that describe a picture")
+    parser.add_argument("--describe", type=int, default=5600, help="training rows that describe a picture")
     parser.add_argument("--answer", type=int, default=16000, help="training rows with questions of all kinds")
     parser.add_argument("--held-out", type=int, default=80, help="held-out rows of each kind of question")
     parser.add_argument("--seed", type=int, default=0)

@@ -26,20 +26,21 @@ INK, FAINT, PAPER = "#1f2430", "#7a8194", "#f3f4f7"
 BLUE, ORANGE, GREEN, RED = "#3b6fd4", "#e07b2d", "#23865a", "#cc3b3b"
 
 
-def plot_loss(metrics_file: Path, output: Path, title: str = "Loss") -> None:
+def plot_loss(metrics_file: Path, output: Path, title: str = "Loss", events: dict[int, str] | None = None) -> None:
     """Draws the training loss of each step, its running mean, and the held-out loss where there is one.
 
     Args:
         metrics_file: a run's `metrics.jsonl`.
         output: the PNG file.
         title: above the curve.
+        events: {step: what begins there}, each a labelled line.
     """
     rows = [json.loads(line) for line in metrics_file.read_text().splitlines()]
     steps = [row["iteration"] for row in rows]
     losses = [row["loss"] for row in rows]
     smooth, mean = [], losses[0]
     for loss in losses:
-        mean += 0.05 * (loss - mean)
+        mean += 0.1 * (loss - mean)
         smooth.append(mean)
     held_out = [(row["iteration"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
 
@@ -51,6 +52,11 @@ def plot_loss(metrics_file: Path, output: Path, title: str = "Loss") -> None:
         axes.plot(*zip(*held_out, strict=True), "o-", color=ORANGE, markersize=4.5, linewidth=1.4, label="held out")
         axes.annotate(
             f"{held_out[-1][1]:.3f}", held_out[-1], (6, 4), textcoords="offset points", color=ORANGE, fontsize=9
+        )
+    for step, label in (events or {}).items():
+        axes.axvline(step, color=FAINT, linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.annotate(
+            label, (step, 1), (5, -4), ("data", "axes fraction"), "offset points", color=FAINT, fontsize=9, va="top"
         )
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
@@ -79,7 +85,7 @@ def plot_answers(cards: list[dict], output: Path, title: str, subtitle: str, col
         subtitle: a line below it.
         columns: cards beside each other.
     """
-    card_width, card_height, gap, margin, head = 2.55, 3.7, 0.22, 0.4, 1.0  # inches
+    card_width, card_height, gap, margin, head = 2.55, 3.85, 0.22, 0.4, 1.0  # inches
     rows = -(-len(cards) // columns)
     width = 2 * margin + columns * (card_width + gap) - gap
     height = margin + head + rows * (card_height + gap)
