@@ -115,7 +115,7 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
         fill = _rgb(
             hue + rng.uniform(-0.012, 0.012), saturation * rng.uniform(0.88, 1.08), value * rng.uniform(0.9, 1.03)
         )
-        radius = cell * rng.uniform(0.27, 0.42)
+        radius = cell * rng.uniform(0.31, 0.42)
         slack = cell / 2 - radius * 1.05
         x = (thing.column + 0.5) * cell + rng.uniform(-slack, slack)
         y = (thing.row + 0.5) * cell + rng.uniform(-slack, slack)
