@@ -1,7 +1,12 @@
+import os
 from pathlib import Path
 
-import pytest
-from qwen_tokenizer import build_tokenizer
+# One thread in every process of the tests: the models are too small for more, several ranks share two cores, and
+# OpenMP's threads do not survive the forks of some tests. Before torch is imported, and inherited by subprocesses.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest  # noqa: E402
+from qwen_tokenizer import build_tokenizer  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -571,6 +571,7 @@ def in_a_killed_child(action, event: int) -> bool:
     whether it was."""
     pid = os.fork()
     if pid == 0:
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: a parallel loop would wait for them for ever
         left = event
 
         def count() -> None:
