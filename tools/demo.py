@@ -26,7 +26,7 @@ ENOUGH = 0.95
 PYTHON = os.path.relpath(sys.executable, ROOT) if ROOT in Path(sys.executable).parents else sys.executable
 BATCH = 32
 TRAIN_FLAGS = (
-    f"--train-iters 750 --micro-batch-size {BATCH} --lr 2e-3 --lr-warmup-iters 50 --adam-beta2 0.99 "
+    f"--train-iters 650 --micro-batch-size {BATCH} --lr 2e-3 --lr-warmup-iters 50 --adam-beta2 0.99 "
     "--router-aux-loss-coef 0.01 --no-shuffle --num-workers 1 --log-interval 20 --eval-interval 100 --eval-iters 2"
 )
 
@@ -35,9 +35,10 @@ def run(title: str, command: str) -> None:
     """Prints a command and runs it in the repository's root with this Python; ends the demo where it fails."""
     print(f"\n== {title}\n$ {PYTHON} {command}", flush=True)
     started = time.monotonic()
-    # unbuffered: the log lines of a program that writes to a pipe come at once, too
-    arguments = [sys.executable, *shlex.split(command)]
-    process = subprocess.run(arguments, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    # Unbuffered: a log line shows at once through a pipe, too. One thread: the matrices are so small that a second one
+    # gains a quarter on an idle machine, and loses ten times as much where another program wants the core.
+    env = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, env=env)
     if process.returncode:
         sys.exit(f"error: {command.split()[0]} ended with status {process.returncode}: its own message is above")
     print(f"({time.monotonic() - started:.0f} s)", flush=True)
