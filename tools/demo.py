@@ -26,7 +26,7 @@ ENOUGH = 0.95
 PYTHON = os.path.relpath(sys.executable, ROOT) if ROOT in Path(sys.executable).parents else sys.executable
 BATCH = 32
 TRAIN_FLAGS = (
-    f"--train-iters 650 --micro-batch-size {BATCH} --lr 2e-3 --lr-warmup-iters 50 --adam-beta2 0.99 "
+    f"--train-iters 750 --micro-batch-size {BATCH} --lr 2e-3 --lr-warmup-iters 50 --adam-beta2 0.99 "
     "--router-aux-loss-coef 0.01 --no-shuffle --num-workers 1 --log-interval 20 --eval-interval 100 --eval-iters 2"
 )
 

@@ -1,6 +1,6 @@
 """Makes what `make demo` trains on: drawn pictures with questions, a tiny tokenizer, the description of a small model.
 
-    python tools/demo_data.py --output demo_out [--describe 4800] [--answer 11200] [--held-out 80] [--seed 0]
+    python tools/demo_data.py --output demo_out [--describe 4800] [--answer 14400] [--held-out 80] [--seed 0]
 
 A picture is one to four coloured shapes, each in a cell of a 3 x 3 grid, with position, size, angle and shade jittered.
 Rows are in the LLaVA format of `data.py`: a question about one picture, about two, or (text only) about numbers. No
@@ -340,7 +340,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the demo's dataset, tokenizer and model description.")
     parser.add_argument("--output", type=Path, default=Path("demo_out"), help="folder for data/ and base/")
     parser.add_argument("--describe", type=int, default=4800, help="training rows that describe a picture")
-    parser.add_argument("--answer", type=int, default=11200, help="training rows with questions of all kinds")
+    parser.add_argument("--answer", type=int, default=14400, help="training rows with questions of all kinds")
     parser.add_argument("--held-out", type=int, default=80, help="held-out rows of each kind of question")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
