@@ -38,12 +38,12 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from kernels_npu import InputError, Parser, number, run_program
 from model import Qwen3VL, Qwen3VLConfig
+from parallel import local_part
 
 PIECE_BYTES = 16 << 20
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -77,10 +77,7 @@ def _pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[tuple[int, 
 
 def _local_pieces(tensor: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """This rank's part of a DTensor, or all of a plain tensor: (where it begins in the whole, view) of its pieces."""
-    local, origin = tensor.detach(), (0,) * tensor.ndim
-    if isinstance(tensor, DTensor):
-        local = local.to_local()
-        _, origin = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    local, origin = local_part(tensor)
     for offset, sizes in _pieces(local.shape, local.element_size()):
         yield tuple(a + b for a, b in zip(origin, offset, strict=True)), local[_window(offset, sizes)]
 

@@ -112,14 +112,15 @@ def parallelize(model: Qwen3VL, ranks: Ranks, *, compute_dtype: torch.dtype, rec
         # cast_forward_inputs would turn loss weights and rotary tables into bf16
         mp_policy=MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False),
     )
-    order = [text.embed_tokens, *visual.blocks, *visual.deepstack_merger_list, visual.merger, *text.layers]
+    parts = [*visual.blocks, *visual.deepstack_merger_list, visual.merger, *text.layers]
+    order = [text.embed_tokens, *parts]  # in which they run
     if model.config.tie_word_embeddings:
         shard([text.embed_tokens, model.lm_head], reshard_after_forward=False)  # apart, they would come untied
     else:
         shard(text.embed_tokens)
         shard(model.lm_head, reshard_after_forward=False)
         order.append(model.lm_head)
-    for module in order[1 : 1 + len(visual.blocks) + len(visual.deepstack_merger_list) + 1 + len(text.layers)]:
+    for module in parts:
         shard(module, reshard_after_forward=module is not text.layers[-1])  # backward needs the last one at once
     shard(model, reshard_after_forward=False)
     for module, following in zip(order, order[1:], strict=False):
@@ -139,14 +140,18 @@ def reshard(model: nn.Module) -> None:
         module.reshard()
 
 
-@torch.no_grad()
+def local_part(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """This rank's part of a DTensor, or all of a plain tensor, detached, and where it begins in the whole."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach(), (0,) * tensor.ndim
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.detach().to_local(), tuple(offset)
+
+
 def write_shard(param: Tensor, value: Tensor) -> None:
     """Stores a whole value in a parameter, of which this rank may hold a slice only."""
-    if isinstance(param, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-        value = value[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
-        param = param.to_local()
-    param.copy_(value)
+    local, offset = local_part(param)
+    local.copy_(value[tuple(slice(o, o + n) for o, n in zip(offset, local.shape, strict=True))])
 
 
 @torch.no_grad()

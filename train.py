@@ -307,6 +307,8 @@ class MetricsLog:
 
     def write(self, **metrics) -> None:
         """One iteration's metrics (METRICS; None where one does not apply), those of time and memory added here."""
+        if not self.main:
+            return
         peak_flops, seconds = kernels_npu.ops.peak_flops(), metrics["step_time_s"] * self.world
         metrics["samples"] = self.global_batch_size - metrics["skipped_samples"]
         metrics["tokens_per_s"] = metrics["tokens"] / metrics["step_time_s"]
@@ -323,7 +325,7 @@ class MetricsLog:
                 if metrics[key] is not None:
                     self.board.add_scalar(key, metrics[key], metrics["iteration"])
         self.window.append(metrics)
-        if self.main and (metrics["iteration"] % self.args.log_interval == 0 or metrics["eval_loss"] is not None):
+        if metrics["iteration"] % self.args.log_interval == 0 or metrics["eval_loss"] is not None:
             print(self.line(), flush=True)
             self.window.clear()
 
