@@ -81,6 +81,10 @@ class Batch:
     skipped: int  # bad rows left out
     truncated: int  # samples cut to the sequence length
     resume_state: dict  # the position in the stream after this batch; json-able
+    # Where several ranks share a batch, each has a run of its tokens and, of another cut, a run of its patches;
+    # cu_seqlens and grid_thw stay those of the whole. Set by parallel.py.
+    visual_tokens: slice = field(default_factory=lambda: slice(None))  # whose patches pixel_values holds, of all
+    visual_moves: tuple[list[int], list[int]] | None = None  # visual tokens to send to, and to get from, each rank
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The same batch with its tensors on `device`; `grid_thw` and the lists stay on the host."""

@@ -9,7 +9,7 @@ P patches, C vision hidden size, N pictures and videos.
 
 Four seams, plain callables with defaults here, let `parallel.py` and `infer.py` change what happens without being
 named in a forward: `attention` (of every attention module), `run_experts` (of every Experts), `run_block` (of both
-towers), `shard_sequence` (of the model).
+towers), `bring_features` (of the model: visual features to the rank that holds their tokens).
 """
 from __future__ import annotations
 
@@ -279,11 +279,18 @@ class VisionModel(nn.Module):
         side = self.config.spatial_merge_size
         return torch.zeros(side**2, self.config.patch_dim, device=device), torch.tensor([[1, side, side]])
 
-    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def patches_of(self, patches: Tensor, tokens: slice) -> Tensor:
+        """Of [P, ...] in merge-block order those that make a run of the visual tokens."""
+        return patches.unflatten(0, (-1, self.config.spatial_merge_size**2))[tokens].flatten(0, 1)
+
+    def forward(
+        self, pixel_values: Tensor, grid_thw: Tensor, tokens: slice = slice(None)
+    ) -> tuple[Tensor, list[Tensor]]:
         """pixel_values [P, 1536] and grid_thw [N, 3] (on the host: frames, rows and columns of patches)
-        -> ([P/4, D], a [P/4, D] for each DeepStack layer)."""
+        -> ([P/4, D], a [P/4, D] for each DeepStack layer). `tokens`: of which of the grids' visual tokens pixel_values
+        are the patches (other ranks may have the rest)."""
         device = pixel_values.device
-        rows, columns, corners, shares = patch_positions(grid_thw, self.config)
+        rows, columns, corners, shares = (self.patches_of(p, tokens) for p in patch_positions(grid_thw, self.config))
         frames = torch.repeat_interleave(grid_thw[:, 1] * grid_thw[:, 2], grid_thw[:, 0])
         cu_seqlens = [0, *frames.cumsum(0).tolist()]  # attention stays within a frame
         cos, sin = self.rotary_tables(rows.to(device), columns.to(device))
@@ -296,8 +303,8 @@ class VisionModel(nn.Module):
             x = self.run_block(block, x, cos, sin, cu_seqlens)
             if i in self.config.deepstack_visual_indexes:
                 merger = self.deepstack_merger_list[self.config.deepstack_visual_indexes.index(i)]
-                deepstack.append(merger(x))
-        return self.merger(x), deepstack
+                deepstack.append(self.run_block(merger, x))
+        return self.run_block(self.merger, x), deepstack
 
     def rotary_tables(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """2-D rotary embedding: half of the angles turn with the row, half with the column. [P, d] float32 each."""
@@ -541,9 +548,9 @@ def call(block: nn.Module, *args):
     return block(*args)
 
 
-def whole_sequence(batch, x: Tensor, deepstack: list[Tensor]):
-    """The default of the `shard_sequence` seam."""
-    return batch, x, deepstack
+def features_in_place(features: list[Tensor], batch) -> list[Tensor]:
+    """The default of the `bring_features` seam: one rank has every token."""
+    return features
 
 
 class Qwen3VL(nn.Module):
@@ -558,7 +565,7 @@ class Qwen3VL(nn.Module):
         self.lm_head = LMHead(config.text.hidden_size, config.text.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.language_model.embed_tokens.weight
-        self.shard_sequence: Callable = whole_sequence
+        self.bring_features: Callable = features_in_place
         self.loss_chunk_size = 1024
         self.router_aux_loss_coef = 0.0
 
@@ -582,31 +589,34 @@ class Qwen3VL(nn.Module):
     def embed(self, batch) -> tuple[Tensor, list[Tensor]]:
         """Token embeddings [T, D] with pictures and videos in their places, and DeepStack features [T, D] each."""
         x = self.model.language_model.embed_tokens(batch.input_ids)
+        visual = self.model.visual
         if len(batch.grid_thw) == 0:
             # Every rank must run the vision encoder: FSDP's collectives have to match, and its gradients to exist.
-            features, deepstack = self.model.visual(*self.model.visual.dummy(x.device))
+            pixel_values, grid_thw = visual.dummy(x.device)
+            pixel_values = visual.patches_of(pixel_values, batch.visual_tokens)
+            features, deepstack = visual(pixel_values, grid_thw, batch.visual_tokens)
             return x + 0.0 * sum(f.sum() for f in (features, *deepstack)).to(x.dtype), []
-        features, deepstack = self.model.visual(batch.pixel_values, batch.grid_thw)
+        features, deepstack = visual(batch.pixel_values, batch.grid_thw, batch.visual_tokens)
+        features, *deepstack = self.bring_features([features, *deepstack], batch)
         if len(features) != len(batch.visual_index):
             raise InputError(f"the row has {len(batch.visual_index)} media tokens, its pictures make {len(features)}")
         deepstack = [torch.zeros_like(x).index_copy(0, batch.visual_index, f.to(x.dtype)) for f in deepstack]
         return x.index_copy(0, batch.visual_index, features.to(x.dtype)), deepstack
 
-    def hidden_states(self, batch) -> tuple[Tensor, list[Tensor], object]:
-        """-> (hidden states [T, D] after the last norm, router statistics of the layers, the batch as sharded)."""
-        batch, x, deepstack = self.shard_sequence(batch, *self.embed(batch))
-        x, router_stats = self.model.language_model(x, batch.position_ids, batch.cu_seqlens, deepstack)
-        return x, router_stats, batch
+    def hidden_states(self, batch) -> tuple[Tensor, list[Tensor]]:
+        """-> (hidden states [T, D] after the last norm, router statistics of the layers)."""
+        x, deepstack = self.embed(batch)
+        return self.model.language_model(x, batch.position_ids, batch.cu_seqlens, deepstack)
 
     def forward(self, batch) -> tuple[Tensor, Tensor]:
         """batch: a `data.Batch` on the model's device with its `loss_weights` -> (loss to call backward on, its router
         auxiliary part before the coefficient and detached): both this micro-batch's share of the whole step's."""
-        x, router_stats, batch = self.hidden_states(batch)
+        x, router_stats = self.hidden_states(batch)
         at = batch.supervised_index
         loss = self.lm_head(x[at], batch.labels[at], batch.loss_weights[at], self.loss_chunk_size)
         aux_loss = loss.new_zeros(())
         if router_stats:
-            aux_loss = load_balancing_loss(router_stats, len(x)) * batch.aux_weight
+            aux_loss = load_balancing_loss(router_stats, batch.cu_seqlens[-1]) * batch.aux_weight
             if self.router_aux_loss_coef:
                 loss = loss + self.router_aux_loss_coef * aux_loss
         return loss, aux_loss.detach()

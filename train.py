@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -132,6 +133,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     g.add_argument("--device", choices=("auto", "npu", "cuda", "cpu"), default="auto", help="where to train")
     g.add_argument("--recompute", choices=("none", "full"), help="full: backward runs each block again instead of "
                    "keeping its inside (default: full on an accelerator)")
+    g.add_argument("--activation-offload", action=switch, default=False, help="with recompute: each block's input "
+                   "waits on the host for backward")
+    g.add_argument("--context-parallel-size", type=count, default=1, metavar="N", help="ranks that split each sample's "
+                   "tokens (Ulysses)")
+    g.add_argument("--expert-parallel-size", type=count, default=1, metavar="N", help="ranks that split the experts")
+    g.add_argument("--fsdp-size", type=count, metavar="N", help="ranks that parameters are sharded over, replicated "
+                   "over the rest (default: all)")
     g.add_argument("--compile", action=switch, default=False, help="torch.compile each block")
     g.add_argument("--distributed-timeout-minutes", type=positive, default=10, metavar="N",
                    help="how long a rank waits for the others")
@@ -140,6 +148,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.train_on_prompt and args.mask_history:
         raise UsageError("--train-on-prompt and --mask-history exclude each other: give one of them")
+    if args.activation_offload and args.recompute == "none":
+        raise UsageError("--activation-offload goes with recompute: give --recompute full, or leave both out")
     if args.min_lr > args.lr:
         raise UsageError(f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}: give a smaller one")
     if args.profile_step_end < args.profile_step_start:
@@ -191,8 +201,11 @@ def build_model(args: argparse.Namespace, config: Qwen3VLConfig, ranks: parallel
     model.set_attention(args.text_attn_implementation, args.vision_attn_implementation)
     model.loss_chunk_size, model.router_aux_loss_coef = args.loss_chunk_size, args.router_aux_loss_coef
     parallel.freeze(model, {t for t in TOWERS if getattr(args, f"freeze_{t.replace(' ', '_')}")})
-    recompute = args.recompute or ("full" if kernels_npu.ops.is_accelerator else "none")
-    parallel.parallelize(model, ranks, compute_dtype=dtype, recompute=recompute == "full", compile=args.compile)
+    by_default = "full" if kernels_npu.ops.is_accelerator or args.activation_offload else "none"
+    parallel.parallelize(
+        model, ranks, compute_dtype=dtype, recompute=(args.recompute or by_default) == "full",
+        offload=args.activation_offload, compile=args.compile,
+    )
     if args.init_model_with_meta_device:
         model.to_empty(device=ranks.device)
     if from_hf:
@@ -236,24 +249,39 @@ def set_learning_rates(args: argparse.Namespace, optimizer: torch.optim.Optimize
 # ---- the loss's weights ---------------------------------------------------------------------------------------------
 
 
-def set_loss_weights(batches: list[data.Batch], loss_type: str, ranks: parallel.Ranks) -> tuple[int, int, int]:
+class Totals(NamedTuple):
+    """What one step's batches hold, over all ranks."""
+
+    tokens: int
+    supervised_tokens: int
+    media: int  # pictures and videos
+    skipped: int  # bad rows left out
+    truncated: int  # samples cut to the sequence length
+    flops: float
+
+
+def set_loss_weights(
+    batches: list[data.Batch], loss_type: str, config: Qwen3VLConfig, ranks: parallel.Ranks
+) -> Totals:
     """Gives every token its weight in loss = sum_i weight_i * nll_i, over all micro-batches of all ranks of one step.
 
     default     1 / (micro-batches x supervised tokens of its micro-batch)
     per_sample  1 / (samples x supervised tokens of its sample)
     per_token   1 / (supervised tokens of the global batch)
 
-    A sample without supervised tokens does not count. Returns the whole step's numbers of (tokens, supervised tokens,
-    pictures and videos).
+    A sample without supervised tokens does not count.
     """
     counts = []  # supervised tokens of each sample of each micro-batch
     for batch in batches:
         bounds = zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False)
         counts.append([int((batch.labels[start:end] != data.IGNORE).sum()) for start, end in bounds])
-    micro_batches, samples, supervised, tokens, media = ranks.sum(
+    micro_batches, samples, supervised, *others, flops = ranks.sum_of_rows(
         len(batches), sum(n > 0 for each in counts for n in each), sum(map(sum, counts)),
-        sum(batch.cu_seqlens[-1] for batch in batches), sum(len(batch.grid_thw) for batch in batches),
+        sum(b.cu_seqlens[-1] for b in batches), sum(len(b.grid_thw) for b in batches),
+        sum(b.skipped for b in batches), sum(b.truncated for b in batches),
+        sum(step_flops(config, b.cu_seqlens, b.grid_thw, len(b.supervised_index)) for b in batches),
     )
+    tokens, media, skipped, truncated = map(int, others)
     # FSDP2 averages gradients over its ranks; the formula wants their sum, so the weights carry the factor.
     scale = float(ranks.world)
     for batch, each in zip(batches, counts, strict=True):
@@ -266,7 +294,7 @@ def set_loss_weights(batches: list[data.Batch], loss_type: str, ranks: parallel.
         weights = torch.tensor([scale / max(1, n) for n in shares], dtype=torch.float32)
         batch.loss_weights = weights.repeat_interleave(torch.tensor(batch.cu_seqlens).diff())
         batch.aux_weight = scale / micro_batches
-    return int(tokens), int(supervised), int(media)
+    return Totals(tokens, int(supervised), media, skipped, truncated, flops)
 
 
 # ---- logging --------------------------------------------------------------------------------------------------------
@@ -403,23 +431,19 @@ def train(
             began = time.perf_counter()
             batches = ranks.together(lambda: [next(stream) for _ in range(accumulation)])
             data_time = time.perf_counter() - began
-            num_tokens, num_supervised, num_media = set_loss_weights(batches, args.loss_type, ranks)
+            totals = set_loss_weights(batches, args.loss_type, model.config, ranks)
             set_learning_rates(args, optimizer, iteration - 1)
 
             losses = []
             for batch in batches:
-                loss, aux_loss = model(batch.to(ranks.device))
+                loss, aux_loss = model(ranks.take(batch))
                 loss.backward()
                 losses.append(torch.stack((loss.detach(), aux_loss)))
-            if not num_media:
+            if not totals.media:
                 model.drop_vision_gradients()
             grad_norm = parallel.clip_grad_norm(trainable, args.clip_grad, ranks)
             loss, aux_loss = torch.stack(losses).sum(0) / ranks.world  # the weights carry the number of ranks
-            flops = sum(step_flops(model.config, b.cu_seqlens, b.grid_thw, len(b.supervised_index)) for b in batches)
-            stop, save = signals.poll()
-            loss, aux_loss, flops, skipped, truncated, stop, save = ranks.sum(
-                loss, aux_loss, flops, sum(b.skipped for b in batches), sum(b.truncated for b in batches), stop, save
-            )
+            loss, aux_loss, stop, save = ranks.sum(loss, aux_loss, *signals.poll())
 
             good = math.isfinite(loss) and math.isfinite(grad_norm)
             if good:
@@ -435,11 +459,12 @@ def train(
                 eval_loss = evaluate(model, eval_loader, ranks, args.eval_iters)
             kernels_npu.ops.synchronize()
             metrics_log.write(
-                iteration=iteration, loss=loss, grad_norm=grad_norm, eval_loss=eval_loss, model_flops=flops,
+                iteration=iteration, loss=loss, grad_norm=grad_norm, eval_loss=eval_loss, model_flops=totals.flops,
                 aux_loss=aux_loss if model.config.text.num_experts else None, lr=optimizer.param_groups[-1]["lr"],
-                consumed_samples=batches[-1].resume_state["consumed"], tokens=num_tokens,
-                supervised_tokens=num_supervised, step_time_s=time.perf_counter() - began, data_time_s=data_time,
-                skipped_samples=int(skipped), truncated_samples=int(truncated), skipped_iterations=int(not good),
+                consumed_samples=batches[-1].resume_state["consumed"], tokens=totals.tokens,
+                supervised_tokens=totals.supervised_tokens, step_time_s=time.perf_counter() - began,
+                data_time_s=data_time, skipped_samples=totals.skipped, truncated_samples=totals.truncated,
+                skipped_iterations=int(not good),
             )
             if profile:
                 profile.step()
@@ -467,7 +492,8 @@ def evaluate(model: Qwen3VL, loader: data.Loader, ranks: parallel.Ranks, iters: 
         if i == iters:
             break
         batch.loss_weights = torch.ones(len(batch.input_ids))
-        total += model(batch.to(ranks.device))[0]  # its aux_weight is 0
+        batch = ranks.take(batch)
+        total += model(batch)[0]  # its aux_weight is 0
         count += len(batch.supervised_index)
     parallel.reshard(model)
     nll, tokens = ranks.sum(total, count)
@@ -558,7 +584,8 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     started = time.perf_counter()
     ops = kernels_npu.select(args.device)
-    ranks = parallel.Ranks(ops, args.distributed_timeout_minutes)
+    ranks = parallel.Ranks(ops, args.distributed_timeout_minutes, cp=args.context_parallel_size,
+                           ep=args.expert_parallel_size, fsdp=args.fsdp_size)
     say = log.info if ranks.rank == 0 else (lambda *_: None)
     args.global_batch_size, accumulation = batch_sizes(args, ranks.dp_size)
     ranks.together(lambda: prepare_directories(args, ranks))
