@@ -113,7 +113,7 @@ if ! given --context-parallel-size "$@"; then
     ((WORLD % CP == 0)) || fail CP "a divisor of $devices"
     given --micro-batch-size "$@" || given --global-batch-size "$@" ||
         ((GLOBAL_BATCH_SIZE % (MICRO_BATCH_SIZE * WORLD / CP) == 0)) ||
-        fail GLOBAL_BATCH_SIZE "a multiple of $((MICRO_BATCH_SIZE * WORLD / CP)): MICRO_BATCH_SIZE x $WORLD devices / CP"
+        fail GLOBAL_BATCH_SIZE "a multiple of $((MICRO_BATCH_SIZE * WORLD / CP)), MICRO_BATCH_SIZE x $WORLD / CP"
 fi
 
 one_of ASCEND_SLOG_PRINT_TO_STDOUT 0 1
@@ -174,17 +174,20 @@ forward() {  # SIGNAL: to the training processes, which save and end; torchrun w
 }
 
 launch() {  # FLAG...: trains with torchrun on this node; of a flag given twice the last one counts
-    local torchrun
+    local torchrun length="--train-iters 10000" warmup="--lr-warmup-fraction 0.1"
     torchrun=$(command -v torchrun || echo "$ROOT/.venv/bin/torchrun")  # the active environment's, or make's
+    ! given --train-epochs "$@" || length=""  # these two exclude each other,
+    ! given --lr-warmup-iters "$@" || warmup=""  # and these
+    # shellcheck disable=SC2206
     local command=(
         "$torchrun" --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$NPUS_PER_NODE"
         --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" ${NODE_ADDR:+--local-addr "$NODE_ADDR"}
         "$ROOT/train.py" --init-from-hf-path "$CKPT" --dataset "$DATASET" --save "$SAVE"
-        --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE"
         --context-parallel-size "$CP" --expert-parallel-size "$EP"
-        --image-max-pixels 262144 --num-workers 8 --seed 42  # 512 x 512: 256 tokens, so that pictures fit --seq-length
-        --lr 1e-5 --lr-decay-style cosine --lr-warmup-fraction 0.1 --weight-decay 0
-        --adam-beta1 0.9 --adam-beta2 0.999
+        --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE" $length
+        --lr 1e-5 --lr-decay-style cosine $warmup --weight-decay 0 --adam-beta1 0.9 --adam-beta2 0.999 --clip-grad 0
+        --seed 42 --num-workers 8
+        --image-max-pixels 262144  # 512 x 512: 256 tokens, so that a few pictures fit in a sequence
         "$@"
     )
     if [[ ${DRY:-0} != 0 ]]; then

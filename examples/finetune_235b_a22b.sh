@@ -23,4 +23,4 @@ source "$root/examples/env.sh" "$@"
 # host (200 GB of its memory for 16 devices). The fused experts and the meta device are the defaults; both are needed.
 # A checkpoint with the optimizer takes 2.8 TB: few of them, and ranks that wait for the slowest writer for longer.
 launch --freeze-vision-encoder --freeze-vision-projector --seq-length 16384 --recompute full --activation-offload \
-    --clip-grad 0 --train-iters 10000 --save-interval 5000 --save-retain 1 --distributed-timeout-minutes 30 "$@"
+    --save-interval 5000 --save-retain 1 --distributed-timeout-minutes 30 "$@"

@@ -17,4 +17,4 @@ source "$root/examples/env.sh" "$@"
 # 16 bytes for each trained parameter are 31 GB a device on 16 devices, so no offload. The fused experts are the
 # device's default. The model starts on the meta device, which is the default, too: it is needed at this size.
 launch --freeze-vision-encoder --freeze-vision-projector --seq-length 1024 --recompute full \
-    --clip-grad 0 --train-iters 10000 --save-interval 2000 --save-retain 2 "$@"
+    --save-interval 2000 --save-retain 2 "$@"

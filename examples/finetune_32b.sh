@@ -14,4 +14,4 @@ source "$root/examples/env.sh" "$@"
 # 16 bytes for each trained parameter are 33 GB a device on 16 devices: it fits 64 GB with recompute, without offload.
 # A checkpoint with the optimizer takes 400 GB: the interval weighs its time against the steps that a crash would lose.
 launch --freeze-vision-encoder --freeze-vision-projector --seq-length 1024 --recompute full \
-    --clip-grad 0 --train-iters 10000 --save-interval 2000 --save-retain 2 "$@"
+    --save-interval 2000 --save-retain 2 "$@"

@@ -13,4 +13,4 @@ source "$root/examples/env.sh" "$@"
 # float32 parameters, gradients and AdamW's two moments are 16 bytes for each trained parameter: 17 GB a device on 8
 # devices. Sequences of 1024 fit beside them with recompute, and offload would only cost time.
 launch --freeze-vision-encoder --freeze-vision-projector --seq-length 1024 --recompute full \
-    --clip-grad 0 --train-iters 10000 --save-interval 2000 --save-retain 2 "$@"
+    --save-interval 2000 --save-retain 2 "$@"
