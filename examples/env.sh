@@ -1,5 +1,5 @@
 # What the launch scripts share: where and on how many devices to train, the environment, the checks, the command.
-# Sourced, with the script's own arguments. Every value below can be set from outside, and the script's own come first:
+# Sourced, with the arguments of the script. What is set outside counts, then what the script sets, then what is here:
 #
 #     CKPT=/data/Qwen3-VL-8B-Instruct DATASET=rows.json SAVE=/data/out bash examples/finetune_8b.sh --train-iters 500
 #     DRY=1 bash examples/finetune_8b.sh      # checks, prints the command and ends
@@ -56,7 +56,7 @@ SAVE=${SAVE:-$ROOT/save}                  # checkpoints, metrics.jsonl; on many 
 EP=${EP:-1}                               # ranks that share the experts of a layer
 CP=${CP:-1}                               # ranks that share a sequence (Ulysses)
 MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-1}   # samples of one forward
-GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-$NPUS_PER_NODE}  # samples of an optimizer step
+GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-8} # samples of an optimizer step
 
 # ---- the environment ----------------------------------------------------------------------------------------------
 # Ascend's variables mean nothing to CUDA and CPU.
@@ -176,8 +176,8 @@ forward() {  # SIGNAL: to the training processes, which save and end; torchrun w
 launch() {  # FLAG...: trains with torchrun on this node; of a flag given twice the last one counts
     local torchrun length="--train-iters 10000" warmup="--lr-warmup-fraction 0.1"
     torchrun=$(command -v torchrun || echo "$ROOT/.venv/bin/torchrun")  # the active environment's, or make's
-    ! given --train-epochs "$@" || length=""  # these two exclude each other,
-    ! given --lr-warmup-iters "$@" || warmup=""  # and these
+    ! given --train-epochs "$@" || length=""  # these two exclude each other, and the next two; a file of flags among
+    ! given --lr-warmup-iters "$@" || warmup=""  # the arguments has to say how long to train
     # shellcheck disable=SC2206
     local command=(
         "$torchrun" --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$NPUS_PER_NODE"
