@@ -240,7 +240,7 @@ def run_experts_of_all_ranks(
     theirs = torch.empty_like(counts)  # [ranks, experts of this rank]: rows that each will send
     dist.all_to_all_single(theirs, counts, group=group)
     both = torch.stack((counts, theirs)).view(2, size, -1)
-    send, receive = both.sum(-1).tolist()  # the one wait for the device in a layer: lengths must be known here
+    send, receive = ops.to_host(both.sum(-1))  # the one wait for the device in a layer: lengths must be known here
     rows = AllToAll.apply(rows, send, receive, group)
     gate_up, down = gate_up.to_local(), down.to_local()
     local_ids = torch.arange(len(gate_up), device=x.device).repeat(size)
@@ -319,7 +319,7 @@ class Offload:
         if not x.requires_grad:  # rotary tables, which all blocks share
             return x
         if self.last and self.last.on_device is not None:
-            if x.numel() and x.data_ptr() == self.last.on_device.data_ptr():  # a merger's and the next block's
+            if x.untyped_storage() is self.last.on_device.untyped_storage():  # a merger's and the next block's
                 return self.last
             self.streams.current_stream().wait_event(self.last.copied)  # before its memory is used again
             self.last.on_device = None
@@ -371,6 +371,8 @@ def parallelize(
     if recompute or offload:
         visual.run_block = text.run_block = Offload(kernels_npu.ops) if offload else recompute_block
     if compile:
+        if recompute or offload:  # the second run of a block may be compiled another way, and save other tensors
+            raise UsageError("--compile does not go with recompute: give --recompute none, or leave out --compile")
         for block in (*visual.blocks, *text.layers):
             block.compile()
 
