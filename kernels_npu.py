@@ -116,7 +116,8 @@ class Torch:
         flat = expert_ids.flatten()
         order = flat.argsort(stable=True)
         where = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        return x.index_select(0, order // expert_ids.shape[1]), where, flat.bincount(minlength=num_experts)
+        counts = flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))  # bincount waits for a device
+        return x.index_select(0, order // expert_ids.shape[1]), where, counts
 
     def moe_unpermute(self, rows: Tensor, where: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of each token's k rows: rows [T*k,D], where [T*k], weights [T,k] -> [T,D]."""
@@ -126,9 +127,13 @@ class Torch:
     def grouped_matmul(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         """Row group e of x times weight[e]: x [N,K], weight [E,K,M], counts [E] adding up to N -> [N,M]."""
         # unbind, not indexing: its backward stacks once, where indexing would add E zero-filled [E,K,M] tensors
-        groups = zip(x.split(counts.tolist()), weight.unbind(0), strict=True)
+        groups = zip(x.split(self.to_host(counts)), weight.unbind(0), strict=True)
         # no rows at all: an empty product, which still hangs on x and weight
         return torch.cat([rows @ w for rows, w in groups if len(rows)] or [x @ weight[0]])
+
+    def to_host(self, counts: Tensor) -> list:
+        """Counts of rows, which the host must know to split them: waits for the device."""
+        return counts.tolist()
 
     # ---- optimizer and device --------------------------------------------------------------------------------------
 

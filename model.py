@@ -13,6 +13,7 @@ towers), `bring_features` (of the model: visual features to the rank that holds 
 """
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import zlib
@@ -291,8 +292,8 @@ class VisionModel(nn.Module):
         are the patches (other ranks may have the rest)."""
         device = pixel_values.device
         rows, columns, corners, shares = (self.patches_of(p, tokens) for p in patch_positions(grid_thw, self.config))
-        frames = torch.repeat_interleave(grid_thw[:, 1] * grid_thw[:, 2], grid_thw[:, 0])
-        cu_seqlens = [0, *frames.cumsum(0).tolist()]  # attention stays within a frame
+        frames = [h * w for t, h, w in grid_thw.tolist() for _ in range(t)]
+        cu_seqlens = [0, *itertools.accumulate(frames)]  # attention stays within a frame
         cos, sin = self.rotary_tables(rows.to(device), columns.to(device))
 
         x = self.patch_embed(pixel_values)
