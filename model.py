@@ -549,6 +549,11 @@ def call(block: nn.Module, *args):
     return block(*args)
 
 
+def whole_tensor(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """(what this process has of a tensor, where that begins in the whole): all of it."""
+    return tensor.detach(), (0,) * tensor.ndim
+
+
 def features_in_place(features: list[Tensor], batch) -> list[Tensor]:
     """The default of the `bring_features` seam: one rank has every token."""
     return features
@@ -629,24 +634,29 @@ class Qwen3VL(nn.Module):
             p.grad = None
 
     @torch.no_grad()
-    def init_weights(self, seed: int, write: Callable[[Tensor, Tensor], None] = Tensor.copy_) -> None:
+    def init_weights(self, seed: int, local_part: Callable = whole_tensor) -> None:
         """Fills every parameter for training from scratch: normal with the config's deviation, biases 0, norms 1.
 
-        Each parameter has its own generator, seeded by `seed` and its name, so that values do not depend on how the
-        model is sharded. `write(parameter, whole value)` stores it: `parallel.py` passes one that keeps a rank's slice.
+        `local_part` (`parallel.py` has one) gives of a parameter what lies on this rank, and where that begins in the
+        whole. Values come in blocks of rows, each with a generator seeded by `seed`, the name and the row: so they do
+        not depend on how the model is sharded, and a rank makes little more than its own.
         """
         for name, param in self.named_parameters():
             module, _, leaf = name.rpartition(".")
-            owner = self.get_submodule(module)
-            if leaf == "bias":
-                value = torch.zeros(param.shape)
-            elif isinstance(owner, (RMSNorm, nn.LayerNorm)):
-                value = torch.ones(param.shape)
-            else:
-                std = (self.config.vision if ".visual." in name else self.config.text).initializer_range
-                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # takes 32 bits
-                value = torch.empty(param.shape).normal_(0.0, std, generator=generator)
-            write(param, value)
+            local, (first, *inner) = local_part(param)
+            if leaf == "bias" or isinstance(self.get_submodule(module), (RMSNorm, nn.LayerNorm)):
+                local.fill_(float(leaf != "bias"))
+                continue
+            std = (self.config.vision if ".visual." in name else self.config.text).initializer_range
+            total, *row = param.shape
+            rows = max(1, (1 << 22) // math.prod(row))
+            for start in range(first // rows * rows, first + len(local), rows):
+                seed_32_bits = zlib.crc32(f"{seed} {name} {start}".encode())
+                generator = torch.Generator().manual_seed(seed_32_bits)
+                block = torch.empty(min(rows, total - start), *row).normal_(0.0, std, generator=generator)
+                begin, end = max(first, start), min(first + len(local), start + rows)
+                own = tuple(slice(o, o + n) for o, n in zip(inner, local.shape[1:], strict=True))
+                local[begin - first : end - first] = block[(slice(begin - start, end - start), *own)]
 
 
 TOWERS = ("vision encoder", "vision projector", "text decoder")

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import kernels_npu
 from kernels_npu import PeerError, Torch, UsageError
-from model import Experts, Qwen3VL, TextAttention, VisionAttention, run_experts, tower_of
+from model import Experts, Qwen3VL, TextAttention, VisionAttention, run_experts, tower_of, whole_tensor
 
 # ---- ranks ---------------------------------------------------------------------------------------------------------
 
@@ -443,15 +443,9 @@ def reshard(model: nn.Module) -> None:
 def local_part(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """This rank's part of a DTensor, or all of a plain tensor, detached, and where it begins in the whole."""
     if not isinstance(tensor, DTensor):
-        return tensor.detach(), (0,) * tensor.ndim
+        return whole_tensor(tensor)
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tensor.detach().to_local(), tuple(offset)
-
-
-def write_shard(param: Tensor, value: Tensor) -> None:
-    """Stores a whole value in a parameter, of which this rank may hold a slice only."""
-    local, offset = local_part(param)
-    local.copy_(value[tuple(slice(o, o + n) for o, n in zip(offset, local.shape, strict=True))])
 
 
 @torch.no_grad()

@@ -211,7 +211,7 @@ def build_model(args: argparse.Namespace, config: Qwen3VLConfig, ranks: parallel
     if from_hf:
         convert.load_hf_weights(model, args.init_from_hf_path)
     elif not args.load:
-        model.init_weights(args.seed, parallel.write_shard)
+        model.init_weights(args.seed, parallel.local_part)
     return model
 
 
