@@ -81,11 +81,13 @@ class Ranks:
         self.backend_averages = one.item() == 1
 
     def sum(self, *values: float | Tensor) -> list[float]:
-        """Each value summed over all ranks, in float64: one small all-reduce."""
-        total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
-        if self.world > 1:
-            dist.all_reduce(total)
-        return total.tolist()
+        """Each value summed over all ranks, in float64: one small all-gather, as HCCL cannot reduce float64."""
+        own = torch.tensor([float(v) for v in values], dtype=torch.float64)
+        if self.world == 1:
+            return own.tolist()
+        everyones = [torch.empty_like(own, device=self.device) for _ in range(self.world)]
+        dist.all_gather(everyones, own.to(self.device))
+        return torch.stack(everyones).cpu().sum(0).tolist()
 
     def sum_of_rows(self, *values: float) -> list[float]:
         """Sums of what each rank has counted in the rows that it reads, each row counted once."""
@@ -121,7 +123,7 @@ class Ranks:
             result = action()
         except (UsageError, ValueError, OSError) as e:
             mistake = e
-        at_fault = torch.tensor(self.rank if mistake else self.world, device=self.device)
+        at_fault = torch.tensor(self.rank if mistake else self.world, dtype=torch.int32, device=self.device)
         if self.world > 1:
             dist.all_reduce(at_fault, op=dist.ReduceOp.MIN)
         if mistake and at_fault.item() == self.rank:
@@ -457,8 +459,8 @@ def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float, ranks: Ranks
     """
     grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
     # none at all where all that trains is the vision encoder, and the step had no picture
-    squares = torch.stack(torch._foreach_norm(grads)).double() ** 2 if grads else torch.zeros(1)
-    (total,) = ranks.sum(squares.sum() / ranks.replicas)
+    norms = torch.stack(torch._foreach_norm(grads)).cpu().double() if grads else torch.zeros(1)
+    (total,) = ranks.sum((norms**2).sum() / ranks.replicas)
     norm = total**0.5
     if grads and max_norm > 0 and norm > max_norm:
         torch._foreach_mul_(grads, max_norm / (norm + 1e-6))
