@@ -4,6 +4,8 @@
 inherits from it and overrides what that device does better, so that inheritance is the fallback. `select(device)`
 chooses the class once, at start-up; nothing outside this file compares device names.
 
+    python kernels_npu.py [--device npu]    checks every operation on this machine's device against `Torch`
+
 Shapes: T tokens, H heads, K key-value heads, d head size, D hidden size, E experts, I expert width, k experts a token.
 """
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
+import importlib.util
 import os
 import re
 import shlex
@@ -44,22 +47,30 @@ class Torch:
     compute_dtype = torch.float32  # the default of --bf16 / --fp32 on this device
     is_accelerator = False
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, compute_dtype: torch.dtype | None = None):
         self.device = device
+        self.compute_dtype = compute_dtype or self.compute_dtype
+        self.settings: dict[str, str] = {}  # what was set on the device, for the log
 
     # ---- attention -------------------------------------------------------------------------------------------------
 
-    default_attention = "sdpa"
+    @property
+    def default_attention(self) -> str:
+        return "sdpa"
+
+    def attention_forms(self) -> dict[str, Callable[..., Tensor]]:
+        """The attention implementations of this device, by the names that flags give them."""
+        return {"eager": self.attention_eager, "sdpa": self.attention_sdpa}
 
     def attention(self, implementation: str) -> Callable[..., Tensor]:
         """The attention named so: a callable (q [T,H,d], k [T,K,d], v [T,K,d], cu_seqlens, causal) -> [T,H,d].
 
         `cu_seqlens` is a host list [0, ..., T]: every sequence attends to itself alone. The scale is d ** -0.5.
         """
-        forms = {"eager": self.attention_eager, "sdpa": self.attention_sdpa}
+        forms = self.attention_forms()
         if implementation not in forms:
-            raise UsageError(f"attention implementation {implementation!r} is not available on {self.device.type}: "
-                             f"take one of {', '.join(forms)}")
+            raise UsageError(f"attention implementation {implementation!r} is not available on {self.device.type} in "
+                             f"{self.compute_dtype}: take one of {', '.join(forms)}")
         return forms[implementation]
 
     def attention_eager(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], causal: bool) -> Tensor:
@@ -161,40 +172,207 @@ class Torch:
 
     def implementations(self) -> dict[str, str]:
         """Which class's form of each operation runs, for the log."""
-        names = ("attention_eager", "attention_sdpa", "rms_norm", "rotary", "swiglu", "moe_route", "moe_permute",
-                 "grouped_matmul", "moe_unpermute", "adamw")
-        owner = {n: next(c for c in type(self).__mro__ if n in vars(c)).__name__ for n in names}
-        return {n: owner[n] for n in names}
+        names = ("rms_norm", "rotary", "swiglu", "moe_route", "moe_permute", "grouped_matmul", "moe_unpermute", "adamw")
+        forms = {**self.attention_forms(), **{name: getattr(self, name) for name in names}}
+        return {name: form.__qualname__.split(".")[0] for name, form in forms.items()}
 
 
-class Cuda(Torch):
-    """NVIDIA devices."""
+class Accelerator(Torch):
+    """What CUDA devices and NPUs share: memory, streams and random state have one interface in PyTorch."""
 
-    distributed_backend = "nccl"
     compute_dtype = torch.bfloat16
     is_accelerator = True
 
-    # dense bf16, NVIDIA's data sheets (their headline figures are with sparsity: half of those)
-    PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12}
+    def __init__(self, device: torch.device, compute_dtype: torch.dtype | None = None):
+        super().__init__(device, compute_dtype)
+        self.module = torch.get_device_module(device)
+
+    @property
+    def default_attention(self) -> str:
+        return list(self.attention_forms())[-1]
 
     def adamw(self, groups: list[dict], **settings) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, fused=True, **settings)
 
     def memory(self) -> tuple[int | None, int | None]:
-        return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return self.module.max_memory_allocated(), self.module.max_memory_reserved()
 
     def synchronize(self) -> None:
-        torch.cuda.synchronize()
+        self.module.synchronize()
 
     def get_rng_state(self) -> Tensor | None:
-        return torch.cuda.get_rng_state()
+        return self.module.get_rng_state()
 
     def set_rng_state(self, state: Tensor) -> None:
-        torch.cuda.set_rng_state(state)
+        self.module.set_rng_state(state)
+
+
+class Cuda(Accelerator):
+    """NVIDIA devices."""
+
+    distributed_backend = "nccl"
+
+    # dense bf16, NVIDIA's data sheets (their headline figures are with sparsity: half of those)
+    PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12}
+
+    def attention_forms(self) -> dict[str, Callable[..., Tensor]]:
+        half = self.compute_dtype in (torch.bfloat16, torch.float16)  # all that the kernel takes
+        return {**super().attention_forms(), **({"flash_attention_2": self.attention_flash} if half else {})}
+
+    def attention_flash(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], causal: bool) -> Tensor:
+        """FlashAttention-2 (arXiv:2307.08691) over sequences of any lengths in one call, as PyTorch ships it."""
+        bounds = _on_device(tuple(cu_seqlens), q.device)
+        longest = max(b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False))
+        # the operation under torch.nn.attention.varlen, which torch 2.7.1 has not
+        return torch.ops.aten._flash_attention_forward(
+            q.contiguous(), k.contiguous(), v.contiguous(), bounds, bounds, longest, longest, 0.0, causal, False,
+            scale=q.shape[-1] ** -0.5,
+        )[0]
+
+    def grouped_matmul(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        """One kernel where this PyTorch has it; it takes bf16 whose rows are multiples of 16 bytes."""
+        fits = x.dtype == weight.dtype == torch.bfloat16 and not (x.shape[-1] % 8 or weight.shape[-1] % 8)
+        if not (hasattr(torch, "_grouped_mm") and fits and len(x)):
+            return super().grouped_matmul(x, weight, counts)
+        return torch._grouped_mm(x, weight, counts.cumsum(0).int())
 
     def peak_flops(self) -> float | None:
         name = torch.cuda.get_device_name()
         return next((peak for model, peak in self.PEAKS.items() if model in name), None)
+
+
+class Npu(Accelerator):
+    """Ascend NPUs, through torch_npu. Its operations' semantics: the op-plugin documentation of each."""
+
+    distributed_backend = "hccl"
+
+    # dense bf16, the figures that VeOmni counts with; Huawei's data sheets give no more than a rounded one
+    PEAKS = {"Ascend910B": 354e12, "Ascend910_93": 354e12}
+
+    # Read when the allocator starts; what the user has set stays. Segments that grow fragment less, and memory that
+    # several streams have used can serve again early: sdpa with the fused mixture of experts runs out of it otherwise.
+    ENVIRONMENT = {"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True", "MULTI_STREAM_MEMORY_REUSE": "1"}
+
+    def __init__(self, device: torch.device, compute_dtype: torch.dtype | None = None):
+        super().__init__(device, compute_dtype)
+        torch.npu.set_compile_mode(jit_compile=False)  # operators as they are shipped: shapes change with every batch
+        torch.npu.config.allow_internal_format = False  # or weights turn up in the device's own layouts
+        self.settings = {"torch_npu": torch_npu.__version__, "jit_compile": "False", "allow_internal_format": "False",
+                         **{name: os.environ[name] for name in self.ENVIRONMENT}}
+
+    def attention_forms(self) -> dict[str, Callable[..., Tensor]]:
+        return {**super().attention_forms(), "flash_attention_2": self.attention_flash}
+
+    @functools.cached_property
+    def causal_mask(self) -> Tensor:
+        """What sparse_mode 3 takes, whatever the lengths: True is masked."""
+        return torch.ones(2048, 2048, dtype=torch.bool, device=self.device).triu(1)
+
+    def attention_flash(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], causal: bool) -> Tensor:
+        """npu_fusion_attention in its packed layout: lengths are cumulative, on the host, without the leading 0."""
+        ends = cu_seqlens[1:]
+        return torch_npu.npu_fusion_attention(
+            q, k, v, q.shape[1], "TND", atten_mask=self.causal_mask if causal else None, scale=q.shape[-1] ** -0.5,
+            keep_prob=1.0, actual_seq_qlen=ends, actual_seq_kvlen=ends, sparse_mode=3 if causal else 0,
+        )[0]
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return torch_npu.npu_rms_norm(x, weight, epsilon=eps)[0] if x.numel() else super().rms_norm(x, weight, eps)
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if not x.numel():
+            return super().rotary(x, cos, sin)
+        # one type for all, and the four dimensions [1, T, H, d] that every release takes
+        rotated = torch_npu.npu_rotary_mul(x[None].to(cos.dtype), cos[None, :, None], sin[None, :, None])
+        return rotated[0].to(x.dtype)
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        return torch_npu.npu_swiglu(gate_up, dim=-1) if gate_up.numel() else super().swiglu(gate_up)
+
+    def moe_permute(self, x: Tensor, expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+        if not len(x):
+            return super().moe_permute(x, expert_ids, num_experts)
+        rows, where = torch_npu.npu_moe_token_permute(x, expert_ids.int())
+        counts = torch.histc(expert_ids.float(), bins=num_experts, min=0, max=num_experts)  # exact below 2**24
+        return rows, where, counts.long()
+
+    def moe_unpermute(self, rows: Tensor, where: Tensor, weights: Tensor) -> Tensor:
+        if not len(rows):
+            return super().moe_unpermute(rows, where, weights)
+        return torch_npu.npu_moe_token_unpermute(rows, where, probs=weights.to(rows.dtype))
+
+    def grouped_matmul(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        if len(weight) == 1 or not len(x):  # lists of one count are documented as invalid
+            return x @ weight[0]
+        return _NpuGroupedMatmul.apply(x, weight, counts)
+
+    def peak_flops(self) -> float | None:
+        name = torch.npu.get_device_name()
+        return next((peak for model, peak in self.PEAKS.items() if model in name), None)
+
+
+class NpuWithoutFusedMoe(Npu):
+    """--no-use-npu-fused-moe: the plain forms, on the NPU."""
+
+    moe_permute, grouped_matmul, moe_unpermute = Torch.moe_permute, Torch.grouped_matmul, Torch.moe_unpermute
+
+
+class _NpuGroupedMatmul(torch.autograd.Function):
+    """npu_grouped_matmul has no backward of its own: gradients would be None, with no more than a warning.
+
+    group_type names the axis that the groups divide: 0 the rows (of x and of the result), 2 the inner one.
+    group_list_type 1: counts, not their running sums. split_item 2: one tensor comes out.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, counts)
+        return torch_npu.npu_grouped_matmul(
+            [x], [weight], group_list=counts, split_item=2, group_type=0, group_list_type=1
+        )[0]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, counts = ctx.saved_tensors
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch_npu.npu_grouped_matmul(
+                [grad], [weight.transpose(1, 2)], group_list=counts, split_item=2, group_type=0, group_list_type=1
+            )[0]
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch_npu.npu_grouped_matmul(
+                [x.T], [grad], group_list=counts, split_item=2, group_type=2, group_list_type=1
+            )[0]
+        return grad_x, grad_weight, None
+
+
+NPU_OPERATIONS = ("npu_fusion_attention", "npu_rms_norm", "npu_rotary_mul", "npu_swiglu", "npu_moe_token_permute",
+                  "npu_grouped_matmul", "npu_moe_token_unpermute")
+
+
+def import_torch_npu() -> None:
+    """Makes torch_npu known here and to PyTorch. Raises UsageError that says what to install where it is missing,
+    broken or too old."""
+    global torch_npu
+    for variable, value in Npu.ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    try:
+        import torch_npu
+    except ImportError as e:
+        if not isinstance(e, ModuleNotFoundError) or e.name != "torch_npu":
+            raise UsageError(f"--device npu: torch_npu does not load ({e}): source CANN's set_env.sh first") from e
+        version = torch.__version__.split("+")[0]
+        raise UsageError(f"--device npu: torch_npu is not installed: pip install 'torch_npu=={version}.*'") from e
+    missing = [name for name in NPU_OPERATIONS if not hasattr(torch_npu, name)]
+    if missing:
+        raise UsageError(f"--device npu: torch_npu {torch_npu.__version__} has no {', '.join(missing)}: take "
+                         "2.7.1.post11 or newer, the one that belongs to your torch")
+
+
+@functools.lru_cache(maxsize=8)
+def _on_device(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
+    """Made once for all layers: a copy to the device makes the host wait."""
+    return torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
 
 
 def _per_sequence(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int]) -> Tensor:
@@ -213,29 +391,42 @@ def _per_sequence(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor
 ops: Torch = Torch(torch.device("cpu"))
 
 
-def select(device: str = "auto") -> Torch:
+def select(device: str = "auto", compute_dtype: torch.dtype | None = None, fused_moe: bool | None = None) -> Torch:
     """Chooses the backend for `--device` (auto, npu, cuda, cpu), makes its device current, and returns it as `ops`.
 
-    Under torchrun each local rank takes the device of its number. Raises UsageError where the device asked for is
-    not there: there is no silent fallback.
+    compute_dtype: None takes the device's. fused_moe: --use-npu-fused-moe, None where the device has it. Under torchrun
+    each local rank takes the device of its number. Raises UsageError where what is asked for is not there: there is no
+    silent fallback.
     """
     global ops
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError("--device cuda: this PyTorch sees no CUDA device: take --device cpu or a CUDA build")
-        if local_rank >= torch.cuda.device_count():
-            raise UsageError(f"--device cuda: local rank {local_rank} has no device, this machine has "
-                             f"{torch.cuda.device_count()}: start no more processes than that (--nproc-per-node)")
-        torch.cuda.set_device(local_rank)
-        ops = Cuda(torch.device("cuda", local_rank))
-    elif device == "npu":
-        raise UsageError("--device npu: the NPU backend is not part of this version yet; take --device cpu or cuda")
-    else:
-        ops = Torch(torch.device("cpu"))
+        device = "npu" if _npu_is_there() else "cuda" if torch.cuda.is_available() else "cpu"
+    if fused_moe and device != "npu":
+        raise UsageError(f"--use-npu-fused-moe: {device} has none: leave it out, or take --device npu")
+    if device == "cpu":
+        ops = Torch(torch.device("cpu"), compute_dtype)
+        return ops
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: this PyTorch sees no CUDA device: take --device cpu or a CUDA build")
+    if device == "npu":
+        import_torch_npu()
+    kind = Cuda if device == "cuda" else NpuWithoutFusedMoe if fused_moe is False else Npu
+    chosen = kind(torch.device(device, local_rank), compute_dtype)
+    count = chosen.module.device_count()
+    if local_rank >= count:
+        raise UsageError(f"--device {device}: local rank {local_rank} has no device, this machine has {count}: start "
+                         "no more processes than that (--nproc-per-node)")
+    chosen.module.set_device(local_rank)
+    ops = chosen
     return ops
+
+
+def _npu_is_there() -> bool:
+    if importlib.util.find_spec("torch_npu") is None:
+        return False
+    import_torch_npu()  # installed but broken is said, not passed over
+    return torch.npu.is_available()
 
 
 # ---- what the programs share: one line for a person's mistake ------------------------------------------------------
