@@ -1,0 +1,88 @@
+"""Makes the real torch_npu importable on a machine without CANN.
+
+    python tests/npu/stub.py [--version 2.13.0]           # prints the environment that a process then needs
+    env $(python tests/npu/stub.py) python -c "import torch_npu"
+
+The wheel goes to a folder of its own under .npu/ (a torch_npu in the environment of torch would make `import torch`
+itself fail without CANN), with stand-ins for CANN's libraries built beside it by gcc: cann.c where torch_npu needs
+something to happen, a function that fails for all else, and a libopapi.so whose every kernel fails to launch. So
+torch_npu's schemas, shape functions, argument checks, autograd, allocator and Python API are the real ones, and a call
+that would reach a device ends in an error that names the kernel.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+DEFAULT_VERSION = "2.13.0"
+ASCEND_LIBRARIES = ("libhccl", "libacl_op_compiler", "libge_runner", "libgraph", "libacl_tdt_channel")
+FAILED, LAUNCH_FAILED = 507899, 561103  # CANN's codes: runtime internal error; inner error of an operation
+
+
+def environment(version: str = DEFAULT_VERSION) -> dict[str, str]:
+    """Installs and builds what is not there yet, and returns the variables that let a process import torch_npu."""
+    python = f"py{sys.version_info[0]}{sys.version_info[1]}"
+    root = HERE.parents[1] / ".npu" / f"{version}-{python}"
+    wheel, libraries = root / "site", root / "cann"
+    if not (root / "ready").exists():
+        shutil.rmtree(root, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", wheel,
+                        f"torch_npu=={version}"], check=True, stdout=sys.stderr)
+        build(wheel / "torch_npu", libraries)
+        (root / "ready").touch()
+    return {
+        "PYTHONPATH": str(wheel), "LD_LIBRARY_PATH": str(libraries),
+        "TASK_QUEUE_ENABLE": "0",  # errors at the call that makes them, not later from another thread
+        "ASCEND_GLOBAL_LOG_LEVEL": "4", "TORCH_DEVICE_BACKEND_AUTOLOAD": "1",
+    }
+
+
+def build(package: Path, out: Path) -> None:
+    """Builds the libraries that torch_npu in `package` links to or opens, in `out`."""
+    out.mkdir(parents=True)
+    (torch_npu,) = package.glob("lib/libtorch_npu.so")
+    needed = set()
+    for library in (torch_npu, *package.glob("_C*.so"), *package.glob("lib/libnpu_profiler.so")):
+        listing = subprocess.run(["nm", "-D", "--undefined-only", library], check=True, capture_output=True, text=True)
+        needed.update(re.findall(r"\b(?:acl|rt|Msprof|Hccl)\w+", listing.stdout))
+    kernels = {name.decode().removesuffix("GetWorkspaceSize")
+               for name in re.findall(rb"\0(aclnn[A-Z]\w+)(?=\0)", torch_npu.read_bytes())}
+
+    # weak: cann.c has the last word
+    failing = "".join(f"__attribute__((weak)) int {name}(void) {{ return {FAILED}; }}\n" for name in sorted(needed))
+    (out / "failing.c").write_text(failing)
+    (out / "kernels.c").write_text("".join(
+        f"int {name}{step}(void) {{ return {LAUNCH_FAILED}; }}\n"
+        for name in sorted(kernels) for step in ("GetWorkspaceSize", "")))
+    (out / "empty.c").write_text("")
+    link(out, "libascendcl.so", HERE / "cann.c", out / "failing.c")
+    link(out, "libopapi.so", out / "kernels.c")
+    for name in ASCEND_LIBRARIES:  # whichever of them is asked for a name, the one above answers
+        link(out, f"{name}.so", out / "empty.c", "-Wl,--no-as-needed", f"-L{out}", "-lascendcl")
+
+
+def link(out: Path, name: str, *arguments) -> None:
+    command = ["gcc", "-shared", "-fPIC", "-O1", f"-Wl,-soname,{name}", "-o", out / name, *arguments]
+    subprocess.run(list(map(str, command)), check=True)
+
+
+def activate(version: str = DEFAULT_VERSION) -> None:
+    """Starts this program again with torch_npu within reach, unless it is: the dynamic loader reads LD_LIBRARY_PATH
+    before Python does."""
+    wanted = environment(version)
+    if wanted["LD_LIBRARY_PATH"] not in os.environ.get("LD_LIBRARY_PATH", "").split(":"):
+        for name in ("PYTHONPATH", "LD_LIBRARY_PATH"):
+            wanted[name] = ":".join(filter(None, (wanted[name], os.environ.get(name))))
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **wanted})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--version", default=DEFAULT_VERSION, help="of torch_npu; torch must have the same one")
+    print(*(f"{name}={value}" for name, value in environment(parser.parse_args().version).items()))
