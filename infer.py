@@ -490,7 +490,7 @@ def main(argv: list[str]) -> None:
     sys.stdout.reconfigure(encoding="utf-8")
     if args.chat:
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # answers come before a bad line
-    kernels_npu.select(args.device)
+    kernels_npu.select(args.device, getattr(torch, args.dtype) if args.dtype else None)
     (answer_questions if args.input is None else answer_rows)(args, Answerer(args))
 
 

@@ -174,7 +174,7 @@ class Torch:
         """Which class's form of each operation runs, for the log."""
         names = ("rms_norm", "rotary", "swiglu", "moe_route", "moe_permute", "grouped_matmul", "moe_unpermute", "adamw")
         forms = {**self.attention_forms(), **{name: getattr(self, name) for name in names}}
-        return {name: form.__qualname__.split(".")[0] for name, form in forms.items()}
+        return {name: form.__qualname__.split(".")[-2] for name, form in forms.items()}
 
 
 class Accelerator(Torch):

@@ -59,6 +59,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                    help="attention of the text decoder (default: the device's fastest)")
     g.add_argument("--vision-attn-implementation", choices=("eager", "sdpa", "flash_attention_2"),
                    help="attention of the vision encoder (default: the device's fastest)")
+    g.add_argument("--use-npu-fused-moe", action=switch, help="torch_npu's fused mixture of experts (default: where "
+                   "the device has it)")
     for tower in TOWERS:
         g.add_argument(f"--freeze-{tower.replace(' ', '-')}", action=switch, default=False,
                        help=f"do not train the {tower}" + " (merger and DeepStack mergers)" * ("projector" in tower))
@@ -906,7 +908,7 @@ def main(argv: list[str]) -> None:
         return dry_run(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     started = time.perf_counter()
-    ops = kernels_npu.select(args.device)
+    ops = kernels_npu.select(args.device, args.compute_dtype, args.use_npu_fused_moe)
     ranks = parallel.Ranks(ops, args.distributed_timeout_minutes, cp=args.context_parallel_size,
                            ep=args.expert_parallel_size, fsdp=args.fsdp_size)
     say = log.info if ranks.rank == 0 else (lambda *_: None)
@@ -929,7 +931,8 @@ def main(argv: list[str]) -> None:
     say(f"device: {ops.device}, {ranks.world} rank(s) over {ops.distributed_backend}, compute in {dtype}")
     say("operations: " + ", ".join(f"{name} {owner}" for name, owner in ops.implementations().items())
         + f"; attention: text {args.text_attn_implementation or ops.default_attention}, "
-        f"vision {args.vision_attn_implementation or ops.default_attention}")
+        f"vision {args.vision_attn_implementation or ops.default_attention}"
+        + "".join(f"; {name} {value}" for name, value in ops.settings.items()))
     model = build_model(args, config, ranks, dtype)
     for tower, (total, trainable) in parameter_table(model.named_parameters()).items():
         say(f"{tower:17} {total:15,d} parameters, {trainable:15,d} trainable")
