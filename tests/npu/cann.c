@@ -2,8 +2,11 @@
 
 Device memory is host memory, a copy is memcpy, streams and events are numbers and everything on them has happened.
 Whatever is not here fails (see stub.py), so that no kernel seems to work. Signatures: those that torch_npu calls. */
+#define _DEFAULT_SOURCE
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 static int current_device;
 static long last_handle;
@@ -40,6 +43,13 @@ int aclrtMemcpyAsync(void *to, size_t room, const void *from, size_t n, int kind
     return 0;
 }
 
+/* expandable segments: an address range is memory from the start, what is mapped into it is a number */
+int aclrtReserveMemAddress(void **p, size_t n, size_t alignment, void *wish, uint64_t flags) {
+    *p = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return *p == MAP_FAILED ? 207001 : 0;
+}
+int aclrtMallocPhysical(void **p, size_t n, const void *kind, uint64_t flags) { return new_handle(p); }
+
 /* streams and events */
 int aclrtCreateStream(void **stream) { return new_handle(stream); }
 int aclrtCreateStreamWithConfig(void **stream, unsigned priority, unsigned flag) { return new_handle(stream); }
@@ -53,6 +63,7 @@ int aclrtEventElapsedTime(float *ms, void *start, void *end) { *ms = 0; return 0
 /* what may succeed without doing anything */
 #define NOTHING(name) int name(void) { return 0; }
 NOTHING(aclInit) NOTHING(aclFinalize) NOTHING(aclmdlInitDump) NOTHING(aclmdlFinalizeDump)
+NOTHING(aclrtReleaseMemAddress) NOTHING(aclrtFreePhysical) NOTHING(aclrtMapMem) NOTHING(aclrtUnmapMem)
 NOTHING(aclrtResetDevice) NOTHING(aclrtSetCurrentContext) NOTHING(aclrtProcessReport)
 NOTHING(aclrtSynchronizeDevice) NOTHING(aclrtSynchronizeDeviceWithTimeout)
 NOTHING(aclrtSynchronizeStream) NOTHING(aclrtSynchronizeStreamWithTimeout) NOTHING(aclrtSynchronizeEvent)

@@ -30,12 +30,17 @@ def environment(version: str = DEFAULT_VERSION) -> dict[str, str]:
     python = f"py{sys.version_info[0]}{sys.version_info[1]}"
     root = HERE.parents[1] / ".npu" / f"{version}-{python}"
     wheel, libraries = root / "site", root / "cann"
-    if not (root / "ready").exists():
+    installed, built = root / "installed", libraries / "built"
+    if not installed.exists():
         shutil.rmtree(root, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", wheel,
                         f"torch_npu=={version}"], check=True, stdout=sys.stderr)
+        installed.touch()
+    sources = (installed, HERE / "cann.c", HERE / "stub.py")
+    if not built.exists() or built.stat().st_mtime < max(source.stat().st_mtime for source in sources):
+        shutil.rmtree(libraries, ignore_errors=True)
         build(wheel / "torch_npu", libraries)
-        (root / "ready").touch()
+        built.touch()
     return {
         "PYTHONPATH": str(wheel), "LD_LIBRARY_PATH": str(libraries),
         "TASK_QUEUE_ENABLE": "0",  # errors at the call that makes them, not later from another thread
