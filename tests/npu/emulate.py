@@ -4,10 +4,10 @@
     torchrun --nproc-per-node 2 tests/npu/emulate.py train.py --device npu ...
 
 With stub.py's stand-ins, memory of the device is memory of the host, and only kernels are missing. `Emulation` catches
-every operation on its way to one, and runs PyTorch's CPU kernel over the same bytes; for an operation of Ascend's own, a
-reference written here from its documentation (gitcode.com/Ascend/op-plugin, docs/context), with the constraints that the
-documentation states; hccl is gloo. Everything above the kernels is the real thing: torch_npu's Python and C++ API,
-schemas, argument checks, autograd formulas, allocator and streams, FSDP2, DTensor, distributed checkpoints.
+every operation on its way to one and runs PyTorch's CPU kernel over the same bytes; for an operation of Ascend's own, a
+reference written here from its documentation (gitcode.com/Ascend/op-plugin, docs/context), with the constraints that
+are documented; hccl is gloo. Everything above the kernels is the real thing: torch_npu's Python and C++ API, schemas,
+autograd formulas, allocator and streams, FSDP2, DTensor, distributed checkpoints.
 
 What agrees here agrees with our reading of the documentation. No kernel of an NPU has run.
 """
@@ -25,7 +25,6 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import torch_npu  # noqa: F401  registers the device
 from torch import Tensor
 from torch._subclasses import FakeTensor
@@ -192,7 +191,8 @@ def check_rotary(x: Tensor, r1: Tensor, r2: Tensor, mode: str) -> None:
         fits = r1.shape[s] == x.shape[s] and r1.shape[b] in (1, x.shape[b]) and r1.shape[n] == 1
         if fits and x.shape[b] < 1000 and x.shape[n] < 1000:
             return
-    require(False, f"no layout of {', '.join(layouts)} with B, N < 1000 fits input {list(x.shape)}, r1 {list(r1.shape)}")
+    require(False, f"no layout of {', '.join(layouts)} with B and N below 1000 fits input {list(x.shape)} and r1 "
+                   f"{list(r1.shape)}")
 
 
 @reference("npu_rotary_mul")
@@ -241,7 +241,7 @@ def dtype_cast_backward(*, grad, dtype, **_):
 
 def check_moe(tokens: Tensor, indices: Tensor, padded_mode: bool) -> None:
     require(not padded_mode, "padded_mode is documented as False only")
-    require(tokens.ndim == 2 and tokens.numel() > 0, f"tokens are {list(tokens.shape)}, must be [T, D], T and D above 0")
+    require(tokens.ndim == 2 and tokens.numel() > 0, f"tokens are {list(tokens.shape)}, must be [T, D], neither 0")
     require(indices.dtype in (torch.int32, torch.int64), f"indices are {indices.dtype}")
 
 
@@ -479,7 +479,7 @@ class Emulation(TorchDispatchMode):
         namespace, name = func._schema.name.split("::")
         if name not in REFERENCES:
             if namespace == "npu":
-                raise NotImplementedError(f"emulated NPU: npu::{name} is not emulated: write its reference in {__file__}")
+                raise NotImplementedError(f"emulated NPU: npu::{name} has no reference in {__file__}: write it")
             return func(*args, **kwargs)
         if namespace == "npu":
             self.ran[name] = self.ran.get(name, 0) + 1

@@ -1,0 +1,45 @@
+"""Writes schemas.json: the signature of every torch_npu operation that kernels_npu.py calls, in released wheels.
+
+    python tests/npu/extract_schemas.py [VERSION ...]     # downloads some 100 MB a version with pip
+
+A schema stands in libtorch_npu.so as the text that registers it with PyTorch: nothing has to be installed or run.
+"""
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+# the oldest with a torch that we take; its post-release, the oldest we recommend; the one of our torch; the newest
+VERSIONS = ("2.7.1", "2.7.1.post11", "2.13.0", "2.14.0")
+
+
+def operations() -> set[str]:
+    """Names of the operations in kernels_npu.py."""
+    return set(re.findall(r"torch_npu\.(npu_\w+)\(", (HERE.parents[1] / "kernels_npu.py").read_text()))
+
+
+def schemas(version: str, wanted: set[str]) -> dict[str, str]:
+    """Operation, with its overload if that has a name -> schema, in the wheel of a version."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+                        "--dest", folder, f"torch_npu=={version}"], check=True)
+        (wheel,) = Path(folder).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            library = archive.read("torch_npu/lib/libtorch_npu.so")
+    found = {}
+    for name, overload, rest in re.findall(rb"\0(?:npu::)?(npu_\w+)(\.\w+)?(\([^\0]*\) -> [^\0]+)(?=\0)", library):
+        if name.decode() in wanted:
+            name = (name + overload).decode()
+            found[name] = name + rest.decode()
+    return dict(sorted(found.items()))
+
+
+if __name__ == "__main__":
+    made = {version: schemas(version, operations()) for version in sys.argv[1:] or VERSIONS}
+    (HERE / "schemas.json").write_text(json.dumps(made, indent=1) + "\n")
