@@ -33,7 +33,8 @@ def environment(version: str = DEFAULT_VERSION) -> dict[str, str]:
     installed, built = root / "installed", libraries / "built"
     if not installed.exists():
         shutil.rmtree(root, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", wheel,
+        flags = os.environ.get("PIP_FLAGS", "").split()
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *flags, "--no-deps", "--target", wheel,
                         f"torch_npu=={version}"], check=True, stdout=sys.stderr)
         installed.touch()
     sources = (installed, HERE / "cann.c", HERE / "stub.py")

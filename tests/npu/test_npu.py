@@ -395,8 +395,9 @@ def folder(tmp_path_factory) -> Path:
     rng, rows = np.random.default_rng(0), []
     for i in range(2 * ITERATIONS):
         Image.fromarray(rng.integers(0, 256, (40 + 9 * i, 60, 3), dtype=np.uint8)).save(path / f"{i}.png")
-        talk = [("user", "<image>" * (i % 3 > 0) + "what is " + "this " * i), ("assistant", "a red " + "boat " * (9 - i))]
-        rows.append({"messages": [{"role": r, "content": c} for r, c in talk], "images": [f"{i}.png"] * (i % 3 > 0)})
+        pictures = [f"{i}.png"] * (i % 3 > 0)
+        talk = {"user": "<image>" * len(pictures) + "what is " + "this " * i, "assistant": "a red " + "boat " * (9 - i)}
+        rows.append({"messages": [{"role": r, "content": c} for r, c in talk.items()], "images": pictures})
     (path / "rows.json").write_text(json.dumps(rows))
     return path
 
