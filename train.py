@@ -243,13 +243,14 @@ def prepare(args: argparse.Namespace, model: Qwen3VL, ranks: parallel.Ranks, dty
 
 
 def make_optimizer(args: argparse.Namespace, model: Qwen3VL) -> torch.optim.Optimizer:
-    """AdamW with a group for each tower that trains, its peak learning rate in `max_lr`."""
+    """AdamW with groups for each tower that trains, its peak learning rate in `max_lr`."""
     peaks = dict(zip(TOWERS, (args.vision_lr, args.projector_lr, None), strict=True))
     groups = []
     for tower in TOWERS:
         params = [p for name, p in model.named_parameters() if tower_of(name) == tower and p.requires_grad]
-        if params:
-            groups.append({"params": params, "max_lr": args.lr if peaks[tower] is None else peaks[tower]})
+        for mesh in dict.fromkeys(p.device_mesh for p in params):  # torch 2.7.1's fused AdamW takes one mesh at a time
+            same = [p for p in params if p.device_mesh == mesh]
+            groups.append({"params": same, "max_lr": args.lr if peaks[tower] is None else peaks[tower]})
     if not groups:
         raise UsageError("every tower is frozen: leave out one of the --freeze flags")
     return kernels_npu.ops.adamw(
@@ -724,8 +725,9 @@ def trace_step(
         for name, module in model.named_modules():
             if isinstance(module, parallel.FSDPModule):
                 memory.reset()
-                module.unshard()
-                module.reshard()
+                with memory.of("parameters"):  # the first time, FSDP2 pads them
+                    module.unshard()
+                    module.reshard()
                 all_gathers[name or "the root's own"] = memory.moved["all-gather"]
         with memory.of("batch"):
             batch = replace(batch, pixel_values=torch.empty_like(batch.pixel_values, device=ranks.device))
@@ -772,7 +774,7 @@ def trace_step(
         "gathered_bytes": memory.most["gathered parameters"],
         "reduce_scatter_bytes": memory.most["reduce-scatter buffers"],
         "all_to_all_bytes": memory.moved["all-to-all"] // traced * accumulation,
-        "peak_bytes": memory.peak,
+        "host_bytes": memory.most["host"], "peak_bytes": memory.peak,
         "peak_parts": {kind: n for kind, n in memory.at_peak.most_common() if n and kind != "host"},
     }
 
@@ -792,7 +794,7 @@ def dry_run(args: argparse.Namespace) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=args.world_size)
     ops = kernels_npu.ops = ImaginedDevice(torch.device("cpu"))  # PyTorch has no fake tensors of a device it lacks
     ranks = ImaginedRanks(ops, cp=args.context_parallel_size, ep=args.expert_parallel_size, fsdp=args.fsdp_size)
-    ranks.backend_averages = True  # nobody answered
+    ranks.backend_averages = False  # nobody answered, and torch 2.7.1 has no replicas on a CPU
     args.compile = False  # fake tensors run no compiled code
     size, accumulation = batch_sizes(args, ranks.dp_size)
     with torch.device("meta"):
@@ -804,9 +806,9 @@ def dry_run(args: argparse.Namespace) -> None:
     flops = set_loss_weights([batch] * accumulation, args.loss_type, config, ranks).flops
     report = {
         "rank": ranks.rank, "world_size": ranks.world, "context_parallel_size": ranks.cp_size,
-        "expert_parallel_size": ranks.ep_size, "fsdp_size": ranks.world // ranks.replicas, "micro_batch_size": args.micro_batch_size,
-        "global_batch_size": size, "micro_batches": accumulation, "seq_length": args.seq_length,
-        "pictures": len(batch.grid_thw), "visual_tokens": len(batch.visual_index),
+        "expert_parallel_size": ranks.ep_size, "fsdp_size": ranks.world // ranks.replicas,
+        "micro_batch_size": args.micro_batch_size, "global_batch_size": size, "micro_batches": accumulation,
+        "seq_length": args.seq_length, "pictures": len(batch.grid_thw), "visual_tokens": len(batch.visual_index),
         "supervised_tokens": len(batch.supervised_index), "compute_dtype": str(dtype).removeprefix("torch."),
         "model_parameters": total, **trace_step(args, model, ranks, batch, accumulation),
         "flops_per_step": flops, "flops_per_rank": flops / ranks.world,
@@ -829,28 +831,18 @@ def dry_run(args: argparse.Namespace) -> None:
 
 
 def describe(report: dict) -> str:
-    """`dry_run`'s numbers for a reader."""
-    g = {key: gib(n) for key, n in report.items() if key.endswith("_bytes") and isinstance(n, int)}
-    kept = {name: gib(n) for name, n in report["activation_bytes"].items()}
-    parts = ", ".join(f"{kind} {gib(n)}" for kind, n in report["peak_parts"].items() if n > 2**23)
-    return """\
-dry run: rank {rank} of {world_size} (context parallel {context_parallel_size}, expert parallel \
-{expert_parallel_size}, sharded over {fsdp_size}), {compute_dtype}, activations: {activation_setting}
-assumes micro-batches of {micro_batch_size} x {seq_length} tokens, half visual: in all {pictures} picture(s) of \
-{visual_tokens} tokens, then text, all of its {supervised_tokens} tokens supervised; experts equally busy
-  parameters              {parameter_bytes}  ({parameters:,} of {model_parameters:,}, float32)
-  gradients               {gradient_bytes}
-  optimizer state         {optimizer_bytes}
-  activations kept        {none} without recompute, {recompute} with it, {recompute_offload} with offload, too
-  backward's own          {backward_bytes}  (the inside of a block, gradients on their way)
-  loss                    {loss_bytes}  (a chunk of logits {logits_bytes}, lm_head's gradient)
-  gathered parameters     {gathered_bytes}  (largest all-gather {largest_all_gather_bytes}: {largest_all_gather})
-  reduce-scatter buffers  {reduce_scatter_bytes}
-  peak                    {peak_bytes}  ({parts})
-  all-to-all              {all_to_all_bytes} per step
-  FLOPs                   {flops_per_step:.4g} per step, {flops_per_rank:.4g} per rank
-Not counted: the allocator's rounding, communication libraries, what kernels take inside.""".format(
-        **{**report, **g, **kept, "parts": parts})
+    """`dry_run`'s numbers for a reader: a line each, bytes in GiB."""
+    lines = ["dry run; it assumes rows whose first half are pictures, then text, all of it supervised, and equally "
+             "busy experts; left out: the allocator's rounding, communication libraries, what kernels use inside"]
+    for key, value in report.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{kind} {gib(n)}" for kind, n in value.items())
+        elif key.endswith("_bytes") and value is not None:
+            value = gib(value)
+        elif isinstance(value, (int, float)):
+            value = f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
+        lines.append(f"  {key.replace('_', ' '):25} {value}")
+    return "\n".join(lines)
 
 
 def gib(size: float) -> str:
