@@ -839,8 +839,8 @@ def describe(report: dict) -> str:
             value = ", ".join(f"{kind} {gib(n)}" for kind, n in value.items())
         elif key.endswith("_bytes") and value is not None:
             value = gib(value)
-        elif isinstance(value, (int, float)):
-            value = f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
+        elif type(value) in (int, float):
+            value = f"{value:,}" if type(value) is int else f"{value:.4g}"
         lines.append(f"  {key.replace('_', ' '):25} {value}")
     return "\n".join(lines)
 
