@@ -16,6 +16,7 @@ from test_parallel import config_dict, start_ranks
 import kernels_npu
 import parallel
 import train
+from tools.dry_run import imagined_batch
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,7 +69,7 @@ def real_step(argv: list[str]) -> None:
     optimizer = train.make_optimizer(args, model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     _, accumulation = train.batch_sizes(args, ranks.dp_size)
-    batch = train.imagined_batch(args, config)
+    batch = imagined_batch(args, config)
     batch.pixel_values = torch.zeros(batch.pixel_values.shape)
     train.set_loss_weights([batch] * accumulation, args.loss_type, config, ranks)
     batch, cpu = ranks.take(batch), torch.device("cpu")
