@@ -22,6 +22,7 @@ import math
 import os
 import re
 import sys
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -799,7 +800,7 @@ def _cached_index(path: Path, cache_dir: str | None) -> np.ndarray:
         logger.warning("%s is damaged and is made anew", cached)
     ranges = _index_rows(path)
     cached.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cached.with_suffix(f".{os.getpid()}")
+    temporary = cached.with_suffix(f".{uuid.uuid4().hex}")  # of this process of this node alone
     with open(temporary, "wb") as stream:
         np.save(stream, ranges)
     os.replace(temporary, cached)

@@ -166,11 +166,8 @@ class Generator:
         random = [np.random.default_rng([seed, first_row + b]) for b in range(count)]
         running = list(range(count))
         with KVCache(decoder, batch.cu_seqlens, batch.position_ids, min(max_new_tokens, 256)) as cache:
-            if len(batch.grid_thw):
-                x, deepstack = self.model.embed(batch)
-            else:
-                x, deepstack = decoder.embed_tokens(batch.input_ids), []
-            x, _ = decoder(x, batch.position_ids, batch.cu_seqlens, deepstack)
+            inputs = self.model.embed(batch) if len(batch.grid_thw) else [decoder.embed_tokens(batch.input_ids)]
+            x, _ = decoder(inputs, batch.position_ids, batch.cu_seqlens)
             x = x[[end - 1 for end in batch.cu_seqlens[1:]]]
             for left in reversed(range(max_new_tokens)):
                 logits = self.model.lm_head(x)

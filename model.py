@@ -447,16 +447,18 @@ class TextModel(nn.Module):
         self.run_block: Callable = call
 
     def forward(
-        self, x: Tensor, position_ids: Tensor, cu_seqlens: list[int], deepstack: list[Tensor]
+        self, inputs: list[Tensor], position_ids: Tensor, cu_seqlens: list[int]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Embeddings x [T, D], position_ids [3, T] (time, row, column), DeepStack features [T, D] that are added after
-        the first layers -> (hidden states [T, D], router statistics [2, E] of each mixture-of-experts layer)."""
+        """inputs: embeddings [T, D], then the DeepStack features [T, D] that are added after the first layers (the list
+        is emptied on the way, so that none outlives its use); position_ids [3, T] (time, row, column)
+        -> (hidden states [T, D], router statistics [2, E] of each mixture-of-experts layer)."""
+        x = inputs.pop(0)
         cos, sin = (table.to(x.dtype) for table in self.rotary_tables(position_ids))
         stats = []
-        for i, layer in enumerate(self.layers):
+        for layer in self.layers:
             x, router_stats = self.run_block(layer, x, cos, sin, cu_seqlens)
-            if i < len(deepstack):
-                x = x + deepstack[i]
+            if inputs:
+                x = x + inputs.pop(0)
             if router_stats is not None:
                 stats.append(router_stats)
         return self.norm(x), stats
@@ -592,8 +594,8 @@ class Qwen3VL(nn.Module):
             elif isinstance(module, VisionAttention):
                 module.attention = ops.attention(vision or ops.default_attention)
 
-    def embed(self, batch) -> tuple[Tensor, list[Tensor]]:
-        """Token embeddings [T, D] with pictures and videos in their places, and DeepStack features [T, D] each."""
+    def embed(self, batch) -> list[Tensor]:
+        """Token embeddings with pictures and videos in their places, then the DeepStack features, [T, D] each."""
         x = self.model.language_model.embed_tokens(batch.input_ids)
         visual = self.model.visual
         if len(batch.grid_thw) == 0:
@@ -601,18 +603,17 @@ class Qwen3VL(nn.Module):
             pixel_values, grid_thw = visual.dummy(x.device)
             pixel_values = visual.patches_of(pixel_values, batch.visual_tokens)
             features, deepstack = visual(pixel_values, grid_thw, batch.visual_tokens)
-            return x + 0.0 * sum(f.sum() for f in (features, *deepstack)).to(x.dtype), []
+            return [x + 0.0 * sum(f.sum() for f in (features, *deepstack)).to(x.dtype)]
         features, deepstack = visual(batch.pixel_values, batch.grid_thw, batch.visual_tokens)
         features, *deepstack = self.bring_features([features, *deepstack], batch)
         if len(features) != len(batch.visual_index):
             raise InputError(f"the row has {len(batch.visual_index)} media tokens, its pictures make {len(features)}")
         deepstack = [torch.zeros_like(x).index_copy(0, batch.visual_index, f.to(x.dtype)) for f in deepstack]
-        return x.index_copy(0, batch.visual_index, features.to(x.dtype)), deepstack
+        return [x.index_copy(0, batch.visual_index, features.to(x.dtype)), *deepstack]
 
     def hidden_states(self, batch) -> tuple[Tensor, list[Tensor]]:
         """-> (hidden states [T, D] after the last norm, router statistics of the layers)."""
-        x, deepstack = self.embed(batch)
-        return self.model.language_model(x, batch.position_ids, batch.cu_seqlens, deepstack)
+        return self.model.language_model(self.embed(batch), batch.position_ids, batch.cu_seqlens)
 
     def forward(self, batch) -> tuple[Tensor, Tensor]:
         """batch: a `data.Batch` on the model's device with its `loss_weights` -> (loss to call backward on, its router

@@ -254,7 +254,7 @@ def run_experts_of_all_ranks(
 def _expert_parallel(model: Qwen3VL, ranks: Ranks) -> None:
     """Leaves each rank its experts: the parameters become DTensors, split over the ranks of the `ep` axis."""
     num_experts, size = model.config.text.num_experts, ranks.ep_size
-    if num_experts % size:
+    if not num_experts or num_experts % size:
         fitting = ", ".join(str(n) for n in range(1, ranks.world + 1) if ranks.world % n == 0 == num_experts % n)
         has = f"has {num_experts} experts: give one of {fitting}" if num_experts else "has no experts: leave it out"
         raise UsageError(f"--expert-parallel-size {size}: the model {has}")
