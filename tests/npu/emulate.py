@@ -447,8 +447,11 @@ class Emulation(TorchDispatchMode):
         if schema.name.startswith("c10d::"):
             return collective(func, args, kwargs)
         aliases = [r.alias_info for r in schema.returns]
-        if any(a is not None and not a.is_write for a in aliases):  # a view, or detach
-            return func(*args, **kwargs)
+        if any(a is not None and not a.is_write for a in aliases):  # a view or detach; or what may be one, or a copy
+            if not func._can_decompose():
+                return func(*args, **kwargs)
+            with self:  # such as `to`, which comes in one piece under inference_mode only
+                return func.decompose(*args, **kwargs)
 
         if schema.name not in MAY_MIX_DEVICES:
             strangers = [t for t in tensors if t.device.type == "cpu" and t.ndim]

@@ -6,6 +6,7 @@ None of this shows that a kernel of Ascend's does what its documentation says.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -25,6 +26,7 @@ torch_npu = pytest.importorskip("torch_npu", reason="needs torch_npu: make test-
 import emulate  # noqa: E402
 import tiny  # noqa: E402
 
+import infer  # noqa: E402
 import kernels_npu  # noqa: E402
 import train  # noqa: E402
 from kernels_npu import Npu, Torch  # noqa: E402
@@ -499,6 +501,17 @@ def test_the_checkpoint_of_one_rank(folder, tmp_path, on_cpu):
         load = "--load", str(tmp_path / "whole/iter_0000002")
         train.main(flags(folder, tmp_path / "again", "dense", "npu", "--fp32", *load))
     assert metrics(tmp_path / "again") == metrics(tmp_path / "whole")[2:]
+
+
+def test_answers_are_those_of_the_cpu(folder, capsys):
+    """infer.py: inference mode, the cache, sampling."""
+    answers = []
+    for device, there in (("cpu", contextlib.nullcontext()), ("npu", emulate.Emulation())):
+        with there:
+            infer.main(["--model", str(folder / "moe"), "--image", str(folder / "1.png"), "--prompt", "What is this?",
+                        "--max-new-tokens", "9", "--dtype", "float32", "--device", device])
+        answers.append(capsys.readouterr().out)
+    assert answers[1] == answers[0] != ""
 
 
 def test_the_users_own_check():
