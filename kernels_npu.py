@@ -253,16 +253,20 @@ class Npu(Accelerator):
     # dense bf16, the figures that VeOmni counts with; Huawei's data sheets give no more than a rounded one
     PEAKS = {"Ascend910B": 354e12, "Ascend910_93": 354e12}
 
-    # Read when the allocator starts; what the user has set stays. Segments that grow fragment less, and memory that
-    # several streams have used can serve again early: sdpa with the fused mixture of experts runs out of it otherwise.
-    ENVIRONMENT = {"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True", "MULTI_STREAM_MEMORY_REUSE": "1"}
-
     def __init__(self, device: torch.device, compute_dtype: torch.dtype | None = None):
         super().__init__(device, compute_dtype)
         torch.npu.set_compile_mode(jit_compile=False)  # operators as they are shipped: shapes change with every batch
         torch.npu.config.allow_internal_format = False  # or weights turn up in the device's own layouts
+        allocator = os.environ.get("PYTORCH_NPU_ALLOC_CONF")
+        if allocator is None:
+            try:  # segments that grow fragment less
+                torch.npu.memory._set_allocator_settings("expandable_segments:True")
+                allocator = "expandable_segments:True"
+            except RuntimeError:  # the driver has no virtual memory; the setting is left on all the same
+                allocator = "expandable_segments:False"
+                torch.npu.memory._set_allocator_settings(allocator)
         self.settings = {"torch_npu": torch_npu.__version__, "jit_compile": "False", "allow_internal_format": "False",
-                         **{name: os.environ[name] for name in self.ENVIRONMENT}}
+                         "allocator": allocator}
 
     def attention_forms(self) -> dict[str, Callable[..., Tensor]]:
         return {**super().attention_forms(), "flash_attention_2": self.attention_flash}
@@ -358,8 +362,9 @@ def import_torch_npu() -> None:
     """Makes torch_npu known here and to PyTorch. Raises UsageError that says what to install where it is missing,
     broken or too old."""
     global torch_npu
-    for variable, value in Npu.ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
+    # Read when torch_npu starts: memory that several streams have used can serve again early, or sdpa with the fused
+    # mixture of experts can run out of it.
+    os.environ.setdefault("MULTI_STREAM_MEMORY_REUSE", "1")
     try:
         import torch_npu
     except ImportError as e:
@@ -415,14 +420,13 @@ def select(device: str = "auto", compute_dtype: torch.dtype | None = None, fused
         raise UsageError("--device cuda: this PyTorch sees no CUDA device: take --device cpu or a CUDA build")
     if device == "npu":
         import_torch_npu()
-    kind = Cuda if device == "cuda" else NpuWithoutFusedMoe if fused_moe is False else Npu
-    chosen = kind(torch.device(device, local_rank), compute_dtype)
-    count = chosen.module.device_count()
-    if local_rank >= count:
+    module = torch.get_device_module(device)
+    if local_rank >= (count := module.device_count()):
         raise UsageError(f"--device {device}: local rank {local_rank} has no device, this machine has {count}: start "
                          "no more processes than that (--nproc-per-node)")
-    chosen.module.set_device(local_rank)
-    ops = chosen
+    module.set_device(local_rank)
+    kind = Cuda if device == "cuda" else NpuWithoutFusedMoe if fused_moe is False else Npu
+    ops = kind(torch.device(device, local_rank), compute_dtype)
     return ops
 
 
