@@ -26,8 +26,7 @@ test-npu: .venv/.test
 
 test-oldest: .venv-oldest/.test
 	.venv-oldest/bin/python -m pytest -q
-	npu=$$(.venv-oldest/bin/python tests/npu/stub.py --version 2.7.1.post11) && \
-		env $$npu .venv-oldest/bin/python -m pytest -q tests/npu
+	npu=$$(.venv-oldest/bin/python tests/npu/stub.py) && env $$npu .venv-oldest/bin/python -m pytest -q tests/npu
 
 test-slow: .venv/.test .venv-4.57/.test
 	.venv-4.57/bin/python -m pytest -q tests/test_model.py

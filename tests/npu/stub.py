@@ -1,6 +1,6 @@
 """Makes the real torch_npu importable on a machine without CANN.
 
-    python tests/npu/stub.py [--version 2.13.0]           # prints the environment that a process then needs
+    python tests/npu/stub.py        # prints the environment that a process then needs
     env $(python tests/npu/stub.py) python -c "import torch_npu"
 
 The wheel goes to a folder of its own under .npu/ (a torch_npu in the environment of torch would make `import torch`
@@ -12,6 +12,8 @@ that would reach a device ends in an error that names the kernel.
 from __future__ import annotations
 
 import argparse
+import fcntl
+import importlib.metadata
 import os
 import re
 import shutil
@@ -20,28 +22,36 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-DEFAULT_VERSION = "2.13.0"
 ASCEND_LIBRARIES = ("libhccl", "libacl_op_compiler", "libge_runner", "libgraph", "libacl_tdt_channel")
 FAILED, LAUNCH_FAILED = 507899, 561103  # CANN's codes: runtime internal error; inner error of an operation
 
 
-def environment(version: str = DEFAULT_VERSION) -> dict[str, str]:
+def version_for_this_torch() -> str:
+    """torch_npu has the number of the torch that it belongs to; to the oldest, a later release is the one to take."""
+    version = importlib.metadata.version("torch").split("+")[0]
+    return {"2.7.1": "2.7.1.post11"}.get(version, version)
+
+
+def environment(version: str | None = None) -> dict[str, str]:
     """Installs and builds what is not there yet, and returns the variables that let a process import torch_npu."""
-    python = f"py{sys.version_info[0]}{sys.version_info[1]}"
-    root = HERE.parents[1] / ".npu" / f"{version}-{python}"
+    version = version or version_for_this_torch()
+    root = HERE.parents[1] / ".npu" / f"{version}-py{sys.version_info[0]}{sys.version_info[1]}"
     wheel, libraries = root / "site", root / "cann"
     installed, built = root / "installed", libraries / "built"
-    if not installed.exists():
-        shutil.rmtree(root, ignore_errors=True)
-        flags = os.environ.get("PIP_FLAGS", "").split()
-        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *flags, "--no-deps", "--target", wheel,
-                        f"torch_npu=={version}"], check=True, stdout=sys.stderr)
-        installed.touch()
-    sources = (installed, HERE / "cann.c", HERE / "stub.py")
-    if not built.exists() or built.stat().st_mtime < max(source.stat().st_mtime for source in sources):
-        shutil.rmtree(libraries, ignore_errors=True)
-        build(wheel / "torch_npu", libraries)
-        built.touch()
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / "lock", "w") as lock:  # several ranks may come at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not installed.exists():
+            shutil.rmtree(wheel, ignore_errors=True)
+            flags = os.environ.get("PIP_FLAGS", "").split()
+            subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *flags, "--no-deps", "--target", wheel,
+                            f"torch_npu=={version}"], check=True, stdout=sys.stderr)
+            installed.touch()
+        sources = (installed, HERE / "cann.c", HERE / "stub.py")
+        if not built.exists() or built.stat().st_mtime < max(source.stat().st_mtime for source in sources):
+            shutil.rmtree(libraries, ignore_errors=True)
+            build(wheel / "torch_npu", libraries)
+            built.touch()
     return {
         "PYTHONPATH": str(wheel), "LD_LIBRARY_PATH": str(libraries),
         "TASK_QUEUE_ENABLE": "0",  # errors at the call that makes them, not later from another thread
@@ -78,10 +88,10 @@ def link(out: Path, name: str, *arguments) -> None:
     subprocess.run(list(map(str, command)), check=True)
 
 
-def activate(version: str = DEFAULT_VERSION) -> None:
+def activate() -> None:
     """Starts this program again with torch_npu within reach, unless it is: the dynamic loader reads LD_LIBRARY_PATH
     before Python does."""
-    wanted = environment(version)
+    wanted = environment()
     if wanted["LD_LIBRARY_PATH"] not in os.environ.get("LD_LIBRARY_PATH", "").split(":"):
         for name in ("PYTHONPATH", "LD_LIBRARY_PATH"):
             wanted[name] = ":".join(filter(None, (wanted[name], os.environ.get(name))))
@@ -90,5 +100,5 @@ def activate(version: str = DEFAULT_VERSION) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--version", default=DEFAULT_VERSION, help="of torch_npu; torch must have the same one")
+    parser.add_argument("--version", help="of torch_npu (default: the one that belongs to the torch at hand)")
     print(*(f"{name}={value}" for name, value in environment(parser.parse_args().version).items()))
