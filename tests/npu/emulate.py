@@ -397,10 +397,8 @@ def histc(*, self, bins, min, max, **_):
 # ---- the device ----------------------------------------------------------------------------------------------------
 
 # What needs no kernel, or what torch_npu does on the host: it goes through.
-THROUGH = {
-    "aten::empty.memory_format", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::set_",
-    "aten::new_empty_strided", "aten::resize_", "aten::record_stream", "aten::is_pinned", "aten::_pin_memory",
-}
+THROUGH = {"aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::new_empty_strided",
+           "aten::set_", "aten::resize_", "aten::record_stream", "aten::is_pinned", "aten::_pin_memory"}
 MAY_MIX_DEVICES = {"aten::copy_", "aten::_to_copy", "aten::_copy_from", "aten::index", "aten::index_put_",
                    "aten::index_put", "aten::_index_put_impl_"}
 
@@ -440,9 +438,7 @@ class Emulation(TorchDispatchMode):
         devices = [x for x in flat if isinstance(x, torch.device)]
         touched = any(map(is_npu, tensors)) or any(d.type == "npu" for d in devices)
         schema = func._schema
-        if not touched or schema.name in THROUGH or func.name() in THROUGH or any(
-            isinstance(t, FakeTensor) for t in tensors
-        ):
+        if not touched or schema.name in THROUGH or any(isinstance(t, FakeTensor) for t in tensors):
             return func(*args, **kwargs)
         if schema.name.startswith("c10d::"):
             return collective(func, args, kwargs)
