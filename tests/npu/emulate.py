@@ -439,7 +439,7 @@ class Emulation(TorchDispatchMode):
         touched = any(map(is_npu, tensors)) or any(d.type == "npu" for d in devices)
         schema = func._schema
         if not touched or schema.name in THROUGH or any(isinstance(t, FakeTensor) for t in tensors):
-            return func(*args, **kwargs)
+            return spoiled(func(*args, **kwargs)) if touched and "empty" in schema.name else func(*args, **kwargs)
         if schema.name.startswith("c10d::"):
             return collective(func, args, kwargs)
         aliases = [r.alias_info for r in schema.returns]
@@ -486,6 +486,13 @@ class Emulation(TorchDispatchMode):
         named |= dict(zip(named, args, strict=False)) | kwargs
         named |= {"_outputs": len(func._schema.returns), "_name": name}
         return REFERENCES[name](**named)
+
+
+def spoiled(x: Tensor) -> Tensor:
+    """New memory holds anything: here what shows wherever it is read."""
+    if is_npu(x) and not isinstance(x, FakeTensor) and x.dtype != torch.bool:
+        on_host(x).fill_(torch.nan if x.is_floating_point() else 127)
+    return x
 
 
 def to_npu(x):
