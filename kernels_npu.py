@@ -139,6 +139,13 @@ class Torch:
 
     def grouped_matmul(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         """Row group e of x times weight[e]: x [N,K], weight [E,K,M], counts [E] adding up to N -> [N,M]."""
+        aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+        if hasattr(F, "grouped_mm") and aligned and len(x):
+            return F.grouped_mm(x, weight, offs=counts.cumsum(0).int())
+        return self.grouped_matmul_loop(x, weight, counts)
+
+    def grouped_matmul_loop(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        """The same, one product after the other."""
         # unbind, not indexing: its backward stacks once, where indexing would add E zero-filled [E,K,M] tensors
         groups = zip(x.split(self.to_host(counts)), weight.unbind(0), strict=True)
         # no rows at all: an empty product, which still hangs on x and weight
@@ -233,13 +240,6 @@ class Cuda(Accelerator):
             scale=q.shape[-1] ** -0.5,
         )[0]
 
-    def grouped_matmul(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        """One kernel where this PyTorch has it; it takes bf16 whose rows are multiples of 16 bytes."""
-        fits = x.dtype == weight.dtype == torch.bfloat16 and not (x.shape[-1] % 8 or weight.shape[-1] % 8)
-        if not (hasattr(torch, "_grouped_mm") and fits and len(x)):
-            return super().grouped_matmul(x, weight, counts)
-        return torch._grouped_mm(x, weight, counts.cumsum(0).int())
-
     def peak_flops(self) -> float | None:
         name = torch.cuda.get_device_name()
         return next((peak for model, peak in self.PEAKS.items() if model in name), None)
@@ -322,7 +322,7 @@ class Npu(Accelerator):
 class NpuWithoutFusedMoe(Npu):
     """--no-use-npu-fused-moe: the plain forms, on the NPU."""
 
-    moe_permute, grouped_matmul, moe_unpermute = Torch.moe_permute, Torch.grouped_matmul, Torch.moe_unpermute
+    moe_permute, grouped_matmul, moe_unpermute = Torch.moe_permute, Torch.grouped_matmul_loop, Torch.moe_unpermute
 
 
 class _NpuGroupedMatmul(torch.autograd.Function):

@@ -32,6 +32,7 @@ class ImaginedDevice(kernels_npu.Torch):
 
     compute_dtype = torch.bfloat16
     is_accelerator = True
+    grouped_matmul = kernels_npu.Torch.grouped_matmul_loop  # the other form has fake tensors in bf16 alone
     expert_rows = 0  # copies of its tokens that a rank sends to experts, and as many that it gets
 
     def attention(self, implementation: str):
