@@ -278,6 +278,11 @@ class Npu(Accelerator):
 
     def attention_flash(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], causal: bool) -> Tensor:
         """npu_fusion_attention in its packed layout: lengths are cumulative, on the host, without the leading 0."""
+        if len(cu_seqlens) > 1025:  # it takes 1024 sequences at most; long videos have more frames
+            cut = cu_seqlens[1024]
+            first = self.attention_flash(q[:cut], k[:cut], v[:cut], cu_seqlens[:1025], causal)
+            rest = [end - cut for end in cu_seqlens[1024:]]
+            return torch.cat((first, self.attention_flash(q[cut:], k[cut:], v[cut:], rest, causal)))
         ends = cu_seqlens[1:]
         return torch_npu.npu_fusion_attention(
             q, k, v, q.shape[1], "TND", atten_mask=self.causal_mask if causal else None, scale=q.shape[-1] ** -0.5,

@@ -410,8 +410,8 @@ def parallelize(
             module.set_force_sum_reduction_for_comms(True)  # not every backend averages in every collective
         elif not ranks.backend_averages:
             if ranks.replicas > 1:
-                raise UsageError("--fsdp-size: gloo with this PyTorch cannot average over replicas: leave it out, or "
-                                 "take a newer PyTorch")
+                raise UsageError("--fsdp-size: this PyTorch has no replicas on a CPU: leave it out, or take a "
+                                 "newer one")
             divisor *= averaged
         if divisor > 1:
             module.set_all_reduce_hook(lambda gradient, divisor=divisor: gradient.div_(divisor))

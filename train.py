@@ -410,6 +410,8 @@ class MetricsLog:
         how = f"stopped at iteration {iteration} of {self.args.train_iters}" if early else "done"
         where = f"the checkpoint is in {save}" if save else "nothing was saved: there is no --save"
         print(f"{how}: {where}" + f"; go on with --load {save}" * (early and bool(save)), flush=True)
+        if self.board:
+            self.board.close()
 
 
 def _finite(value):
@@ -663,4 +665,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(kernels_npu.run_program(main, sys.argv[1:], data.InputError))
+    status = kernels_npu.run_program(main, sys.argv[1:], data.InputError)
+    sys.stdout.flush()
+    if status == 0:
+        os._exit(0)  # all is written; now and then gloo's threads abort a process that ends the long way
+    sys.exit(status)

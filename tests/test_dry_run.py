@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_parallel import config_dict, start_ranks
+from torch.distributed.fsdp import FSDPModule
 
 import kernels_npu
 import parallel
@@ -41,6 +42,8 @@ def leave_the_process_as_it_was():
 
 def predict(capsys, *argv) -> dict:
     """A dry run in this process -> the last line of what it prints."""
+    if "--fsdp-size" in argv and not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        pytest.skip("this PyTorch has no replicas on a CPU")
     train.main(["--dry-run", *map(str, argv)])
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
@@ -126,6 +129,9 @@ LAYOUTS = {
 def test_predicts_what_a_real_step_takes(folder, tmp_path, capsys, layout):
     """Ten per cent are asked for; the two trackers see the same step, and differ by the batch's integers."""
     world, model, *flags = LAYOUTS[layout]
+    old = not hasattr(FSDPModule, "set_force_sum_reduction_for_comms")
+    if old and layout in ("tied", "hybrid"):
+        pytest.skip("this PyTorch's tracker cannot watch tied weights, and it has no replicas on a CPU")
     flags = ["--init-from-hf-path", folder / model, "--seq-length", 601, *flags]
     statuses, words = start_ranks(world, real_step, [tmp_path / "real.json", *flags], tmp_path)
     assert statuses == [0] * world, words
