@@ -21,6 +21,7 @@ import shlex
 import signal
 import statistics
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -498,6 +499,9 @@ def number(
     return parse
 
 
+asked_to_stop = threading.Event()  # set by a program that handles SIGTERM itself
+
+
 def run_program(main: Callable[[list[str]], None], argv: list[str], *mistakes: type[Exception]) -> int:
     """Runs `main` and returns the exit status: 0; 1 for input that cannot be used; 2 for a wrong command line.
 
@@ -513,7 +517,7 @@ def run_program(main: Callable[[list[str]], None], argv: list[str], *mistakes: t
         if not isinstance(e, PeerError) and not re.search("closed by peer|reset by peer|Broken pipe", str(e)):
             raise
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(10)
+        asked_to_stop.wait(10)  # torchrun may have asked while the collective had not yet broken off
         return 1
     except (UsageError, InputError, OSError, *mistakes) as e:
         if "--debug" in argv:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -431,6 +432,8 @@ class Signals:
     def _handle(self, number: int, frame) -> None:
         self.save = True
         self.stop = self.stop or number != signal.SIGUSR1
+        if self.stop:
+            kernels_npu.asked_to_stop.set()
 
     def poll(self) -> tuple[bool, bool]:
         """(end now?, save now?) of this rank since the last call."""
@@ -513,9 +516,8 @@ def report_bad_step(iteration: int, loss: float, grad_norm: float, batches: list
 def evaluate(model: Qwen3VL, loader: data.Loader, ranks: parallel.Ranks, iters: int | None) -> float:
     """Mean negative log-likelihood of the supervised held-out tokens, of `iters` micro-batches a rank (None: all)."""
     total, count = torch.zeros((), device=ranks.device), 0
-    for i, batch in enumerate(loader):
-        if i == iters:
-            break
+    stream = itertools.islice(loader, iters)
+    while (batch := ranks.together(lambda: next(stream, None))) is not None:
         batch.loss_weights = torch.ones(len(batch.input_ids))
         batch = ranks.take(batch)
         total += model(batch)[0]  # its aux_weight is 0

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import kernels_npu
 import parallel
-from kernels_npu import InputError
+from kernels_npu import InputError, UsageError
 from model import Qwen3VL, Qwen3VLConfig, call
 from train import batch_sizes, make_optimizer, prepare, set_loss_weights
 
@@ -32,7 +32,6 @@ class ImaginedDevice(kernels_npu.Torch):
 
     compute_dtype = torch.bfloat16
     is_accelerator = True
-    grouped_matmul = kernels_npu.Torch.grouped_matmul_loop  # the other form has fake tensors in bf16 alone
     expert_rows = 0  # copies of its tokens that a rank sends to experts, and as many that it gets
 
     def attention(self, implementation: str):
@@ -43,8 +42,25 @@ class ImaginedDevice(kernels_npu.Torch):
         even = [self.expert_rows // n + (i < self.expert_rows % n) for i in range(n)]
         return even if counts.ndim == 1 else [even] * len(counts)
 
+    def grouped_matmul(self, x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        return GroupedMatmul.apply(x, weight)
+
     def adamw(self, groups: list[dict], **settings) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+class GroupedMatmul(torch.autograd.Function):
+    """What an accelerator's kernel takes: one result, and one gradient of each argument, for any number of experts."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.new_empty(len(x), weight.shape[2])
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        pairs = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)
+        return tuple(torch.empty_like(t) if needed else None for t, needed in pairs)
 
 
 class ImaginedRanks(parallel.Ranks):
@@ -243,7 +259,8 @@ def dry_run(args: argparse.Namespace) -> None:
     ops = kernels_npu.ops = ImaginedDevice(torch.device("cpu"))  # PyTorch has no fake tensors of a device it lacks
     ranks = ImaginedRanks(ops, cp=args.context_parallel_size, ep=args.expert_parallel_size, fsdp=args.fsdp_size)
     ranks.backend_averages = False  # nobody answered, and torch 2.7.1 has no replicas on a CPU
-    args.compile = False  # fake tensors run no compiled code
+    if args.compile:
+        raise UsageError("--compile: a dry run cannot trace compiled blocks: leave it out")
     size, accumulation = batch_sizes(args, ranks.dp_size)
     with torch.device("meta"):
         model = Qwen3VL(config)
