@@ -414,7 +414,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                    "--model")
     g.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights and the computation "
                    "(default: the configuration's on an accelerator, float32 on a CPU)")
-    g.add_argument("--device", choices=("auto", "npu", "cuda", "cpu"), default="auto", help="where to run")
+    g.add_argument("--device", choices=kernels_npu.DEVICES, default="auto", help="where to run")
     g.add_argument("--text-attn-implementation", choices=implementations, help="attention of the text decoder on the "
                    "prompt; new tokens use sdpa with the cache (default: the device's fastest)")
     g.add_argument("--vision-attn-implementation", choices=implementations, help="attention of the vision encoder "

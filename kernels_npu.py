@@ -403,6 +403,7 @@ def _per_sequence(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor
     return torch.cat([attend(*part)[0].transpose(0, 1) for part in parts])
 
 
+DEVICES = ("auto", "npu", "cuda", "cpu")  # what --device takes
 ops: Torch = Torch(torch.device("cpu"))
 
 
@@ -634,7 +635,7 @@ def _milliseconds(ops: Torch, call: Callable[..., Tensor], arguments: list[Tenso
 
 def main(argv: list[str]) -> None:
     parser = Parser(prog="kernels_npu.py", description="checks every operation on this machine's device")
-    parser.add_argument("--device", choices=("auto", "npu", "cuda", "cpu"), default="auto", help="what to check")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="what to check")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     ops = select(parser.parse_args(argv).device)
     print(f"device: {ops.device}; torch {torch.__version__}" + "".join(f"; {k} {v}" for k, v in ops.settings.items()))

@@ -133,7 +133,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     g.add_argument("--debug", action="store_true", help="show a traceback with an error")
 
     g = p.add_argument_group("devices")
-    g.add_argument("--device", choices=("auto", "npu", "cuda", "cpu"), default="auto", help="where to train")
+    g.add_argument("--device", choices=kernels_npu.DEVICES, default="auto", help="where to train")
     g.add_argument("--recompute", choices=("none", "full"), help="full: backward runs each block again instead of "
                    "keeping its inside (default: full on an accelerator)")
     g.add_argument("--activation-offload", action=switch, default=False, help="with recompute: each block's input "
