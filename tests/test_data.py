@@ -35,6 +35,7 @@ import data
 from data import IGNORE, InputError, Loader, Processor, RowDataset, collate
 
 TEMPLATE = (Path(__file__).parent / "assets" / "chat_template.jinja").read_text()
+LAYS_ON_WHITE = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
 SIZE = {"shortest_edge": 65536, "longest_edge": 16777216}
 HALF = [0.5, 0.5, 0.5]
 
@@ -182,6 +183,8 @@ def test_tokenizer_is_the_released_one(qwen_dir):
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_picture_equals_transformers(name, pictures, judge, processor):
+    if name in ("palette.gif", "palette_transparent.png") and not LAYS_ON_WHITE:
+        pytest.skip("this transformers does not lay a palette's transparent colour on white yet, as 5.23 does")
     limits = {"longest_edge": 4 * 1024 * 1024} if name == "large.jpg" else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's about palettes with transparency
