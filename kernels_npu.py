@@ -301,13 +301,14 @@ class Npu(Accelerator):
         return rotated[0].to(x.dtype)
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
-        return torch_npu.npu_swiglu(gate_up, dim=-1) if gate_up.numel() else super().swiglu(gate_up)
+        return torch_npu.npu_swiglu(gate_up.contiguous(), dim=-1) if gate_up.numel() else super().swiglu(gate_up)
 
     def moe_permute(self, x: Tensor, expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
         if not len(x):
             return super().moe_permute(x, expert_ids, num_experts)
         rows, where = torch_npu.npu_moe_token_permute(x, expert_ids.int())
-        counts = torch.histc(expert_ids.float(), bins=num_experts, min=0, max=num_experts)  # exact below 2**24
+        # in the middle of its bin an id is counted right however the device rounds; exact below 2**24 rows
+        counts = torch.histc(expert_ids.float() + 0.5, bins=num_experts, min=0, max=num_experts)
         return rows, where, counts.long()
 
     def moe_unpermute(self, rows: Tensor, where: Tensor, weights: Tensor) -> Tensor:
@@ -340,6 +341,7 @@ class _NpuGroupedMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
         ctx.save_for_backward(x, weight, counts)
         return torch_npu.npu_grouped_matmul(
             [x], [weight], group_list=counts, split_item=2, group_type=0, group_list_type=1
@@ -348,6 +350,7 @@ class _NpuGroupedMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight, counts = ctx.saved_tensors
+        grad = grad.contiguous()
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_x = torch_npu.npu_grouped_matmul(
@@ -375,7 +378,8 @@ def import_torch_npu() -> None:
         import torch_npu
     except ImportError as e:
         if not isinstance(e, ModuleNotFoundError) or e.name != "torch_npu":
-            raise UsageError(f"--device npu: torch_npu does not load ({e}): source CANN's set_env.sh first") from e
+            raise UsageError(f"--device npu: torch_npu does not load ({e}): source CANN's "
+                             "set_env.sh first, and take the torch_npu of this torch and Python") from e
         version = torch.__version__.split("+")[0]
         raise UsageError(f"--device npu: torch_npu is not installed: pip install 'torch_npu=={version}.*'") from e
     missing = [name for name in NPU_OPERATIONS if not hasattr(torch_npu, name)]
@@ -428,7 +432,9 @@ def select(device: str = "auto", compute_dtype: torch.dtype | None = None, fused
     if device == "npu":
         import_torch_npu()
     module = torch.get_device_module(device)
-    if local_rank >= (count := module.device_count()):
+    if not (count := module.device_count()):
+        raise UsageError(f"--device {device}: PyTorch sees none here: look whether the driver does, or take another")
+    if local_rank >= count:
         raise UsageError(f"--device {device}: local rank {local_rank} has no device, this machine has {count}: start "
                          "no more processes than that (--nproc-per-node)")
     module.set_device(local_rank)
@@ -441,7 +447,10 @@ def _npu_is_there() -> bool:
     if importlib.util.find_spec("torch_npu") is None:
         return False
     import_torch_npu()  # installed but broken is said, not passed over
-    return torch.npu.is_available()
+    if not torch.npu.is_available():  # nor would a DataLoader run, which torch_npu patches
+        raise UsageError("torch_npu is installed and sees no NPU: give --device cpu, with "
+                         "TORCH_DEVICE_BACKEND_AUTOLOAD=0 in the environment")
+    return True
 
 
 # ---- what the programs share: one line for a person's mistake ------------------------------------------------------
@@ -545,6 +554,7 @@ def cases(ops: Torch) -> Iterator[tuple[str, str, Callable[..., Tensor], list[Te
     generator = torch.Generator().manual_seed(0)
     for heads, kv_heads, d, causal, bounds in (
         (8, 2, 128, True, [0, 7, 64, 65, 1024]), (4, 4, 72, False, [0, 256, 512, 600]), (4, 1, 64, True, [0, 512]),
+        (2, 1, 64, True, list(range(0, 4200, 2))),  # more sequences than one call of some forms takes
     ):
         for form in ops.attention_forms():
             def attend(o: Torch, q: Tensor, k: Tensor, v: Tensor, form=form, bounds=bounds, causal=causal) -> Tensor:
@@ -553,7 +563,8 @@ def cases(ops: Torch) -> Iterator[tuple[str, str, Callable[..., Tensor], list[Te
             size = f"{heads}/{kv_heads} heads of {d}, {'causal, ' * causal}{len(bounds) - 1} sequence(s)"
             yield form, size, attend, [normal(bounds[-1], n, d) for n in (heads, kv_heads, kv_heads)]
     for shape in ((1024, 512), (512, 8, 128)):
-        yield "rms_norm", f"{shape}", lambda o, x, w: o.rms_norm(x, w, 1e-6), [normal(*shape), normal(shape[-1])]
+        # not 1e-6, which a form that drops it may take by itself
+        yield "rms_norm", f"{shape}", lambda o, x, w: o.rms_norm(x, w, 1e-2), [normal(*shape), normal(shape[-1])]
     for d in (128, 72):
         angles = normal(512, d // 2).repeat(1, 2)
         arguments = [normal(512, 8, d), angles.cos(), angles.sin()]
@@ -573,6 +584,16 @@ def cases(ops: Torch) -> Iterator[tuple[str, str, Callable[..., Tensor], list[Te
     for counts in ([100, 0, 412, 0], [512], [0, 0, 0, 0], [0, 1, 0, 255]):
         arguments = [normal(sum(counts), 256), normal(len(counts), 256, 384) / 16, torch.tensor(counts)]
         yield "grouped_matmul", f"rows {counts}", lambda o, *args: o.grouped_matmul(*args), arguments
+
+    ids = torch.stack([torch.randperm(8, generator=generator)[:2] for _ in range(64)])
+
+    def mixture(o: Torch, x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor) -> Tensor:
+        rows, where, counts = o.moe_permute(x, ids, len(down))
+        rows = o.grouped_matmul(o.swiglu(o.grouped_matmul(rows, gate_up, counts)), down, counts)
+        return o.moe_unpermute(rows, where, weights)
+
+    experts = [normal(8, 256, 384) / 16, normal(8, 192, 256) / 14]
+    yield "moe_permute, and all after", "64 tokens to 2 of 8", mixture, [normal(64, 256), normal(64, 2), *experts, ids]
 
     def adamw(o: Torch, p: Tensor, g: Tensor) -> Tensor:
         p = p.detach().float().clone().requires_grad_()

@@ -279,7 +279,7 @@ def check_unpermute(permuted_tokens, sorted_indices, probs, padded_mode, restore
     if probs is None:
         return torch.ones(len(sorted_indices), 1)
     require(probs.ndim == 2 and probs.numel() == len(sorted_indices), f"probs are {list(probs.shape)}")
-    require(probs.dtype in (permuted_tokens.dtype, torch.float32), f"probs are {probs.dtype}")
+    require(probs.dtype == permuted_tokens.dtype, f"probs are {probs.dtype}")
     return probs.float()
 
 
@@ -331,7 +331,8 @@ def grouped_matmul(*, x, weight, group_list, split_item, group_type, group_list_
     require(x.dtype == w.dtype and x.dtype in (torch.float16, torch.bfloat16, torch.float32),
             f"x and weight are {x.dtype} and {w.dtype}")
     require(x.numel() > 0 and w.numel() > 0, f"x {list(x.shape)} or weight {list(w.shape)} is empty")
-    require(max(x.shape[-1], w.shape[-1]) < 65536, "the last dimension is 65535 at most")
+    inner = max(t.shape[-1] if t.is_contiguous() else t.shape[-2] for t in (x, w))  # a transposed view's lies before
+    require(inner < 65536, "the inner dimension is 65535 at most")
     require(isinstance(group_list, Tensor) and group_list.dtype == torch.int64 and group_list.ndim == 1,
             "group_list must be a tensor [E] of int64")
     require(group_type in (0, 2), f"group_type {group_type} with one tensor each")

@@ -70,7 +70,7 @@ def attention(form: str, cu_seqlens: list[int], causal: bool, heads: int = 6, gr
 
 
 def norm(rows: int):
-    return [torch.randn(rows, 40) * 3, torch.rand(40)], lambda ops, x, weight: ops.rms_norm(x, weight, 1e-6)
+    return [torch.randn(rows, 40) * 3, torch.rand(40)], lambda ops, x, weight: ops.rms_norm(x, weight, 1e-2)
 
 
 def rotary(rows: int, heads: int):
@@ -313,7 +313,7 @@ FAULTS = {
     "sequences as one": (patched("npu_fusion_attention", actual_seq_qlen=lambda e: e[-1:],
                                  actual_seq_kvlen=lambda e: e[-1:]), "attention flash_attention_2 packed"),
     "scale left out": (patched("npu_fusion_attention", scale=1.0), "attention flash_attention_2 packed"),
-    "epsilon left out": (patched("npu_rms_norm", epsilon=1.0), "norm"),
+    "epsilon left out": (patched("npu_rms_norm", epsilon=1e-6), "norm"),  # the operation's own
     "counts passed as sums": (patched("npu_grouped_matmul", group_list_type=0), "product"),
     "sums passed as counts": (patched("npu_grouped_matmul", group_list=lambda c: c.cumsum(0)), "product"),
     "wrong group_type": (patched("npu_grouped_matmul", group_type=lambda t: 2 - t), "product"),
