@@ -113,6 +113,8 @@ CASES = {
        for form in ("eager", "sdpa", "flash_attention_2") for name, lengths in LENGTHS.items()
        for causal in (True, False)},
     "attention one key-value head": (attention, "flash_attention_2", [0, 3, 20], True, 8, 8, 32),
+    # in turns of one and two tokens: more than one call takes, twice over
+    "attention of 2100 sequences": (attention, "flash_attention_2", [(3 * i + 1) // 2 for i in range(2101)], True),
     "attention without groups": (attention, "flash_attention_2", [0, 3, 20], True, 4, 1, 16),
     "norm": (norm, 11), "norm of a row": (norm, 1), "norm of none": (norm, 0),
     "rotary": (rotary, 13, 6), "rotary one head": (rotary, 5, 1), "rotary many rows": (rotary, 1500, 2),
