@@ -192,6 +192,7 @@ class Accelerator(Torch):
 
     compute_dtype = torch.bfloat16
     is_accelerator = True
+    PEAKS: dict[str, float] = {}  # dense bf16 FLOP/s, by what the device's name holds
 
     def __init__(self, device: torch.device, compute_dtype: torch.dtype | None = None):
         super().__init__(device, compute_dtype)
@@ -215,6 +216,10 @@ class Accelerator(Torch):
 
     def set_rng_state(self, state: Tensor) -> None:
         self.module.set_rng_state(state)
+
+    def peak_flops(self) -> float | None:
+        name = self.module.get_device_name()
+        return next((peak for model, peak in self.PEAKS.items() if model in name), None)
 
 
 class Cuda(Accelerator):
@@ -240,10 +245,6 @@ class Cuda(Accelerator):
             q.contiguous(), k.contiguous(), v.contiguous(), bounds, bounds, longest, longest, 0.0, causal, False,
             scale=q.shape[-1] ** -0.5,
         )[0]
-
-    def peak_flops(self) -> float | None:
-        name = torch.cuda.get_device_name()
-        return next((peak for model, peak in self.PEAKS.items() if model in name), None)
 
 
 class Npu(Accelerator):
@@ -320,10 +321,6 @@ class Npu(Accelerator):
         if len(weight) == 1 or not len(x):  # lists of one count are documented as invalid
             return x @ weight[0]
         return _NpuGroupedMatmul.apply(x, weight, counts)
-
-    def peak_flops(self) -> float | None:
-        name = torch.npu.get_device_name()
-        return next((peak for model, peak in self.PEAKS.items() if model in name), None)
 
 
 class NpuWithoutFusedMoe(Npu):

@@ -74,11 +74,13 @@ class Ranks:
             experts = grid((self.replicas, fsdp // ep, ep)[self.replicas == 1 :], mesh_dim_names=(*names, "ep"))
             self.ep_mesh, self.expert_mesh = experts["ep"], experts[names]
 
-        # torch 2.7.1 with gloo takes ReduceOp.AVG for a sum, silently: ask, and let `parallelize` make up for it
+    @functools.cached_property
+    def backend_averages(self) -> bool:
+        """Whether ReduceOp.AVG is one: torch 2.7.1 with gloo takes it for a sum, silently. All ranks ask at once."""
         one = torch.empty(1, device=self.device)
         reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in 2.13
         reduce_scatter(one, torch.ones(self.world, device=self.device), op=dist.ReduceOp.AVG)
-        self.backend_averages = one.item() == 1
+        return one.item() == 1
 
     def sum(self, *values: float | Tensor) -> list[float]:
         """Each value summed over all ranks, in float64: one small all-gather, as HCCL cannot reduce float64."""
@@ -404,15 +406,14 @@ def parallelize(
     # FSDP2 averages over the ranks of a parameter's mesh. The loss's weights carry the number of all ranks, so that the
     # average is a sum; experts are averaged over ep times fewer.
     for module in fsdp_modules(model):
-        averaged = ranks.world // (ranks.ep_size if isinstance(module, Experts) else 1)
-        divisor = ranks.world // averaged
+        divisor = ranks.ep_size if isinstance(module, Experts) else 1
         if hasattr(module, "set_force_sum_reduction_for_comms"):
             module.set_force_sum_reduction_for_comms(True)  # not every backend averages in every collective
         elif not ranks.backend_averages:
             if ranks.replicas > 1:
                 raise UsageError("--fsdp-size: this PyTorch has no replicas on a CPU: leave it out, or take a "
                                  "newer one")
-            divisor *= averaged
+            divisor = ranks.world
         if divisor > 1:
             module.set_all_reduce_hook(lambda gradient, divisor=divisor: gradient.div_(divisor))
 

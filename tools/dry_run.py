@@ -27,11 +27,9 @@ from model import Qwen3VL, Qwen3VLConfig, call
 from train import batch_sizes, make_optimizer, prepare, set_loss_weights
 
 
-class ImaginedDevice(kernels_npu.Torch):
+class ImaginedDevice(kernels_npu.Accelerator):
     """An accelerator that is not there: its defaults, and even routing for counts that nobody knows."""
 
-    compute_dtype = torch.bfloat16
-    is_accelerator = True
     expert_rows = 0  # copies of its tokens that a rank sends to experts, and as many that it gets
 
     def attention(self, implementation: str):
@@ -44,9 +42,6 @@ class ImaginedDevice(kernels_npu.Torch):
 
     def grouped_matmul(self, x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         return GroupedMatmul.apply(x, weight)
-
-    def adamw(self, groups: list[dict], **settings) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(groups, fused=True, **settings)
 
 
 class GroupedMatmul(torch.autograd.Function):
