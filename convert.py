@@ -587,8 +587,15 @@ def load_checkpoint(iteration_dir: str | Path, model: nn.Module, optimizer: Opti
         _load_optimizer(source, parameters, optimizer)
     path = source.path / f"trainer_state_rank_{_rank():05d}.pt"
     path = path if path.exists() else source.path / "trainer_state_rank_00000.pt"
-    if not path.exists():
-        return None
+    return _trainer_state(path) if path.exists() else None
+
+
+def load_data_positions(iteration_dir: str | Path) -> list[dict]:
+    """The "data" of every rank's trainer state, in the order of the ranks that saved them. Raises InputError."""
+    return [_trainer_state(path)["data"] for path in sorted(Path(iteration_dir).glob("trainer_state_rank_*.pt"))]
+
+
+def _trainer_state(path: Path) -> dict:
     with open(path, "rb") as file:
         try:
             state = {**torch.load(file, map_location="cpu", weights_only=True)}

@@ -16,6 +16,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -27,6 +28,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -727,12 +729,50 @@ def _pixel_limits(kind: str, settings: dict, minimum: int | None, maximum: int |
 # -------------------------------------------------------------------------------------------------------- files of rows
 
 
-class RowDataset:
-    """Rows of JSON arrays and JSON-lines files, read from disk one at a time when asked for.
+class Span(NamedTuple):
+    """Where a row stands: number of its file and of the row in it, both from 0, and its bytes."""
 
-    Only the rows' byte ranges are kept, so memory stays small and worker processes have nothing to share.
+    file: int
+    number: int
+    start: int
+    end: int
+
+
+class RowFiles:
+    """Files of rows, JSON arrays or JSON lines: their names, the folders of their media, and how a row is read.
+
     `max_samples` takes the first rows of each file. Media are relative to `dataset_dir`, by default each file's own
-    folder. `cache_dir` keeps the byte ranges, by the file's content; it may be deleted at any time. Raises InputError.
+    folder. Raises InputError.
+    """
+
+    def __init__(self, paths: list[str], dataset_dir: str | None = None, max_samples: int | None = None):
+        if dataset_dir is not None and not os.path.isdir(dataset_dir):
+            raise InputError(f"{dataset_dir} is no folder: --dataset-dir names the one that media paths start from")
+        self.paths, self.max_samples = [str(path) for path in paths], max_samples
+        if "" in self.paths:
+            raise InputError("the name of a dataset is empty: give a file, and no comma too many")
+        self.media_dirs = [Path(dataset_dir or Path(path).parent) for path in self.paths]
+
+    def read(self, span: Span) -> tuple[dict, str, Path]:
+        """The row, where it comes from ("train.json row 12 (id 33471)", rows counted from 1), its media's folder."""
+        source = f"{self.paths[span.file]} row {span.number + 1}"
+        try:
+            with open(self.paths[span.file], "rb") as stream:  # opened anew: processes would share a handle's position
+                stream.seek(span.start)
+                row = json.loads(stream.read(span.end - span.start).decode())
+        except OSError as error:
+            raise InputError(f"{source} cannot be read: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{source} is not JSON in UTF-8: {_one_line(error)}") from error
+        if isinstance(row, dict) and row.get("id") is not None:
+            source += f" (id {' '.join(str(row['id']).split())[:100]})"
+        return row, source, self.media_dirs[span.file]
+
+
+class RowDataset(RowFiles):
+    """Rows of known number, read from disk when asked for: only their byte ranges are kept, 16 bytes each.
+
+    `cache_dir` keeps the byte ranges, by the file's content; it may be deleted at any time.
     """
 
     def __init__(
@@ -742,55 +782,119 @@ class RowDataset:
         cache_dir: str | None = None,
         max_samples: int | None = None,
     ):
-        if dataset_dir is not None and not os.path.isdir(dataset_dir):
-            raise InputError(f"{dataset_dir} is no folder: --dataset-dir names the one that media paths start from")
-        self.paths = [str(path) for path in paths]
-        if "" in self.paths:
-            raise InputError("the name of a dataset is empty: give a file, and no comma too many")
-        self.media_dirs = [Path(dataset_dir or Path(path).parent) for path in self.paths]
+        super().__init__(paths, dataset_dir, max_samples)
         self.ranges = [_cached_index(Path(path), cache_dir)[:max_samples] for path in self.paths]  # [rows, 2] each
         self.ends = np.cumsum([len(ranges) for ranges in self.ranges])
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def locate(self, index: int) -> tuple[int, int]:
-        """Number of the file and of the row in it, both from 0."""
-        file = int(np.searchsorted(self.ends, index, side="right"))
-        return file, index - int(self.ends[file]) + len(self.ranges[file])
-
-    def __getitem__(self, index: int) -> tuple[dict, str, Path]:
-        """The row, where it comes from ("train.json row 12 (id 33471)", rows counted from 1), its media's folder."""
+    def span(self, index: int) -> Span:
+        """Where the row of a number from 0, counted over all files, stands."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        file, number = self.locate(index)
-        source = f"{self.paths[file]} row {number + 1}"
-        start, end = (int(offset) for offset in self.ranges[file][number])
-        try:
-            with open(self.paths[file], "rb") as stream:  # opened anew: processes would share a handle's position
-                stream.seek(start)
-                row = json.loads(stream.read(end - start).decode())
-        except OSError as error:
-            raise InputError(f"{source} cannot be read: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{source} is not JSON in UTF-8: {_one_line(error)}") from error
-        if isinstance(row, dict) and row.get("id") is not None:
-            source += f" (id {' '.join(str(row['id']).split())[:100]})"
-        return row, source, self.media_dirs[file]
+        file = int(np.searchsorted(self.ends, index, side="right"))
+        number = index - int(self.ends[file]) + len(self.ranges[file])
+        return Span(file, number, *self.ranges[file][number].tolist())
+
+    def __getitem__(self, index: int) -> tuple[dict, str, Path]:
+        return self.read(self.span(index))
+
+    def known_rows(self, file: int) -> int:
+        """Of a file: all its rows."""
+        return len(self.ranges[file])
+
+    def count(self) -> int:
+        """All rows of an epoch."""
+        return len(self)
+
+    def stream(self, state: dict, seed: int | None) -> Iterator[tuple[Span, dict]]:
+        """The rows behind the position `state`, endlessly, each with the position behind it.
+
+        Each epoch has an order of its own from `seed`, or the files' if that is None. Raises InputError.
+        """
+        if state and "rows" not in state:
+            raise InputError("the checkpoint's data was streamed: give --streaming, or start the data anew: --finetune")
+        if state and state["rows"] != len(self):
+            logger.warning("the dataset has %d rows, %d when saved: the order is new", len(self), state["rows"])
+        order = None
+        for position in itertools.count(state.get("consumed", 0)):
+            epoch, index = divmod(position, len(self))
+            if seed is not None and (index == 0 or order is None):
+                order = np.random.default_rng([seed, epoch]).permutation(len(self))
+            span = self.span(index if order is None else int(order[index]))
+            yield span, {"consumed": position + 1, "epoch": epoch, "rows": len(self)}
+
+
+class RowStream(RowFiles):
+    """Rows of unknown number, found by reading the files once an epoch, with `buffer` rows' places in memory at a time.
+
+    Their order is the files', each `buffer` rows in a row shuffled among themselves: then a position is a byte offset
+    and a number below `buffer`, and no two ranks or workers can disagree about it.
+    """
+
+    def __init__(
+        self, paths: list[str], dataset_dir: str | None = None, max_samples: int | None = None, buffer: int = 1000
+    ):
+        super().__init__(paths, dataset_dir, max_samples)
+        self.buffer, self._known = buffer, [0] * len(paths)
+        for path in self.paths:
+            next(_scan(Path(path)))  # none is empty or of another kind
+        self._bytes = [os.path.getsize(path) for path in self.paths]
+
+    def known_rows(self, file: int) -> int:
+        """Of a file: the rows found so far."""
+        return self._known[file]
+
+    def count(self) -> int:
+        """All rows of an epoch: reads every file through."""
+        return sum(1 for _ in self._spans(0, 0, 0))
+
+    def stream(self, state: dict, seed: int | None) -> Iterator[tuple[Span, dict]]:
+        """As `RowDataset.stream`; begins to read the files at `state`, so that resuming is quick."""
+        if state and "block" not in state:
+            raise InputError("the checkpoint's data was not streamed: leave --streaming out, or start the data anew: "
+                             "--finetune")
+        if state and state["bytes"] != self._bytes:
+            logger.warning("the datasets have %s bytes, %s when saved: rows may be lost", self._bytes, state["bytes"])
+        consumed, epoch = state.get("consumed", 0), state.get("epoch", 0)
+        # The block in hand: where it begins (file, row, byte), how many rows it may have, how many of them are done.
+        start, size, done = state.get("block", (0, 0, 0)), state.get("buffer", self.buffer), state.get("done", 0)
+        while True:
+            spans = self._spans(*start)
+            while block := list(itertools.islice(spans, size)):
+                order = range(len(block))
+                if seed is not None:
+                    order = np.random.default_rng([seed, epoch, *start]).permutation(len(block)).tolist()
+                while done < len(block):
+                    done, consumed = done + 1, consumed + 1
+                    state = {"consumed": consumed, "epoch": epoch, "bytes": self._bytes}
+                    yield block[order[done - 1]], state | {"block": list(start), "buffer": size, "done": done}
+                start, size, done = (block[-1].file, block[-1].number + 1, block[-1].end), self.buffer, 0
+            start, epoch = (0, 0, 0), epoch + 1
+
+    def _spans(self, file: int, number: int, offset: int) -> Iterator[Span]:
+        """The rest of an epoch, from a row and its byte offset on."""
+        for file in range(file, len(self.paths)):  # noqa: B020
+            rows = _scan(Path(self.paths[file]), offset)
+            numbers = itertools.count(number) if self.max_samples is None else range(number, self.max_samples)
+            for number, (start, end) in zip(numbers, rows, strict=False):
+                self._known[file] = max(self._known[file], number + 1)
+                yield Span(file, number, start, end)
+            number = offset = 0
 
 
 def _cached_index(path: Path, cache_dir: str | None) -> np.ndarray:
-    if path.exists() and not path.is_file():
-        raise InputError(f"the dataset {path} is not a regular file: its rows are read from there again and again")
-    try:
-        if cache_dir is None:
-            return _index_rows(path)
-        digest = hashlib.sha256()
-        with open(path, "rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-    except OSError as error:
-        raise InputError(f"the dataset {path} cannot be read: {error.strerror}") from error
+    """Byte ranges [rows, 2] of a file's rows, in `cache_dir` under a hash of the file's bytes, so never another's."""
+    def index() -> np.ndarray:
+        return np.fromiter(itertools.chain.from_iterable(_scan(path)), np.int64).reshape(-1, 2)
+
+    if cache_dir is None:
+        return index()
+    digest = hashlib.sha256()
+    with _dataset(path) as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
     cached = Path(cache_dir, f"rows-{digest.hexdigest()[:32]}.npy")
     if cached.exists():
         with contextlib.suppress(ValueError, EOFError), open(cached, "rb") as stream:
@@ -798,7 +902,7 @@ def _cached_index(path: Path, cache_dir: str | None) -> np.ndarray:
             if (ranges.dtype, ranges.shape[1:]) == (np.int64, (2,)) and len(ranges):
                 return ranges
         logger.warning("%s is damaged and is made anew", cached)
-    ranges = _index_rows(path)
+    ranges = index()
     cached.parent.mkdir(parents=True, exist_ok=True)
     temporary = cached.with_suffix(f".{uuid.uuid4().hex}")  # of this process of this node alone
     with open(temporary, "wb") as stream:
@@ -807,34 +911,54 @@ def _cached_index(path: Path, cache_dir: str | None) -> np.ndarray:
     return ranges
 
 
-def _index_rows(path: Path) -> np.ndarray:
-    """Byte ranges [rows, 2] of a file's rows."""
-    with open(path, "rb") as stream:
+@contextlib.contextmanager
+def _dataset(path: Path) -> Iterator[BinaryIO]:
+    if path.exists() and not path.is_file():
+        raise InputError(f"the dataset {path} is not a regular file: its rows are read from there again and again")
+    try:
+        with open(path, "rb") as stream:
+            yield stream
+    except OSError as error:
+        raise InputError(f"the dataset {path} cannot be read: {error.strerror}") from error
+
+
+def _scan(path: Path, offset: int = 0) -> Iterator[tuple[int, int]]:
+    """Byte range of each row of a file, or of those behind the byte where a row ends; in bounded memory."""
+    with _dataset(path) as stream:
         start = len(codecs.BOM_UTF8) if stream.read(3) == codecs.BOM_UTF8 else 0
         stream.seek(start)
         while (first := stream.read(1)).isspace():
             pass
-        stream.seek(start)
-        if first == b"[":
-            ranges = list(_scan_array(path, stream, start))
-        elif first in (b"{", b""):
-            ranges = []
-            for line in stream:
-                if not line.isspace():
-                    ranges.append((start, start + len(line)))
-                start += len(line)
-        else:
+        if first not in (b"[", b"{", b""):
             raise InputError(f"{path} begins with {first!r}: a dataset is a JSON list of rows or JSON lines, in UTF-8")
-    if not ranges:
-        raise InputError(f"{path} holds no rows: a dataset is a JSON list of rows or JSON lines")
-    return np.array(ranges, np.int64)
+        begin, found = stream.seek(max(start, offset)), offset > 0
+        if first == b"[":
+            ranges = _scan_array(path, stream, begin, ",]" if offset else "[")
+        else:
+            ranges = _scan_lines(stream, begin)
+        for found in ranges:
+            yield found
+        if not found:
+            raise InputError(f"{path} holds no rows: a dataset is a JSON list of rows or JSON lines")
 
 
-def _scan_array(path: Path, stream, offset: int) -> Iterator[tuple[int, int]]:
-    """Byte range of each element of the JSON array in `stream`, which stands at byte `offset`; in bounded memory."""
+def _scan_lines(stream: BinaryIO, end: int) -> Iterator[tuple[int, int]]:
+    """Byte range of each line that is not blank in `stream`, which stands at byte `end`."""
+    for line in stream:
+        start, end = end, end + len(line)
+        if not line.isspace():
+            yield start, end
+
+
+def _scan_array(path: Path, stream: BinaryIO, offset: int, expected: str) -> Iterator[tuple[int, int]]:
+    """Byte range of each element of the JSON array in `stream`, which stands at byte `offset`; in bounded memory.
+
+    `expected` is "[", or ",]" behind an element.
+    """
     decode, parse = codecs.getincrementaldecoder("utf-8")().decode, json.JSONDecoder().raw_decode
     between = re.compile(r"[ \t\n\r]*(\[[ \t\n\r]*\]|[\[,\]]?)[ \t\n\r]*")
-    text, at, lines, read_bytes = "", 0, 0, offset  # a window of the file; `offset` and `lines` belong to text[at]
+    begin = read_bytes = offset
+    text, at, lines = "", 0, 0  # a window of the file; `offset` and `lines`, counted from `begin`, belong to text[at]
 
     def more() -> bool:
         """Drops what is done from the window and reads on; False at the end of the file."""
@@ -853,9 +977,10 @@ def _scan_array(path: Path, stream, offset: int) -> Iterator[tuple[int, int]]:
 
     def fail(message: str, place: int) -> InputError:
         line, column = lines + text.count("\n", 0, place) + 1, place - text.rfind("\n", 0, place)
+        with open(path, "rb") as before:
+            line += sum(before.read(min(1 << 22, begin - done)).count(b"\n") for done in range(0, begin, 1 << 22))
         return InputError(f"{path} is not a JSON list: {message} at line {line} column {column}")
 
-    expected = "["
     while True:
         match = between.match(text, at)
         mark, start = match[1], match.end()
@@ -885,20 +1010,25 @@ def _scan_array(path: Path, stream, offset: int) -> Iterator[tuple[int, int]]:
 
 # ----------------------------------------------------------------------------------------------------------- the stream
 
+PACKING_WINDOW = 128  # samples to choose from for a packed row
+
 
 @dataclass
 class Loader:
     """An endless stream of micro-batches, the same for any number of workers and exact when resumed.
 
-    The stream of samples is the rows in order, epoch after epoch, each epoch shuffled by `seed` and its number. It
-    is cut into micro-batches, which are dealt to the data-parallel ranks in turn: global batch k holds the samples
-    from k * global_batch_size whatever the layout. Each Batch carries the position behind it in `resume_state`.
+    All that has an order happens in this process: it walks `dataset.stream`, deals the rows to the data-parallel ranks,
+    and hands their places to workers, who remember nothing. Each Batch carries the position behind it, `resume_state`.
+
+    The stream is cut into micro-batches of `micro_batch_size` rows, dealt to the ranks in turn: global batch k holds
+    the rows from k * global_batch_size whatever the layout. With `packing` the rows themselves are dealt in turn, and a
+    micro-batch is `micro_batch_size` packed rows, each filled to `seq_length` tokens (see `_packed_rows`).
 
     `on_bad_sample` "error" raises a bad row's InputError here, in the main process; "skip" leaves the row out, logs
     it once, and raises InputError once more than a tenth of a dataset's rows are bad.
     """
 
-    dataset: RowDataset
+    dataset: RowDataset | RowStream
     processor: Processor
     _: KW_ONLY
     micro_batch_size: int
@@ -910,11 +1040,12 @@ class Loader:
     num_workers: int
     on_bad_sample: str
     encode_options: dict  # keyword arguments of Processor.encode
-    resume_state: dict | None = None
+    packing: bool = False
+    resume_state: dict | list[dict] | None = None  # or those of all ranks, where their number may have changed
     num_samples: int | None = None  # the stream ends after so many, for held-out rows; ranks may come away empty
 
     def __post_init__(self):
-        self._round = self.micro_batch_size * self.dp_size  # samples that all ranks together take at a time
+        self._round = self.micro_batch_size * self.dp_size  # what all ranks together take at a time
         if self.global_batch_size % self._round:
             raise InputError(
                 f"a global batch of {self.global_batch_size} cannot be dealt in micro-batches of "
@@ -922,21 +1053,18 @@ class Loader:
             )
         if self.on_bad_sample not in ("error", "skip"):
             raise InputError(f"on_bad_sample must be 'error' or 'skip', not {self.on_bad_sample!r}")
-        saved_rows = (self.resume_state or {}).get("rows", len(self.dataset))
-        if saved_rows != len(self.dataset):
-            logger.warning("the dataset has %d rows, %d when saved: the order is new", len(self.dataset), saved_rows)
-        self._end = sys.maxsize if self.num_samples is None else self.num_samples
-        self._epoch, self._order = -1, None
+        self._order_seed = self.seed if self.shuffle else None
 
     def __iter__(self) -> Iterator[Batch]:
-        start = (self.resume_state or {}).get("consumed", 0)
-        batches = DataLoader(
-            self,
-            batch_size=None,
-            sampler=range(start, self._end, self._round),
-            num_workers=self.num_workers,
-            worker_init_fn=_leave_process_group,
-        )
+        states = self.resume_state if isinstance(self.resume_state, list) else [self.resume_state or {}]
+        if "waiting" in states[0] and not self.packing:
+            raise InputError("the checkpoint's data was packed: give --packing, or start the data anew: --finetune")
+        by_rank = {tuple(state.get("dealt", ())): state for state in states}
+        own = by_rank.get((self.dp_rank, self.dp_size))
+        self._states = [own] if own else list(by_rank.values())
+        items = self._packed() if self.packing else self._micro_batches()
+        batches = self._in_workers(self._load, items, self.num_workers)
+        first_epoch = self._states[0].get("epoch", 0)
         seen, bad, logged = np.zeros(len(self.dataset.paths)), np.zeros(len(self.dataset.paths)), set()
         for batch, files, failures in batches:
             for file, message in failures:
@@ -948,11 +1076,10 @@ class Loader:
                 bad[file] += 1
             for file in files:
                 seen[file] += 1
-            epochs = (batch.resume_state["consumed"] - 1) // len(self.dataset) - start // len(self.dataset) + 1
             for file in set(files):
                 # A tenth of this rank's share of the file in the epochs begun; by chance one rank of many sees more.
-                rows = len(self.dataset.ranges[file])
-                allowed = 0.1 * epochs * rows / self.dp_size
+                rows = self.dataset.known_rows(file)
+                allowed = 0.1 * (batch.resume_state["epoch"] - first_epoch + 1) * rows / self.dp_size
                 if self.dp_size > 1:
                     allowed += 3 * math.sqrt(allowed)
                 if seen[file] >= min(10, rows) and bad[file] > allowed:
@@ -962,32 +1089,113 @@ class Loader:
                     )
             yield batch
 
-    def __getitem__(self, position: int) -> tuple[Batch, list[int], list[tuple[int, str]]]:
-        """What a worker computes: this rank's micro-batch of the round that begins at a position of the stream.
+    def epoch_size(self) -> float:
+        """Rows of an epoch; of packed rows about how many, judged by the lengths of a thousand rows."""
+        rows = self.dataset.count()
+        if not self.packing:
+            return rows
+        spans = [span for span, _ in itertools.islice(self.dataset.stream({}, self._order_seed), min(rows, 1000))]
+        tokens = sum(self._measure((span, {}))[2] for span in spans)
+        return rows / len(spans) * tokens / self.encode_options["seq_length"]
+
+    def _in_workers(self, function: Callable, items: Iterator, workers: int) -> Iterator:
+        return iter(
+            DataLoader(
+                _Map(function), batch_size=None, sampler=items, num_workers=workers, worker_init_fn=_leave_process_group
+            )
+        )
+
+    def _load(self, item: tuple[list[Span], dict]) -> tuple[Batch, list[int], list[tuple[int, str]]]:
+        """What a worker does: a micro-batch of the rows at given places.
 
         With the Batch come the file of each of its rows, and (file, message) of each bad one: returned, not raised,
         because torch would bury the message in a worker's traceback.
         """
-        samples, files, failures = [], [], []
-        first = position + self.dp_rank * self.micro_batch_size
-        for number in map(self._row_number, range(first, min(first + self.micro_batch_size, self._end))):
-            files.append(self.dataset.locate(number)[0])
+        spans, state = item
+        samples, failures = [], []
+        for span in spans:
             try:
-                row, source, media_dir = self.dataset[number]
+                row, source, media_dir = self.dataset.read(span)
                 samples.append(self.processor.encode(row, media_dir=media_dir, source=source, **self.encode_options))
             except InputError as error:
-                failures.append((files[-1], str(error)))
-        state = {"consumed": position + self._round, "rows": len(self.dataset)}
-        return collate(samples, state, len(failures)), files, failures
+                failures.append((span.file, str(error)))
+        return collate(samples, state, len(failures)), [span.file for span in spans], failures
 
-    def _row_number(self, position: int) -> int:
-        epoch, index = divmod(position, len(self.dataset))
-        if not self.shuffle:
-            return index
-        if epoch != self._epoch:
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
-            self._epoch = epoch
-        return int(self._order[index])
+    def _micro_batches(self) -> Iterator[tuple[list[Span], dict]]:
+        """This rank's rows of each micro-batch, and the position behind those of all ranks."""
+        rows = itertools.islice(self.dataset.stream(self._states[0], self._order_seed), self.num_samples)
+        first = self.dp_rank * self.micro_batch_size
+        while taken := list(itertools.islice(rows, self._round)):
+            yield [span for span, _ in taken[first : first + self.micro_batch_size]], taken[-1][1]
+
+    def _packed(self) -> Iterator[tuple[list[Span], dict]]:
+        """This rank's rows of each micro-batch of packed rows, and the position behind them."""
+        rows = self._packed_rows()
+        while taken := list(itertools.islice(rows, self.micro_batch_size)):
+            yield [span for spans, _ in taken for span in spans], taken[-1][1]
+
+    def _packed_rows(self) -> Iterator[tuple[list[Span], dict]]:
+        """The samples of each packed row: of those that wait the first, then always the longest that still fits.
+
+        Lengths are measured ahead, in a worker if there are any. The samples that wait belong to the position. No row
+        is packed from two epochs.
+        """
+        waiting: list[tuple[Span, int]] = []
+        position: dict = {}
+        for span, behind, length in self._in_workers(self._measure, self._dealt(), min(1, self.num_workers)):
+            while len(waiting) == PACKING_WINDOW or waiting and behind["epoch"] != position["epoch"]:
+                space = self.encode_options["seq_length"]
+                chosen = set()
+                for i in [0, *sorted(range(1, len(waiting)), key=lambda i: -waiting[i][1])]:
+                    if waiting[i][1] <= space:
+                        space -= waiting[i][1]
+                        chosen.add(i)
+                spans = [waiting[i][0] for i in sorted(chosen)]
+                waiting = [pair for i, pair in enumerate(waiting) if i not in chosen]
+                places = [list(span) for span, _ in waiting]
+                yield spans, position | {"dealt": [self.dp_rank, self.dp_size], "waiting": places}
+            waiting.append((span, length))
+            position = behind
+
+    def _measure(self, item: tuple[Span, dict]) -> tuple[Span, dict, int]:
+        """With a row's place its number of tokens; a bad row has none, so that it gets somewhere and is told there."""
+        try:
+            row, source, media_dir = self.dataset.read(item[0])
+            return *item, self.processor.measure(row, media_dir=media_dir, source=source, **self.encode_options)
+        except InputError:
+            return *item, 0
+
+    def _dealt(self) -> Iterator[tuple[Span, dict]]:
+        """The rows to pack on this rank, each with the position behind it; first those that waited at a checkpoint.
+
+        Ranks fill their rows at different speeds, so each has a position of its own. Where other ranks left off than go
+        on now, what any of them had waiting or had not come to is dealt anew, and all go on from the foremost position.
+        """
+        waiting = [Span(*place) for state in self._states for place in state.get("waiting", [])]
+        state = max(self._states, key=lambda state: state.get("consumed", 0))
+        if state.get("dealt", [self.dp_rank, self.dp_size]) != [self.dp_rank, self.dp_size]:
+            done = {state["dealt"][0]: state["consumed"] for state in self._states}
+            last = min(self._states, key=lambda state: state["consumed"])
+            between = self.dataset.stream(last, self._order_seed)
+            for span, behind in itertools.islice(between, state["consumed"] - last["consumed"]):
+                if behind["consumed"] > done[(behind["consumed"] - 1) % state["dealt"][1]]:
+                    waiting.append(span)
+            waiting = waiting[self.dp_rank :: self.dp_size]
+        for span in waiting:
+            yield span, state
+        for span, behind in self.dataset.stream(state, self._order_seed):
+            if (behind["consumed"] - 1) % self.dp_size == self.dp_rank:
+                yield span, behind
+
+
+class _Map:
+    """A function as DataLoader wants it."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __getitem__(self, item):
+        return self.function(item)
 
 
 def _leave_process_group(worker: int) -> None:

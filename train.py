@@ -65,7 +65,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     g.add_argument("--cache-dir", metavar="DIR", help="keeps the index of each dataset for the next start")
     g.add_argument("--max-samples", type=count, metavar="N", help="the first N rows of each dataset")
     g.add_argument("--confine-paths", action=switch, default=False, help="refuse media outside the dataset directory")
-    g.add_argument("--seq-length", type=count, default=4096, metavar="N", help="the longest sample, in tokens")
+    g.add_argument("--seq-length", type=count, default=4096, metavar="N", help="the longest sample, in tokens; with "
+                   "--packing, the longest row")
+    g.add_argument("--packing", action=switch, default=False, help="fill each row to --seq-length with as many samples "
+                   "as fit; batch sizes then count such rows")
+    g.add_argument("--streaming", action=switch, default=False, help="read the datasets as training goes on, without "
+                   "an index of their rows")
+    g.add_argument("--shuffle-buffer", type=count, metavar="N", help="with --streaming, how many rows in a row are "
+                   "shuffled among themselves (default: 1000)")
     g.add_argument("--num-workers", type=number(int, 0), default=2, metavar="N", help="loader processes per rank")
     g.add_argument("--shuffle", action=switch, default=True, help="a new order each epoch, from --seed")
     for kind in ("image", "video"):
@@ -81,9 +88,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     length = g.add_mutually_exclusive_group()
     length.add_argument("--train-iters", type=count, metavar="N", help="optimizer steps")
     length.add_argument("--train-epochs", type=positive, metavar="X", help="passes over the data")
-    g.add_argument("--micro-batch-size", type=count, default=1, metavar="N", help="samples of one forward on one rank")
-    g.add_argument("--global-batch-size", type=count, metavar="N", help="samples of one step (default: micro-batch "
-                   "size times data-parallel size); gradients are accumulated as needed")
+    g.add_argument("--micro-batch-size", type=count, default=1, metavar="N", help="samples (with --packing, packed "
+                   "rows) of one forward on one rank")
+    g.add_argument("--global-batch-size", type=count, metavar="N", help="samples or packed rows of one step "
+                   "(default: micro-batch size times data-parallel size); gradients are accumulated as needed")
     g.add_argument("--lr", type=amount, default=1e-5, help="peak learning rate")
     g.add_argument("--min-lr", type=amount, default=0.0, help="where the decay ends")
     g.add_argument("--vision-lr", type=amount, metavar="LR", help="peak learning rate of the vision encoder")
@@ -164,6 +172,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         if args.dataset is None or args.train_iters is args.train_epochs is None:
             missing = "--dataset" if args.dataset is None else "--train-iters or --train-epochs"
             raise UsageError(f"{missing} is missing: give it, or --dry-run")
+    if args.shuffle_buffer and not (args.streaming and args.shuffle):
+        raise UsageError("--shuffle-buffer shuffles a stream: give --streaming, or leave it out")
     if args.train_on_prompt and args.mask_history:
         raise UsageError("--train-on-prompt and --mask-history exclude each other: give one of them")
     if args.activation_offload and args.recompute == "none":
@@ -277,6 +287,7 @@ class Totals(NamedTuple):
     """What one step's batches hold, over all ranks."""
 
     tokens: int
+    samples: int
     supervised_tokens: int
     media: int  # pictures and videos
     skipped: int  # bad rows left out
@@ -299,26 +310,27 @@ def set_loss_weights(
     for batch in batches:
         bounds = zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False)
         counts.append([int((batch.labels[start:end] != data.IGNORE).sum()) for start, end in bounds])
-    micro_batches, samples, supervised, *others, flops = ranks.sum_of_rows(
+    micro_batches, with_answer, supervised, *others, flops = ranks.sum_of_rows(
         len(batches), sum(n > 0 for each in counts for n in each), sum(map(sum, counts)),
-        sum(b.cu_seqlens[-1] for b in batches), sum(len(b.grid_thw) for b in batches),
+        sum(b.cu_seqlens[-1] for b in batches), sum(len(b.sources) for b in batches),
+        sum(len(b.grid_thw) for b in batches),
         sum(b.skipped for b in batches), sum(b.truncated for b in batches),
         sum(step_flops(config, b.cu_seqlens, b.grid_thw, len(b.supervised_index)) for b in batches),
     )
-    tokens, media, skipped, truncated = map(int, others)
+    tokens, samples, media, skipped, truncated = map(int, others)
     # FSDP2 averages gradients over its ranks; the formula wants their sum, so the weights carry the factor.
     scale = float(ranks.world)
     for batch, each in zip(batches, counts, strict=True):
         if loss_type == "default":
             shares = [micro_batches * sum(each)] * len(each)
         elif loss_type == "per_sample":
-            shares = [samples * n for n in each]
+            shares = [with_answer * n for n in each]
         else:
             shares = [supervised] * len(each)
         weights = torch.tensor([scale / max(1, n) for n in shares], dtype=torch.float32)
         batch.loss_weights = weights.repeat_interleave(torch.tensor(batch.cu_seqlens).diff())
         batch.aux_weight = scale / micro_batches
-    return Totals(tokens, int(supervised), media, skipped, truncated, flops)
+    return Totals(tokens, samples, int(supervised), media, skipped, truncated, flops)
 
 
 # ---- logging --------------------------------------------------------------------------------------------------------
@@ -362,7 +374,6 @@ class MetricsLog:
         if not self.main:
             return
         peak_flops, seconds = kernels_npu.ops.peak_flops(), metrics["step_time_s"] * self.world
-        metrics["samples"] = self.global_batch_size - metrics["skipped_samples"]
         metrics["tokens_per_s"] = metrics["tokens"] / metrics["step_time_s"]
         metrics["mfu"] = metrics["model_flops"] / (seconds * peak_flops) if peak_flops else None
         metrics["memory_allocated"], metrics["memory_reserved"] = kernels_npu.ops.memory()
@@ -383,7 +394,9 @@ class MetricsLog:
 
     def line(self) -> str:
         """The line that scripts for Megatron's logs read: losses and times are means since the last line."""
-        m = dict(self.window[-1])
+        m = dict(self.window[-1], filled=None)
+        if self.args.packing:
+            m["filled"] = 100 * m["tokens"] / (self.global_batch_size * self.args.seq_length)
         for key in ("loss", "step_time_s", "tokens_per_s", "mfu", "aux_loss"):
             values = [each[key] for each in self.window if each[key] is not None]
             m[key] = sum(values) / len(values) if values else None
@@ -396,12 +409,12 @@ class MetricsLog:
             f"tokens per second per device: {m['tokens_per_s'] / self.world:.0f}",
         ]
         optional = {
-            "MFU": ("mfu", ".2f"), "load balancing loss": ("aux_loss", ".4f"), "eval loss": ("eval_loss", ".6E"),
-            "skipped samples": ("skipped_samples", "d"), "number of skipped iterations": ("skipped_iterations", "d"),
+            "MFU": ("mfu", ".2f"), "rows filled (%)": ("filled", ".1f"), "load balancing loss": ("aux_loss", ".4f"),
+            "eval loss": ("eval_loss", ".6E"), "skipped samples": ("skipped_samples", "d"),
+            "number of skipped iterations": ("skipped_iterations", "d"),
         }
         parts += [f"{text}: {m[key]:{form}}" for text, (key, form) in optional.items() if m[key]]
         return " " + " | ".join(parts) + " |"
-
 
     def close(self, iteration: int) -> None:
         """The last line: how far it came, where the checkpoint is, how to go on."""
@@ -489,7 +502,7 @@ def train(
             metrics_log.write(
                 iteration=iteration, loss=loss, grad_norm=grad_norm, eval_loss=eval_loss, model_flops=totals.flops,
                 aux_loss=aux_loss if model.config.text.num_experts else None, lr=optimizer.param_groups[-1]["lr"],
-                consumed_samples=batches[-1].resume_state["consumed"], tokens=totals.tokens,
+                consumed_samples=batches[-1].resume_state["consumed"], samples=totals.samples, tokens=totals.tokens,
                 supervised_tokens=totals.supervised_tokens, step_time_s=time.perf_counter() - began,
                 data_time_s=data_time, skipped_samples=totals.skipped, truncated_samples=totals.truncated,
                 skipped_iterations=int(not good),
@@ -545,8 +558,8 @@ def save_iteration(
 
 def resume(
     args: argparse.Namespace, model: Qwen3VL, optimizer: torch.optim.Optimizer, ranks: parallel.Ranks
-) -> tuple[int, dict | None]:
-    """Loads --load. Returns (iterations done, position in the data)."""
+) -> tuple[int, dict | list[dict] | None]:
+    """Loads --load. Returns (iterations done, position in the data, or the positions of the ranks that saved it)."""
     directory, name = convert.find_checkpoint(args.load)
     weights_only = args.finetune or args.no_load_optim
     state = convert.load_checkpoint(directory, model, None if weights_only else optimizer)
@@ -559,7 +572,10 @@ def resume(
         np.random.set_state(("MT19937", np.array(rng["numpy"], np.uint32), 624))
         if rng["device"] is not None:
             kernels_npu.ops.set_rng_state(rng["device"])
-    return state["iteration"], state["data"]
+    position = state["data"]
+    if position.get("dealt", [ranks.dp_rank, ranks.dp_size]) != [ranks.dp_rank, ranks.dp_size]:
+        position = convert.load_data_positions(directory)  # packed rows, dealt to other ranks
+    return state["iteration"], position
 
 
 def profiler(args: argparse.Namespace, ranks: parallel.Ranks):
@@ -629,9 +645,19 @@ def main(argv: list[str]) -> None:
     limits = {name: getattr(args, name) for name in (*limits, "video_fps", "video_maxlen")}
     processor = data.Processor(args.init_from_hf_path, **limits)
     read = {"dataset_dir": args.dataset_dir, "cache_dir": args.cache_dir}
-    dataset = data.RowDataset(args.dataset.split(","), max_samples=args.max_samples, **read)
+    paths = args.dataset.split(",")
+    if args.streaming:
+        dataset = data.RowStream(paths, args.dataset_dir, args.max_samples, args.shuffle_buffer or 1000)
+    else:
+        dataset = data.RowDataset(paths, max_samples=args.max_samples, **read)
+    options = {"seq_length": args.seq_length, "train_on_prompt": args.train_on_prompt,
+               "mask_history": args.mask_history, "confine": args.confine_paths}
+    layout = {"dp_rank": ranks.dp_rank, "dp_size": ranks.dp_size, "seed": args.seed, "num_workers": args.num_workers,
+              "on_bad_sample": args.on_bad_sample, "encode_options": options, "micro_batch_size": args.micro_batch_size}
+    loader = data.Loader(dataset, processor, shuffle=args.shuffle, global_batch_size=args.global_batch_size,
+                         packing=args.packing, **layout)
     if args.train_iters is None:
-        args.train_iters = max(1, math.ceil(round(args.train_epochs * len(dataset) / args.global_batch_size, 6)))
+        args.train_iters = max(1, math.ceil(round(args.train_epochs * loader.epoch_size() / args.global_batch_size, 6)))
     dtype = args.compute_dtype or ops.compute_dtype
 
     say(f"device: {ops.device}, {ranks.world} rank(s) over {ops.distributed_backend}, compute in {dtype}")
@@ -648,20 +674,16 @@ def main(argv: list[str]) -> None:
         say(f"{args.load} is at iteration {start} of {args.train_iters}: nothing to do")
         return ranks.close()
 
-    options = {"seq_length": args.seq_length, "train_on_prompt": args.train_on_prompt,
-               "mask_history": args.mask_history, "confine": args.confine_paths}
-    layout = {"dp_rank": ranks.dp_rank, "dp_size": ranks.dp_size, "seed": args.seed, "num_workers": args.num_workers,
-              "on_bad_sample": args.on_bad_sample, "encode_options": options, "micro_batch_size": args.micro_batch_size}
-    loader = data.Loader(dataset, processor, shuffle=args.shuffle, global_batch_size=args.global_batch_size,
-                         resume_state=position, **layout)
+    loader.resume_state = position
     eval_loader = None
     if args.eval_dataset:
         held_out = data.RowDataset(args.eval_dataset.split(","), **read)
         eval_loader = data.Loader(held_out, processor, shuffle=False, num_samples=len(held_out),
                                   global_batch_size=args.micro_batch_size * ranks.dp_size, **layout)
     metrics_log = MetricsLog(args, ranks, start, args.global_batch_size)
-    say(f"{len(dataset)} rows, {args.train_iters} iterations of {args.global_batch_size} samples, {accumulation} "
-        f"micro-batch(es) a rank, loss {args.loss_type}; ready after {time.perf_counter() - started:.1f} s")
+    say(f"{args.train_iters} iterations of {args.global_batch_size} {'packed rows' if args.packing else 'samples'}, "
+        f"{accumulation} micro-batch(es) a rank, loss {args.loss_type}; ready after "
+        f"{time.perf_counter() - started:.1f} s")
     train(args, model, optimizer, loader, eval_loader, ranks, accumulation, start, metrics_log)
     ranks.close()
 
