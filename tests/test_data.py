@@ -8,6 +8,7 @@ plain functions are compiled from its source.
 import ast
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -32,7 +33,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 import data
-from data import IGNORE, InputError, Loader, Processor, RowDataset, collate
+from data import IGNORE, PACKING_WINDOW, InputError, Loader, Processor, RowDataset, RowStream, collate
 
 TEMPLATE = (Path(__file__).parent / "assets" / "chat_template.jinja").read_text()
 LAYS_ON_WHITE = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
@@ -1019,3 +1020,198 @@ def test_too_many_bad_rows(tmp_path, processor):
     dataset = RowDataset([str(good), str(bad)])
     with pytest.raises(InputError, match=r"bad.json: 3 of \d+ rows read are bad, more than a tenth of the dataset"):
         take(make_loader(dataset, processor, on_bad_sample="skip"), 80)
+
+
+# ------------------------------------------------------------------------------------------------ streaming and packing
+
+
+@pytest.fixture
+def files(tmp_path) -> list[str]:
+    """An array on several lines, JSON lines with blank ones, an array on one line: 11, 6 and 9 rows."""
+    rows = {name: [{"id": f"{name}{i}"} | chat(f"q{i}", "ä\n" * (7 * i % 23)) for i in range(count)]
+            for name, count in (("a", 11), ("b", 6), ("c", 9))}
+    (tmp_path / "a.json").write_text(json.dumps(rows["a"], indent=1, ensure_ascii=False))
+    (tmp_path / "b.jsonl").write_text("\ufeff\n" + "\n\n".join(map(json.dumps, rows["b"])))
+    (tmp_path / "c.json").write_text(json.dumps(rows["c"], separators=(",", ":")))
+    return [str(tmp_path / name) for name in ("a.json", "b.jsonl", "c.json")]
+
+
+EVERYTHING = [f"{name}{i}" for name, count in (("a", 11), ("b", 6), ("c", 9)) for i in range(count)]
+
+
+def walk(dataset, count, state=None, seed=3) -> tuple[list[str], list[dict]]:
+    """The ids of the next rows of a stream, and the positions behind them, through JSON as a checkpoint has them."""
+    taken = list(itertools.islice(dataset.stream(state or {}, seed), count))
+    return [dataset.read(span)[0]["id"] for span, _ in taken], [json.loads(json.dumps(state)) for _, state in taken]
+
+
+@pytest.mark.parametrize("kind", [RowDataset, RowStream])
+def test_each_row_once_an_epoch_and_resume_at_each_row(kind, files):
+    dataset = kind(files) if kind is RowDataset else RowStream(files, buffer=4)
+    rows, states = walk(dataset, 78)
+    epochs = [rows[:26], rows[26:52], rows[52:]]
+    assert all(sorted(epoch) == sorted(EVERYTHING) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+    assert EVERYTHING not in epochs and rows != walk(dataset, 78, seed=4)[0]
+    assert walk(dataset, 40, seed=None)[0] == (EVERYTHING * 2)[:40]
+    assert [state["consumed"] for state in states] == list(range(1, 79)) and dataset.count() == 26
+    assert [state["epoch"] for state in states] == [0] * 26 + [1] * 26 + [2] * 26
+    for i, state in enumerate(states[:60]):
+        fresh = kind(files) if kind is RowDataset else RowStream(files, buffer=4)
+        assert walk(fresh, 17, state) == (rows[i + 1 : i + 18], states[i + 1 : i + 18])
+    assert [dataset.known_rows(file) for file in range(3)] == [11, 6, 9]
+    few = kind(files, max_samples=7)
+    assert sorted(walk(few, 20)[0]) == sorted(x for x in EVERYTHING if int(x[1:]) < 7) and few.count() == 20
+
+
+def test_stream_and_dataset_read_the_same_bytes(files):
+    dataset, stream = RowDataset(files), RowStream(files)
+    assert [dataset.span(i) for i in range(26)] == [span for span, _ in itertools.islice(stream.stream({}, None), 26)]
+    assert len({dataset.span(i) for i in range(26)}) == 26
+    with pytest.raises(IndexError):
+        dataset.span(26)
+
+
+def test_a_stream_shuffles_within_its_buffer(files):
+    rows, states = walk(RowStream(files, buffer=5), 26)
+    for block in range(0, 26, 5):
+        assert sorted(rows[block : block + 5]) == sorted(EVERYTHING[block : block + 5])
+    # Another buffer applies from the next block on: the one in hand is not cut anew, or rows would be lost.
+    resumed, _ = walk(RowStream(files, buffer=100), 49, states[6])
+    assert sorted(rows[:7] + resumed[:19]) == sorted(EVERYTHING) and resumed[:3] == rows[7:10]
+    assert sorted(resumed[19:45]) == sorted(EVERYTHING)
+
+
+def test_a_stream_is_damaged_later_on(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text("[\n" + ",\n".join(['{"id": 1}'] * 30) + "\n,{]")
+    with pytest.raises(InputError, match=r"rows.json is not a JSON list: .* at line 32 column 3"):
+        walk(RowStream([str(path)], buffer=4), 31)
+    _, states = walk(RowStream([str(path)], buffer=4), 20)
+    with pytest.raises(InputError, match=r"rows.json is not a JSON list: .* at line 32 column 3"):
+        walk(RowStream([str(path)], buffer=4), 31, states[-1])
+    with pytest.raises(InputError, match="rows.json is not a JSON list: .* at line 32 column 3"):
+        RowDataset([str(path)])
+    with pytest.raises(InputError, match="none.jsonl cannot be read"):
+        RowStream([str(path), str(tmp_path / "none.jsonl")])
+
+
+def test_a_position_of_another_kind(files, caplog, processor):
+    state, streamed = walk(RowDataset(files), 3)[1][-1], walk(RowStream(files), 3)[1][-1]
+    with pytest.raises(InputError, match="was not streamed: leave --streaming out"):
+        walk(RowStream(files), 1, state)
+    with pytest.raises(InputError, match="was streamed: give --streaming"):
+        walk(RowDataset(files), 1, streamed)
+    packed = state | {"dealt": [0, 1], "waiting": []}
+    with pytest.raises(InputError, match="was packed: give --packing"):
+        take(make_loader(RowDataset(files), processor, resume_state=packed), 1)
+    with open(files[1], "a") as file:
+        file.write("\n" + json.dumps({"id": "new"}))
+    walk(RowStream(files), 1, streamed)
+    walk(RowDataset(files), 1, state)
+    assert ["rows may be lost" in caplog.messages[0], "the order is new" in caplog.messages[1]] == [True, True]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streaming_resumes_and_deals_to_other_ranks(workers, files, processor):
+    def loader(**options):
+        defaults = {"micro_batch_size": 2, "global_batch_size": 4, "num_workers": workers}
+        return make_loader(RowStream(files, buffer=6), processor, **(defaults | options))
+
+    def ranks(size, count, **options):
+        return [take(loader(dp_rank=rank, dp_size=size, **options), count) for rank in range(size)]
+
+    whole = ranks(2, 16)
+    first = [batches[:5] for batches in whole]
+    state = json.loads(json.dumps(first[0][-1].resume_state))
+    assert state == first[1][-1].resume_state
+    rest = ranks(2, 11, resume_state=state)
+    for expected, resumed in zip(whole, rest, strict=True):
+        assert ids(expected[5:]) == ids(resumed)
+        for a, b in zip(expected[5:], resumed, strict=True):
+            assert torch.equal(a.input_ids, b.input_ids) and a.resume_state == b.resume_state
+    # Three ranks go on where two left off: the epoch's last six rows, then the next epoch's.
+    rows = [x for batches in first for batch in ids(batches) for x in batch]
+    other = ranks(3, 1, resume_state=state, global_batch_size=6)
+    rows += [x for batches in other for batch in ids(batches) for x in batch]
+    assert sorted(rows) == sorted(EVERYTHING)
+
+
+def uneven(tmp_path, count=300, seed=0) -> list[str]:
+    """Rows of about as many tokens as LLaVA's: mostly short, some long, one too long."""
+    rng = np.random.default_rng(seed)
+    words = np.clip(rng.lognormal(4.2, 0.8, count).astype(int), 1, 400)
+    words[count // 2] = 700
+    rows = [{"id": i} | chat(f"q{i}", "a " * int(n)) for i, n in enumerate(words)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return [str(tmp_path / "rows.jsonl")]
+
+
+def pack(dataset, processor, **options) -> Loader:
+    return make_loader(dataset, processor, **({"packing": True, "encode_options": {"seq_length": 640}} | options))
+
+
+def test_packed_rows_are_full_and_hold_each_row_once_an_epoch(tmp_path, processor):
+    dataset = RowDataset(uneven(tmp_path))
+    order = [x for batch in ids(take(make_loader(dataset, processor), 600)) for x in batch]
+    batches, rows = [], []
+    for batch in pack(dataset, processor):
+        batches.append(batch)
+        rows += ids([batch])[0]
+        if len(rows) >= 600:
+            break
+    assert sorted(rows[:300]) == sorted(rows[300:]) == sorted(order[:300])
+    used = [len(batch.input_ids) for batch in batches]
+    assert max(used) <= 640
+    ends = {i for i, batch in enumerate(batches) if batch.resume_state["epoch"] < batches[-1].resume_state["epoch"]}
+    full = [n for i, n in enumerate(used) if i != max(ends) and i != len(used) - 1]  # an epoch ends with what is left
+    assert 1 - sum(full) / (640 * len(full)) < 0.02
+    # A row waits for a while at most.
+    places = {row: i for i, row in enumerate(order[:300])}
+    assert max(places[row] - i for i, row in enumerate(rows[:300])) < PACKING_WINDOW
+    batch = batches[1]
+    samples = [processor.encode(dataset[int(i)][0], media_dir=tmp_path, seq_length=640) for i in ids([batch])[0]]
+    assert torch.equal(batch.input_ids, collate(samples).input_ids) and len(samples) > 2
+    assert torch.equal(batch.position_ids, collate(samples).position_ids)
+    assert batch.cu_seqlens == collate(samples).cu_seqlens
+    assert pack(dataset, processor).epoch_size() == pytest.approx(sum(used) / 640 / 2, rel=0.001)
+
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_packing_resumes_exactly(workers, streaming, tmp_path, processor):
+    paths = uneven(tmp_path)
+    options = {"dp_size": 2, "micro_batch_size": 2, "global_batch_size": 4, "num_workers": workers}
+
+    def loader(**more):
+        dataset = RowStream(paths, buffer=50) if streaming else RowDataset(paths)
+        return pack(dataset, processor, **options, **more)
+
+    for rank in range(2):
+        whole = take(loader(dp_rank=rank), 24)
+        for at in (1, 10, 13):
+            state = json.loads(json.dumps(whole[at].resume_state))
+            resumed = take(loader(dp_rank=rank, resume_state=state), 23 - at)
+            assert ids(resumed) == ids(whole[at + 1 :])
+            for a, b in zip(whole[at + 1 :], resumed, strict=True):
+                assert torch.equal(a.input_ids, b.input_ids) and a.cu_seqlens == b.cu_seqlens
+                assert a.resume_state == b.resume_state
+
+
+@pytest.mark.parametrize("layouts", [(1, 2), (2, 1), (3, 2, 3), (2, 2, 5)])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_packed_rows_are_cut_anew_for_other_ranks(layouts, streaming, tmp_path, processor):
+    """What a rank had waiting, and what it had not come to when the foremost had, is dealt to the new ranks."""
+    paths, rows, states = uneven(tmp_path), [], None
+    for generation, size in enumerate(layouts):
+        positions = []
+        for rank in range(size):
+            dataset = RowStream(paths, buffer=50) if streaming else RowDataset(paths)
+            loader = pack(dataset, processor, dp_rank=rank, dp_size=size, global_batch_size=size, resume_state=states)
+            for batch in itertools.islice(loader, None if generation == len(layouts) - 1 else 4):
+                if batch.resume_state["epoch"] > 0:
+                    break
+                rows += ids([batch])[0]
+            positions.append(json.loads(json.dumps(batch.resume_state)))
+        states = positions
+    assert sorted(map(int, rows)) == list(range(300))
