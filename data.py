@@ -25,7 +25,7 @@ import re
 import sys
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -264,19 +264,25 @@ def resolve_path(path: str, media_dir: str | Path, confine: bool) -> Path:
     return full
 
 
-def load_picture(path: Path) -> Image.Image:
+def load_picture(path: Path, decode: bool = True) -> Image.Image:
     """The picture upright and in RGB, as transformers 5.23 makes it from a path. Raises InputError.
 
     EXIF rotation is applied and an alpha channel dropped, but what has one transparent colour (palettes, some PNG) is
     laid on white: its `load_image` leaves that colour in `info`, where its picture processor then finds it.
+    Without `decode` only the header is read, and only `size` means something: it may be the size before the rotation,
+    which the number of tokens does not depend on, as `smart_resize` treats both sides alike.
     """
     with _reading(path, "a picture"), Image.open(path) as image:
+        if not decode:
+            return image
         ImageOps.exif_transpose(image, in_place=True)
         image = image.convert("RGB")
-        if image.info.get("transparency") is not None:
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-        return image
+        return _on_white(image) if image.info.get("transparency") is not None else image
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 @contextlib.contextmanager
@@ -289,14 +295,32 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
         raise InputError(f"{path} cannot be read as {kind}: {_one_line(error)}") from error
 
 
-def open_video(
-    spec: str | list | dict, media_dir: str | Path, confine: bool, default_fps: float
-) -> tuple[Callable[[list[int]], list[Image.Image]], int, float]:
-    """A function that reads the frames of given numbers, the number of frames, and their rate.
+@dataclass
+class Video:
+    """A video, of which only what its prompt needs has been read."""
 
-    A video is a list of pictures, a folder of them (in the order of the numbers in their names), an animated picture
-    or a video file; or `{"path": any of these, "fps": rate}`. Pictures that come without a rate are taken to have
-    been picked at the rate that is asked for, `default_fps`, as the Qwen team's own tools do.
+    num_frames: int
+    fps: float  # frames per second, of a varying rate the mean
+    # When each frame appears and the last one ends, in seconds from the first, [num_frames + 1], if the rate varies.
+    # If it does not, None: frame i appears at i / fps.
+    times: np.ndarray | None
+    # read(numbers, decode): the frames of these numbers, which must rise, one by one: decoded, or with a `size` only
+    read: Callable[[list[int], bool], Iterator[Image.Image | _Header]]
+
+
+@dataclass
+class _Header:
+    """A frame that is not decoded."""
+
+    size: tuple[int, int]  # width, height
+
+
+def open_video(spec: str | list | dict, media_dir: str | Path, confine: bool, default_fps: float) -> Video:
+    """A list of pictures, a folder of them (in the order of the numbers in their names), an animated picture or a
+    video file; or `{"path": any of these, "fps": rate}`, where the rate comes before what the file says.
+
+    Pictures that come without a rate are taken to have been picked at the rate that is asked for, `default_fps`, as
+    the Qwen team's own tools do. Raises InputError.
     """
     path, fps = (spec.get("path"), spec.get("fps")) if isinstance(spec, dict) else (spec, None)
     if fps is not None and (type(fps) not in (int, float) or not 0.001 <= fps <= 1e6):
@@ -304,59 +328,108 @@ def open_video(
     if isinstance(path, list):
         paths = [resolve_path(item, media_dir, confine) for item in path]
     else:
-        folder = resolve_path(path, media_dir, confine)
-        if not folder.is_dir():
-            return _open_video_file(folder, fps)
-        names = [name for name in os.listdir(folder) if name.lower().endswith(PICTURE_SUFFIXES)]
+        full = resolve_path(path, media_dir, confine)
+        if full.suffix.lower() in (*PICTURE_SUFFIXES, ".apng") and not full.is_dir():
+            return _open_animation(full, fps)
+        if not full.is_dir():
+            return _open_video_file(full, fps)
+        names = [name for name in os.listdir(full) if name.lower().endswith(PICTURE_SUFFIXES) and name[0] != "."]
         names.sort(key=lambda name: [int(s) if s.isdigit() else s for s in re.split("([0-9]+)", name)])
         paths = [resolve_path(os.path.join(path, name), media_dir, confine) for name in names]
-    return lambda numbers: [load_picture(paths[i]) for i in numbers], len(paths), float(fps or default_fps)
+    return Video(
+        num_frames=len(paths),
+        fps=float(fps or default_fps),
+        times=None,
+        read=lambda numbers, decode: (load_picture(paths[i], decode) for i in numbers),
+    )
 
 
-def _open_video_file(path: Path, fps: float | None) -> tuple[Callable[[list[int]], list[Image.Image]], int, float]:
-    """Of an animated picture (read with Pillow) or a video file (with PyAV), what `open_video` returns."""
-    if path.suffix.lower() in PICTURE_SUFFIXES:
-        with _reading(path, "an animation"):
-            # In milliseconds. Browsers, too, take 0 for 100.
-            durations = [frame.info.get("duration") or 100 for frame in _animation_frames(path)]
-        frames, to_rgb, count = _animation_frames, lambda frame: frame.convert("RGB"), len(durations)
-        fps = fps or 1000 * count / sum(durations)
-    else:
-        try:
-            import av
-        except ImportError as error:
-            raise InputError(f"{path}: reading video files needs PyAV: pip install av") from error
-        with _reading(path, "a video"), av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError("it holds no video")
-            stream = container.streams.video[0]
-            count = stream.frames or sum(1 for _ in container.decode(stream))  # some formats do not state it
-            fps = fps or stream.average_rate
-        if not fps:
-            raise InputError(f"{path} states no frame rate: give it as {{'path': ..., 'fps': ...}}")
-        frames, to_rgb = _video_frames, lambda frame: frame.to_image()
+def _open_animation(path: Path, fps: float | None) -> Video:
+    """An animated GIF, WebP or PNG. Transparent pixels are laid on white, as PyAV shows those of a GIF."""
 
-    def read(numbers: list[int]) -> list[Image.Image]:
+    def frames() -> Iterator[Image.Image]:
+        with _reading(path, "an animation"), Image.open(path) as image:
+            for number in range(getattr(image, "n_frames", 1)):
+                image.seek(number)
+                image.load()  # only now does a WebP know a frame's duration
+                yield image
+
+    def read(numbers: list[int], decode: bool) -> Iterator[Image.Image | _Header]:
+        if not decode:
+            yield from [_Header(size)] * len(numbers)
+            return
         wanted = set(numbers)
-        with _reading(path, "a video"):
-            return [to_rgb(frame) for i, frame in enumerate(frames(path)) if i in wanted]
+        for number, image in enumerate(frames()):
+            if number in wanted:
+                yield _on_white(image) if image.has_transparency_data else image.convert("RGB")
+            if number == numbers[-1]:
+                break
 
-    return read, count, float(fps)
+    with _reading(path, "an animation"), Image.open(path) as image:
+        count, size, times = getattr(image, "n_frames", 1), image.size, None
+    if fps is None:
+        # In milliseconds. Browsers, too, take 0 for 100.
+        times = np.cumsum([0] + [image.info.get("duration") or 100 for image in frames()]) / 1000
+        fps = count / times[-1]
+    return Video(count, float(fps), _unless_steady(times, fps), read)
 
 
-def _animation_frames(path: Path) -> Iterator[Image.Image]:
-    with Image.open(path) as image:
-        for number in range(getattr(image, "n_frames", 1)):
-            image.seek(number)
-            image.load()  # only now does a WebP know a frame's duration
-            yield image
+def _open_video_file(path: Path, fps: float | None) -> Video:
+    """A video file, through PyAV. Frames stay as they are stored: like transformers, this turns none of them.
+
+    One pass over the packets, without decoding, counts the frames and finds when each is shown. What a header states
+    may be missing or wrong; but a file that lacks more than a tenth of it was cut off, and that is an error.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise InputError(f"{path}: reading video files needs PyAV: pip install av") from error
+    with _reading(path, "a video"), av.open(str(path)) as container:
+        if not container.streams.video:
+            raise ValueError("it holds no video")
+        stream = container.streams.video[0]
+        size, rate, stated, unit = (stream.width, stream.height), stream.average_rate, stream.frames, stream.time_base
+        # Of each packet: when its frame is shown, and for how long. (An empty packet marks the end.)
+        packets = [(p.pts, p.duration, p.is_discard) for p in container.demux(stream) if p.size]
+    if len(packets) < 0.9 * stated:
+        raise InputError(f"{path} states {stated} frames but holds {len(packets)}: it was cut off, get it again")
+    shown = [(pts, duration) for pts, duration, discard in packets if not discard]
+    count, times = len(shown), None
+    if count > 1 and all(pts is not None for pts, _ in shown):
+        shown.sort()  # they come in the order of decoding
+        ticks = np.array([pts for pts, _ in shown])
+        last = shown[-1][1] or (ticks[-1] - ticks[0]) / (count - 1)
+        times = (np.append(ticks, ticks[-1] + last) - ticks[0]) * float(unit)
+    mean = count / times[-1] if times is not None and times[-1] > 0 else None
+    times = None if fps else _unless_steady(times, rate or mean)
+    fps = fps or (mean if times is not None else rate or mean)
+    if not fps:
+        raise InputError(f"{path} states no frame rate: give it as {{'path': ..., 'fps': ...}}")
+
+    def read(numbers: list[int], decode: bool) -> Iterator[Image.Image | _Header]:
+        if not decode:
+            yield from [_Header(size)] * len(numbers)
+            return
+        wanted, number = set(numbers), -1
+        with _reading(path, "a video"), av.open(str(path)) as container:
+            for number, frame in enumerate(container.decode(video=0)):
+                if number in wanted:
+                    yield frame.to_image()
+                if number == numbers[-1]:
+                    return
+        # A packet or two that hold no frame of their own are usual in old AVI files: what is shown last, stays.
+        if number + 1 < 0.9 * count:
+            raise InputError(f"{path} states {count} frames but only {number + 1} can be decoded: it is damaged")
+        yield from [frame.to_image()] * sum(wanted_number > number for wanted_number in numbers)
+
+    return Video(count, float(fps), times, read)
 
 
-def _video_frames(path: Path) -> Iterator:
-    import av
-
-    with av.open(str(path)) as container:
-        yield from container.decode(video=0)
+def _unless_steady(times: np.ndarray | None, fps: float) -> np.ndarray | None:
+    """Nothing if frame i appears at i / fps, give or take half a frame (files round times), else the times."""
+    if times is None or np.diff(times).min() <= 0:  # times that do not rise say nothing
+        return None
+    return None if np.abs(times[:-1] * fps - np.arange(len(times) - 1)).max() <= 0.5 else times
 
 
 def smart_resize(
@@ -478,50 +551,73 @@ class Processor:
         except TypeError as error:
             raise InputError("a text holds half of a surrogate pair (\\ud800 to \\udfff)") from error
 
-    def picture(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """Patches [P, 1536] float32 and grid (1, rows, columns) of an RGB picture, bit for bit transformers'."""
-        size = smart_resize(image.height, image.width, 1, 1, self.patch * self.merge, *self.image_pixels)
-        return self._patchify([image], size, self.image)
+    def picture(self, image: Image.Image, decode: bool = True) -> tuple[np.ndarray | None, tuple[int, int, int]]:
+        """Patches [P, 1536] float32 and grid (1, rows, columns) of an RGB picture, bit for bit transformers'.
 
-    def frames(
-        self, read: Callable[[list[int]], list[Image.Image]], num_frames: int, fps: float
-    ) -> tuple[np.ndarray, tuple[int, int, int], list[float]]:
+        Without `decode` the patches are None, and of the picture only its size matters.
+        """
+        height, width = smart_resize(image.height, image.width, 1, 1, self.patch * self.merge, *self.image_pixels)
+        grid = 1, height // self.patch, width // self.patch
+        return self._patchify([image], grid, self.image) if decode else None, grid
+
+    def frames(self, video: Video, decode: bool = True) -> tuple[np.ndarray | None, tuple[int, int, int], list[float]]:
         """Patches, grid (frame pairs, rows, columns) and each pair's time in seconds of a video (see `open_video`).
 
         Sampling, sizes and times are transformers'. It resizes frames with torchvision only: Pillow's are close.
+        Without `decode` no frame is decoded and the patches are None.
         """
-        if num_frames < 2:
-            raise InputError(f"a video needs two frames, this has {num_frames}")
-        count = max(int(num_frames / fps * self.video_fps), self.video["min_frames"])
-        count = min(count, self.video_maxlen, num_frames)
-        numbers = np.linspace(0, num_frames - 1, count).round().astype(int).tolist()
-        images = read(numbers)
-        if len(images) < len(numbers):
-            raise InputError(f"the video states {num_frames} frames but only {len(images)} of {count} chosen are there")
-        width, height = images[0].size
-        for number, image in zip(numbers, images, strict=True):
-            if image.size != (width, height):
-                raise InputError(f"frame {number} has {image.size} pixels, the first {images[0].size}: make them equal")
+        if video.num_frames < 2:
+            raise InputError(f"a video needs two frames, this has {video.num_frames}")
+        numbers = self._choose_frames(video)
+        images = video.read(numbers, decode)  # one by one: as many of a film's frames would fill the memory
+        first = next(images)
+        width, height = first.size
         factor = self.patch * self.merge
         scale = max(1.0, factor / height, factor / width)  # as transformers 5; 4.57 refuses sides below `factor`
         height, width = int(height * scale), int(width * scale)
-        size = smart_resize(height, width, len(images), self.temporal, factor, *self.video_pixels)
-        padding = -len(images) % self.temporal
-        numbers += numbers[-1:] * padding
-        pixels, grid = self._patchify(images + images[-1:] * padding, size, self.video)
-        pairs = zip(numbers[:: self.temporal], numbers[self.temporal - 1 :: self.temporal], strict=True)
-        return pixels, grid, [(first / fps + last / fps) / 2 for first, last in pairs]
+        height, width = smart_resize(height, width, len(numbers), self.temporal, factor, *self.video_pixels)
+        grid = -(-len(numbers) // self.temporal), height // self.patch, width // self.patch
 
-    def _patchify(self, images: list, size: tuple[int, int], settings: dict) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """Resized to (height, width), cut into patches in merge-block order, each flattened as (channel, t, h, w).
+        def of_one_size() -> Iterator[Image.Image]:
+            yield first
+            for number, image in zip(numbers[1:], images, strict=True):
+                if image.size != first.size and (decode or image.size != first.size[::-1]):  # headers: before rotation
+                    raise InputError(f"frame {number} has {image.size} pixels, the first {first.size}: make them equal")
+                yield image
 
-        A single image is repeated to fill a patch. Values are looked up in a table of the 256 possible ones, made with
+        patches = self._patchify(of_one_size(), grid, self.video) if decode else None
+        if not decode:
+            list(of_one_size())
+        numbers += numbers[-1:] * (-len(numbers) % self.temporal)
+        times = [i / video.fps for i in numbers] if video.times is None else video.times[numbers].tolist()
+        pairs = zip(times[:: self.temporal], times[self.temporal - 1 :: self.temporal], strict=True)
+        return patches, grid, [(first + last) / 2 for first, last in pairs]
+
+    def _choose_frames(self, video: Video) -> list[int]:
+        """Numbers of the frames to take, evenly spaced: by number as transformers, or in time where the rate varies.
+
+        A frame that stays for long may be the nearest to several moments; it is taken once.
+        """
+        count = max(int(video.num_frames / video.fps * self.video_fps), self.video["min_frames"])
+        count = min(count, self.video_maxlen, video.num_frames)
+        if video.times is None:
+            return np.linspace(0, video.num_frames - 1, count).round().astype(int).tolist()
+        starts = video.times[:-1]
+        moments = np.linspace(0, starts[-1], count)
+        after = np.searchsorted(starts, moments).clip(min=1)
+        return np.unique(np.where(moments - starts[after - 1] <= starts[after] - moments, after - 1, after)).tolist()
+
+    def _patchify(self, images: Iterable[Image.Image], grid: tuple[int, int, int], settings: dict) -> np.ndarray:
+        """Resized to the grid, cut into patches in merge-block order, each flattened as (channel, t, h, w).
+
+        The last image is repeated to fill a patch. Values are looked up in a table of the 256 possible ones, made with
         transformers' roundings: rescaled in float64, normalised in float32.
         """
-        resized = [np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC)) for image in images]
-        depth = 1 if len(images) == 1 else self.temporal
         m, p = self.merge, self.patch
-        t, h, w = len(images) // depth, size[0] // p, size[1] // p
+        t, h, w = grid
+        resized = [np.asarray(image.resize((w * p, h * p), Image.Resampling.BICUBIC)) for image in images]
+        depth = 1 if len(resized) == 1 else self.temporal
+        resized += resized[-1:] * (-len(resized) % depth)
         blocks = np.stack(resized).reshape(t, depth, h // m, m, p, w // m, m, p, 3).transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
         blocks = blocks.reshape(t * h * w, 3, depth, p * p)
         levels = (np.arange(256, dtype=np.float64) * settings["rescale_factor"]).astype(np.float32)
@@ -529,7 +625,7 @@ class Processor:
         for channel in range(3):
             mean, std = np.float32(settings["image_mean"][channel]), np.float32(settings["image_std"][channel])
             patches[:, channel] = np.take((levels - mean) / std, blocks[:, channel])
-        return patches.reshape(t * h * w, -1), (t, h, w)
+        return patches.reshape(t * h * w, -1)
 
     def encode(
         self,
@@ -551,15 +647,9 @@ class Processor:
         long, the end of its answer. `for_generation` drops a last answer and ends with "<|im_start|>assistant\\n".
         `confine` refuses media outside `media_dir`. Raises InputError, whose message begins with `source`.
         """
-        try:
-            if train_on_prompt and mask_history:
-                raise InputError("train_on_prompt and mask_history exclude each other")
-            chunks, truncated = self._encode_turns(
-                parse_row(row, for_generation), media_dir, confine, seq_length, for_generation
-            )
-        except InputError as error:
-            raise InputError(f"{source}: {_one_line(error)}" if source else _one_line(error)) from error
-
+        chunks, truncated = self._encode_row(
+            row, True, media_dir, source, seq_length, train_on_prompt, mask_history, for_generation, confine
+        )
         ids = np.array([token for chunk in chunks for token in chunk.ids], np.int64)
         starts = np.cumsum([0] + [len(chunk.ids) for chunk in chunks]).tolist()
         runs = [(start + at, h, w) for chunk, start in zip(chunks, starts, strict=False) for at, h, w in chunk.runs]
@@ -586,14 +676,50 @@ class Processor:
             truncated=truncated,
         )
 
-    def _encode_turns(
-        self, turns: list[Turn], media_dir: str | Path, confine: bool, seq_length: int | None, for_generation: bool
+    def measure(self, row: dict, *, media_dir: str | Path, source: str = "", **options) -> int:
+        """How many tokens `encode` makes of a row, given the same options, without decoding its media.
+
+        Of pictures and frames only headers are read, of video files only packets; an animation's times are known after
+        decoding it only. Raises the InputErrors of `encode` that can be seen so.
+        """
+        chunks, _ = self._encode_row(row, False, media_dir, source, **options)
+        return sum(len(chunk.ids) for chunk in chunks)
+
+    def _encode_row(
+        self,
+        row: dict,
+        decode: bool,
+        media_dir: str | Path,
+        source: str,
+        seq_length: int | None = None,
+        train_on_prompt: bool = False,
+        mask_history: bool = False,
+        for_generation: bool = False,
+        confine: bool = False,
     ) -> tuple[list[_Chunk], bool]:
-        """The turns that fit in `seq_length`, and whether that is not all. Media of turns beyond it are not read."""
+        """The turns that fit in `seq_length`, and whether that is not all. Without `decode` they lack the pixels."""
+        try:
+            if train_on_prompt and mask_history:
+                raise InputError("train_on_prompt and mask_history exclude each other")
+            turns = parse_row(row, for_generation)
+            return self._encode_turns(turns, media_dir, seq_length, for_generation, confine, decode)
+        except InputError as error:
+            raise InputError(f"{source}: {_one_line(error)}" if source else _one_line(error)) from error
+
+    def _encode_turns(
+        self,
+        turns: list[Turn],
+        media_dir: str | Path,
+        seq_length: int | None,
+        for_generation: bool,
+        confine: bool,
+        decode: bool,
+    ) -> tuple[list[_Chunk], bool]:
+        """What `_encode_row` returns. Media of turns beyond the length are not read."""
         limit = seq_length or sys.maxsize
         chunks, length = [], 0
         for turn in turns:
-            chunks.append(self._encode_turn(turn, media_dir, confine))
+            chunks.append(self._encode_turn(turn, media_dir, confine, decode))
             length += len(chunks[-1].ids)
             if length > limit and turn.role == "assistant" and not for_generation:
                 break
@@ -615,7 +741,7 @@ class Processor:
         del chunks[-1].ids[limit - length :]
         return chunks, True
 
-    def _encode_turn(self, turn: Turn, media_dir: str | Path, confine: bool) -> _Chunk:
+    def _encode_turn(self, turn: Turn, media_dir: str | Path, confine: bool, decode: bool) -> _Chunk:
         """<|im_start|>role\\n...<|im_end|>\\n, as chat_template.jinja renders a message.
 
         Text between control tokens is tokenized in one piece, as merges may cross the newline after the role. (A token
@@ -630,10 +756,12 @@ class Processor:
                 continue
             try:
                 if part.kind == "image":
-                    pixels, grid = self.picture(load_picture(resolve_path(part.spec, media_dir, confine)))
+                    path = resolve_path(part.spec, media_dir, confine)
+                    pixels, grid = self.picture(load_picture(path, decode), decode)
                     captions, pad = [""], self.image_token_id
                 else:
-                    pixels, grid, times = self.frames(*open_video(part.spec, media_dir, confine, self.video_fps))
+                    video = open_video(part.spec, media_dir, confine, self.video_fps)
+                    pixels, grid, times = self.frames(video, decode)
                     captions, pad = [f"<{time:.1f} seconds>" for time in times], self.video_token_id
             except InputError as error:
                 raise InputError(f"{part.key}: {error}") from error
