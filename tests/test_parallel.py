@@ -252,6 +252,7 @@ DIRTY = ["--on-bad-sample", "skip", "--seq-length", 50, "--global-batch-size", 8
 EVAL = ["--eval-dataset", "text.json", "--eval-interval", 2]  # five rows: some ranks come away empty
 PER_TOKEN = ["--loss-type", "per_token", "--global-batch-size", 12, "--loss-chunk-size", 7]
 PER_SAMPLE = ["--loss-type", "per_sample", "--micro-batch-size", 2]
+PACKED = ["--packing", "--seq-length", 150, "--global-batch-size", 2]  # of two samples or more
 
 # (model, rows, flags of one rank and many alike): [(ranks, flags of the many)]
 CASES = {
@@ -265,7 +266,7 @@ CASES = {
     # accumulation 3 on four ranks, 12 on one
     ("dense", "kinds", *PER_TOKEN): [(4, [])],
     ("moe", "pictures", *AUX, "--loss-type", "per_token", "--micro-batch-size", 2): [(4, [*EP4, *CP2, *RECOMPUTE])],
-    # packed rows: two samples to a micro-batch
+    # two samples to a micro-batch
     ("dense", "pictures", *PER_SAMPLE): [(4, [*CP4, *OFFLOAD])],
     ("moe", "kinds", *PER_SAMPLE): [(4, [*EP2, *CP2])],
     ("moe", "pictures", "--micro-batch-size", 2): [(2, [*EP2, *CP2])],
@@ -273,6 +274,8 @@ CASES = {
     ("dense", "alone", "--freeze-vision-encoder", "--freeze-vision-projector"): [(4, [*CP2, *OFFLOAD])],
     ("moe", "kinds", "--freeze-text-decoder"): [(4, [*EP2, *RECOMPUTE])],
     ("dense", "dirty", *DIRTY): [(4, CP2)],
+    ("dense", "kinds", *PACKED, "--loss-type", "per_sample"): [(2, [*CP2, *OFFLOAD])],
+    ("moe", "kinds", *PACKED, "--streaming"): [(4, [*CP4, *EP4])],
 }
 
 

@@ -5,6 +5,7 @@ step, and Adam's division by the root of small second moments lets it grow to so
 """
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -90,8 +91,10 @@ def shell(*argv, **kwargs) -> subprocess.CompletedProcess:
 
 
 def reference(folder: Path, model: str, dataset: str, *, micro=1, accumulation=1, loss_type="default", iters=6, lr=1e-3,
-              lrs=None, weight_decay=0.0, clip=1.0, warmup=0, aux_coef=0.0, frozen=(), options=None) -> list[tuple]:
-    """(loss, gradient norm, learning rate) of each step of transformers' model, one sample to a forward."""
+              lrs=None, weight_decay=0.0, clip=1.0, warmup=0, aux_coef=0.0, frozen=(), options=None,
+              packed=None) -> list[tuple]:
+    """(loss, gradient norm, learning rate) of each step of transformers' model, one sample to a forward; `packed` has
+    the numbers of the samples in each micro-batch of one step after the other."""
     hf = tiny.hf_model(MODELS[model])
     processor = data.Processor(folder / model)
     rows = data.RowDataset([str(folder / dataset)])
@@ -109,21 +112,25 @@ def reference(folder: Path, model: str, dataset: str, *, micro=1, accumulation=1
             group["lr"] = factor * group["max_lr"]
         optimizer.zero_grad()
         size = micro * accumulation
-        samples = []
-        for i in range(step * size, (step + 1) * size):
-            row, source, media = rows[i % len(rows)]
-            samples.append(processor.encode(row, media_dir=media, source=source, **(options or {})))
-        counts = [int((s.labels != -100).sum()) for s in samples]
+        micro_batches = [range(i, i + micro) for i in range(step * size, (step + 1) * size, micro)]
+        if packed:
+            micro_batches = packed[step * accumulation : (step + 1) * accumulation]
+        samples, counts = [], []  # the latter of supervised tokens: each sample's, its micro-batch's
+        for numbers in micro_batches:
+            for i in numbers:
+                row, source, media = rows[i % len(rows)]
+                samples.append(processor.encode(row, media_dir=media, source=source, **(options or {})))
+            each = [int((s.labels != -100).sum()) for s in samples[-len(numbers) :]]
+            counts += [(n, sum(each)) for n in each]
         total = 0.0
         for i, sample in enumerate(samples):
             kinds = ["image"] * len(sample.grid_thw)
             sample.kinds = kinds
             result = hf(**tiny.hf_inputs(sample), output_router_logits=aux_coef > 0)
             nll = torch.nn.functional.cross_entropy(result.logits[0], sample.labels, ignore_index=-100, reduction="sum")
-            first = i // micro * micro
             loss = {
-                "default": nll / sum(counts[first : first + micro]) / accumulation,
-                "per_sample": nll / counts[i] / size, "per_token": nll / sum(counts),
+                "default": nll / counts[i][1] / accumulation, "per_sample": nll / counts[i][0] / len(samples),
+                "per_token": nll / sum(n for n, _ in counts),
             }[loss_type]
             if aux_coef:
                 assert micro == 1
@@ -179,6 +186,26 @@ def test_six_steps_equal_transformers(folder, tmp_path, case):
         assert m["lr"] == pytest.approx(lr, abs=1e-12)
 
 
+@pytest.mark.parametrize("loss_type", ["default", "per_sample", "per_token"])
+def test_packed_rows_equal_their_samples_one_by_one(folder, tmp_path, loss_type):
+    """Two packed rows a step, of pictures, videos and text, against transformers' model on each sample alone."""
+    model, dataset = "moe", "mixed.jsonl"
+    flags = ["--packing", "--seq-length", 300, "--global-batch-size", 2, "--loss-type", loss_type]
+    metrics = run(folder, tmp_path, *flags, model=model, dataset=dataset)
+    loader = data.Loader(
+        data.RowDataset([str(folder / dataset)]), data.Processor(folder / model), micro_batch_size=1,
+        global_batch_size=1, dp_rank=0, dp_size=1, seed=0, shuffle=False, num_workers=0, on_bad_sample="error",
+        encode_options={"seq_length": 300}, packing=True)
+    packed = [[int(re.search(r"row (\d+)", source)[1]) - 1 for source in batch.sources]
+              for batch in itertools.islice(loader, 12)]
+    assert max(map(len, packed)) > 2 and [m["samples"] for m in metrics] == [len(a + b) for a, b in
+                                                                            zip(packed[::2], packed[1::2], strict=True)]
+    expected = reference(folder, model, dataset, accumulation=2, loss_type=loss_type, packed=packed)
+    for m, (loss, norm, _) in zip(metrics, expected, strict=True):
+        assert m["loss"] == pytest.approx(loss, rel=1e-4), m["iteration"]
+        assert m["grad_norm"] == pytest.approx(norm, rel=1e-4), m["iteration"]
+
+
 def weights(save: Path) -> dict[str, torch.Tensor]:
     import convert
     directory, _ = convert.find_checkpoint(save)
@@ -192,10 +219,12 @@ def assert_same_weights(a: Path, b: Path):
     assert not [name for name in a if not torch.equal(a[name], b[name])]
 
 
+@pytest.mark.parametrize("reading", ["", "--streaming --shuffle-buffer 4", "--packing --seq-length 160",
+                                     "--packing --streaming --seq-length 160"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_run_is_the_uninterrupted_one(folder, tmp_path, workers):
+def test_a_resumed_run_is_the_uninterrupted_one(folder, tmp_path, workers, reading):
     """Bit for bit: losses, weights and optimizer state, with shuffling over an epoch's end and accumulation."""
-    flags = ["--shuffle", "--global-batch-size", 4, "--num-workers", workers, "--seed", 3]
+    flags = ["--shuffle", "--global-batch-size", 4, "--num-workers", workers, "--seed", 3, *reading.split()]
     whole = run(folder, tmp_path / "whole", *flags, iters=8)
     run(folder, tmp_path / "parts", *flags, "--save-interval", 3, iters=8)
     for last in (8, 6):  # as if the run had died between iteration 3's checkpoint and iteration 6's
