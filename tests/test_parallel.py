@@ -484,6 +484,20 @@ def test_training_goes_on_in_another_layout(folder, tmp_path, one_rank):
     assert_same_training(one_rank("moe", "kinds", *AUX), half)
 
 
+@pytest.mark.parametrize("reading", ["", "--streaming"])
+def test_packed_rows_are_dealt_to_other_ranks(folder, tmp_path, reading):
+    """Two ranks, then two pairs, then one alone: samples and tokens up to an epoch's end are those of each row once."""
+    processor, rows = data.Processor(folder / "moe"), data.RowDataset([str(folder / "kinds.json")])
+    lengths = [processor.measure(rows[i][0], media_dir=folder, seq_length=150) for i in range(len(rows))]
+    for last, (world, *flags) in {1: (2,), 2: (4, *CP2), 8: (1,)}.items():
+        flags = [*PACKED, *reading.split(), "--global-batch-size", 2 if world > 1 else 1, *flags]
+        load = ["--load", tmp_path / "save"] * (last > 1)
+        run_ranks(world, argv(folder, "moe", "kinds", tmp_path / "save", *flags, *load, iters=last))
+    metrics = read_metrics(tmp_path / "save")
+    sums = [(sum(m["samples"] for m in metrics[:i]), sum(m["tokens"] for m in metrics[:i])) for i in range(9)]
+    assert (len(rows), sum(lengths)) in sums[3:], sums
+
+
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
