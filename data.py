@@ -1025,7 +1025,7 @@ def _cached_index(path: Path, cache_dir: str | None) -> np.ndarray:
             digest.update(chunk)
     cached = Path(cache_dir, f"rows-{digest.hexdigest()[:32]}.npy")
     if cached.exists():
-        with contextlib.suppress(ValueError, EOFError), open(cached, "rb") as stream:
+        with contextlib.suppress(OSError, ValueError, EOFError), open(cached, "rb") as stream:
             ranges = np.lib.format.read_array(stream)
             if (ranges.dtype, ranges.shape[1:]) == (np.int64, (2,)) and len(ranges):
                 return ranges
@@ -1033,9 +1033,13 @@ def _cached_index(path: Path, cache_dir: str | None) -> np.ndarray:
     ranges = index()
     cached.parent.mkdir(parents=True, exist_ok=True)
     temporary = cached.with_suffix(f".{uuid.uuid4().hex}")  # of this process of this node alone
-    with open(temporary, "wb") as stream:
-        np.save(stream, ranges)
-    os.replace(temporary, cached)
+    try:
+        with open(temporary, "wb") as stream:
+            np.save(stream, ranges)
+        os.replace(temporary, cached)
+    except OSError as error:  # a full disk, say: the next start will be slower, that is all
+        temporary.unlink(missing_ok=True)
+        logger.warning("%s cannot be kept: %s", cached, error.strerror)
     return ranges
 
 
@@ -1227,9 +1231,15 @@ class Loader:
         return rows / len(spans) * tokens / self.encode_options["seq_length"]
 
     def _in_workers(self, function: Callable, items: Iterator, workers: int) -> Iterator:
+        """What `function` makes of each item, in order."""
         return iter(
             DataLoader(
-                _Map(function), batch_size=None, sampler=items, num_workers=workers, worker_init_fn=_leave_process_group
+                _Map(function),
+                batch_size=None,
+                sampler=items,
+                num_workers=workers,
+                worker_init_fn=_leave_process_group,
+                generator=torch.Generator(),  # it would draw from the training's, which a resumed run must find again
             )
         )
 

@@ -18,7 +18,9 @@ import subprocess
 import sys
 import types
 import warnings
+from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -820,8 +822,16 @@ def test_cached_index(tmp_path):
         assert [row["id"] for row, _, _ in RowDataset([str(path)], cache_dir=str(cache))] == list(range(5))
         assert file.read_bytes() == whole
     path.write_text(json.dumps([{"id": i} for i in range(6)]))  # other content, other index
-    assert len(RowDataset([str(path)], cache_dir=str(cache))) == 6
+    with multiprocessing.get_context("fork").Pool(4) as pool:  # many processes at once
+        assert pool.map(partial(RowDataset, cache_dir=str(cache)), [[str(path)]] * 8, chunksize=1)[-1].count() == 6
     assert len(list(cache.iterdir())) == 2
+
+
+def test_an_index_that_cannot_be_kept(tmp_path, monkeypatch, caplog):
+    (tmp_path / "a.json").write_text('[{"id": 1}]')
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError(28, "No space left on device")))
+    assert len(RowDataset([str(tmp_path / "a.json")], cache_dir=str(tmp_path / "cache"))) == 1
+    assert "cannot be kept: No space left" in caplog.text and not list((tmp_path / "cache").iterdir())
 
 
 # -------------------------------------------------------------------------------------------------------------- loader
@@ -1175,6 +1185,24 @@ def test_packed_rows_are_full_and_hold_each_row_once_an_epoch(tmp_path, processo
     assert batch.cu_seqlens == collate(samples).cu_seqlens
     assert pack(dataset, processor).epoch_size() == pytest.approx(sum(used) / 640 / 2, rel=0.001)
 
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_rows_are_packed_and_told(workers, tmp_path, processor, caplog):
+    """What measuring finds and what only decoding finds, each once an epoch; the packed rows around them go on."""
+    paths = uneven(tmp_path, count=100)
+    rows = [json.loads(line) for line in Path(paths[0]).read_text().splitlines()]
+    rows[3]["images"], rows[7]["images"], rows[9] = ["none.png"], ["cut.png"], {"id": 9}
+    Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:200])
+    Path(paths[0]).write_text("\n".join(map(json.dumps, rows)))
+    loader = pack(RowDataset(paths), processor, on_bad_sample="skip", num_workers=workers)
+    batches = list(itertools.takewhile(lambda batch: batch.resume_state["epoch"] < 2, loader))
+    used = sorted(x for batch in ids(batches) for x in batch)
+    assert used == sorted(2 * [str(i) for i in range(100) if i not in (3, 7, 9)])
+    assert sum(batch.skipped for batch in batches) == 6 and len(caplog.messages) == 3
+    with pytest.raises(InputError, match="row . .id .*: "):
+        take(pack(RowDataset(paths), processor, num_workers=workers), 40)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
