@@ -206,6 +206,21 @@ def test_packed_rows_equal_their_samples_one_by_one(folder, tmp_path, loss_type)
         assert m["grad_norm"] == pytest.approx(norm, rel=1e-4), m["iteration"]
 
 
+@pytest.mark.parametrize("reading", ["", "--streaming", "--packing", "--packing --streaming"])
+def test_epochs(folder, tmp_path, reading):
+    """An epoch's samples are known, its packed rows judged by lengths; the last of them is what is left."""
+    rows = data.RowDataset([str(folder / "text.json")])
+    train.main(["--init-from-hf-path", str(folder / "dense"), "--dataset", str(folder / "text.json"), "--save",
+                str(tmp_path), "--device", "cpu", "--train-epochs", "2", "--num-workers", "0", "--seq-length", "300",
+                *reading.split()])
+    metrics = read_metrics(tmp_path)
+    used = sum(m["samples"] for m in metrics)
+    if "--packing" in reading:
+        assert len(metrics) < len(rows) and abs(used - 2 * len(rows)) <= len(rows), (len(metrics), used)
+    else:
+        assert used == len(metrics) == 2 * len(rows)
+
+
 def weights(save: Path) -> dict[str, torch.Tensor]:
     import convert
     directory, _ = convert.find_checkpoint(save)
@@ -379,6 +394,7 @@ ERRORS = [
     (["--global-batch-size", 5, "--micro-batch-size", 2], 2, r"the nearest that are: 4 or 6"),
     (["--min-lr", 1], 2, r"--min-lr 1 is above --lr"),
     (["--train-on-prompt", "--mask-history"], 2, "exclude each other"),
+    (["--shuffle-buffer", 5], 2, "--shuffle-buffer shuffles a stream: give --streaming"),
     (["--train-epochs", 1], 2, "not allowed with"),
     (["--freeze-vision-encoder", "--freeze-vision-projector", "--freeze-text-decoder"], 2, "every tower is frozen"),
     (["--text-attn-implementation", "flash_attention_2"], 2, "flash_attention_2.*take one of eager, sdpa"),
