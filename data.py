@@ -16,6 +16,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -372,6 +373,9 @@ def _open_animation(path: Path, fps: float | None) -> Video:
     return Video(count, float(fps), _unless_steady(times, fps), read)
 
 
+SEEK_FRAMES = 16  # to get less far ahead in a video file, decoding is quicker than jumping
+
+
 def _open_video_file(path: Path, fps: float | None) -> Video:
     """A video file, through PyAV. Frames stay as they are stored: like transformers, this turns none of them.
 
@@ -387,17 +391,20 @@ def _open_video_file(path: Path, fps: float | None) -> Video:
             raise ValueError("it holds no video")
         stream = container.streams.video[0]
         size, rate, stated, unit = (stream.width, stream.height), stream.average_rate, stream.frames, stream.time_base
-        # Of each packet: when its frame is shown, and for how long. (An empty packet marks the end.)
-        packets = [(p.pts, p.duration, p.is_discard) for p in container.demux(stream) if p.size]
-    if len(packets) < 0.9 * stated:
-        raise InputError(f"{path} states {stated} frames but holds {len(packets)}: it was cut off, get it again")
-    shown = [(pts, duration) for pts, duration, discard in packets if not discard]
-    count, times = len(shown), None
-    if count > 1 and all(pts is not None for pts, _ in shown):
-        shown.sort()  # they come in the order of decoding
-        ticks = np.array([pts for pts, _ in shown])
-        last = shown[-1][1] or (ticks[-1] - ticks[0]) / (count - 1)
-        times = (np.append(ticks, ticks[-1] + last) - ticks[0]) * float(unit)
+        # Of each packet: when its frame is shown, for how long, and whether decoding can begin with it.
+        packets, held = [], 0
+        for packet in container.demux(stream):
+            held += packet.size > 0  # an empty one marks the end
+            if packet.size and not packet.is_discard:
+                packets.append((packet.pts, packet.duration, packet.is_keyframe))
+    count, times, keys = len(packets), None, np.zeros(1, int)
+    if held < 0.9 * stated:
+        raise InputError(f"{path} states {stated} frames but holds {held}: it was cut off, get it again")
+    if count > 1 and all(pts is not None for pts, _, _ in packets):
+        packets.sort()  # they come in the order of decoding
+        ticks, (_, last, _) = np.array([pts for pts, _, _ in packets]), packets[-1]
+        times = (np.append(ticks, ticks[-1] + (last or (ticks[-1] - ticks[0]) / (count - 1))) - ticks[0]) * float(unit)
+        keys = np.flatnonzero([is_key for _, _, is_key in packets])
     mean = count / times[-1] if times is not None and times[-1] > 0 else None
     times = None if fps else _unless_steady(times, rate or mean)
     fps = fps or (mean if times is not None else rate or mean)
@@ -408,17 +415,34 @@ def _open_video_file(path: Path, fps: float | None) -> Video:
         if not decode:
             yield from [_Header(size)] * len(numbers)
             return
-        wanted, number = set(numbers), -1
         with _reading(path, "a video"), av.open(str(path)) as container:
-            for number, frame in enumerate(container.decode(video=0)):
-                if number in wanted:
-                    yield frame.to_image()
-                if number == numbers[-1]:
+            stream, at = container.streams.video[0], -1
+            frames = enumerate(container.decode(stream))
+            for i, number in enumerate(numbers):
+                key = max(keys[keys <= number], default=0)
+                if key - at > SEEK_FRAMES:
+                    container.seek(tick := int(ticks[key]), stream=stream)
+                    decoded = container.decode(stream)  # what comes before the key frame may be broken
+                    decoded = itertools.dropwhile(lambda f, tick=tick: f.pts != tick or not f.key_frame, decoded)
+                    frames = ((int(np.searchsorted(ticks, frame.pts)), frame) for frame in decoded)
+                at, frame = next((pair for pair in frames if pair[0] >= number), (-1, None))
+                if at != number:  # this file cannot seek, or ends too early
+                    yield from read_in_order(numbers[i:])
                     return
-        # A packet or two that hold no frame of their own are usual in old AVI files: what is shown last, stays.
-        if number + 1 < 0.9 * count:
-            raise InputError(f"{path} states {count} frames but only {number + 1} can be decoded: it is damaged")
-        yield from [frame.to_image()] * sum(wanted_number > number for wanted_number in numbers)
+                yield frame.to_image()
+
+    def read_in_order(numbers: list[int]) -> Iterator[Image.Image]:
+        at = -1
+        with av.open(str(path)) as container:
+            for at, frame in enumerate(container.decode(video=0)):
+                if at in numbers:
+                    yield frame.to_image()
+                if at == numbers[-1]:
+                    return
+        if at + 1 < 0.9 * count:
+            raise ValueError(f"it states {count} frames, but only {at + 1} can be decoded")
+        # In old AVI files a packet or two may hold no frame of their own. What was shown last stays.
+        yield from [frame.to_image()] * sum(number > at for number in numbers)
 
     return Video(count, float(fps), times, read)
 
