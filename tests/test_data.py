@@ -716,6 +716,140 @@ def test_measure_raises_as_encode(bad_media, processor):
         processor.measure(chat("a", "b"), **options)
 
 
+TRANSFORMERS_4 = """
+import functools, json, sys, types
+import numpy as np, torch
+from PIL import Image
+try:
+    import torchvision
+except RuntimeError:  # one built for CUDA, beside a torch for the CPU: of its own operators only the names are needed
+    for name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+import transformers
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
+from transformers.video_utils import VideoMetadata, load_video
+assert transformers.__version__.startswith("4.57"), transformers.__version__
+
+def sample(metadata, videos, **_):
+    return videos.sample_frames(metadata)
+
+tokenizer_file, template, cases, output = sys.argv[1:]
+tokenizer = transformers.Qwen2TokenizerFast(tokenizer_file=tokenizer_file)
+half = [0.5, 0.5, 0.5]
+images = transformers.Qwen2VLImageProcessor(
+    patch_size=16, image_mean=half, image_std=half, min_pixels=65536, max_pixels=16777216
+)
+results = []
+for case in json.load(open(cases)):
+    size = dict(zip(("shortest_edge", "longest_edge"), case["pixels"]))
+    videos = transformers.Qwen3VLVideoProcessor(fps=case["fps"], max_frames=case["max_frames"], size=size)
+    processor = transformers.Qwen3VLProcessor(images, tokenizer, videos, chat_template=open(template).read())
+    clips, metadata = [], []
+    for video in case["videos"]:
+        if isinstance(video, str):
+            clip, facts = load_video(video, backend="pyav", sample_indices_fn=functools.partial(sample, videos=videos))
+        else:
+            facts = VideoMetadata(total_num_frames=len(video["frames"]), fps=video["fps"])
+            facts.frames_indices = videos.sample_frames(facts)
+            clip = np.stack([np.asarray(Image.open(video["frames"][i]).convert("RGB")) for i in facts.frames_indices])
+        clips.append(clip)
+        metadata.append(facts)
+    out = processor(
+        text=[processor.apply_chat_template(case["messages"], tokenize=False)],
+        images=[Image.open(path) for path in case["images"]] or None,
+        videos=clips, video_metadata=metadata, do_sample_frames=False, return_tensors="pt",
+    )
+    positions, _ = Qwen3VLModel.get_rope_index(
+        types.SimpleNamespace(config=transformers.Qwen3VLConfig()), out["input_ids"], out.get("image_grid_thw"),
+        out["video_grid_thw"], attention_mask=out["attention_mask"],
+    )
+    results.append(dict(out) | {"position_ids": positions[:, 0]})
+torch.save(results, output)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("TRANSFORMERS_4_PYTHON" not in os.environ, reason="make test-slow sets TRANSFORMERS_4_PYTHON")
+def test_videos_equal_transformers_4(qwen_dir, tmp_path):
+    """Every token, position and grid of the real 4.57 processor; its pixels within what `Processor.frames` states."""
+    rng = np.random.default_rng(0)
+    noise = [Image.fromarray(rng.integers(0, 256, (150, 200, 3), dtype=np.uint8)) for _ in range(23)]
+    smooth = [frame.crop((0, 0, 16, 12)).resize((200, 150), Image.Resampling.BICUBIC) for frame in noise]
+    smooth[0].save(tmp_path / "a.gif", save_all=True, append_images=smooth[1:], duration=200)
+    with Image.open(tmp_path / "a.gif") as image:
+        gif = [image.convert("RGB") for i in range(23) if image.seek(i) is None]
+    exact = [frame.crop((0, 0, 192, 128)) for frame in noise]
+    stills = {}
+    for name, frames in {"noise": noise, "smooth": smooth, "gif": gif, "exact": exact}.items():
+        (tmp_path / name).mkdir()
+        stills[name] = [f"{name}/{i}.png" for i in range(23)]
+        for path, frame in zip(stills[name], frames, strict=True):
+            frame.save(tmp_path / path)
+    write_video(tmp_path / "slow.mp4", 50, 15, bf=2)
+    write_video(tmp_path / "fast.mp4", 131, Fraction(30000, 1001))
+
+    small, large = {"video_max_pixels": 12 * 80 * 100}, {"video_min_pixels": 16 * 500 * 600}
+    three_a_second = [{"path": stills[name], "fps": 3.0} for name in ("exact", "noise", "smooth")]
+    rows = [  # videos, pictures, settings, and how far pixels may be from transformers': at most, on average
+        (three_a_second[:1], [], {}, (0, 0)),
+        (three_a_second[1:2], [], small, (2, 0.01)),
+        (three_a_second[1:2], [], large, (2, 0.01)),
+        (three_a_second[1:2], [], {}, (2, 0.01)),
+        (three_a_second[2:], [], small, (2, 0.01)),
+        (three_a_second[2:], [], large, (2, 0.01)),
+        ([{"path": "noise", "fps": 4.0}], [], {}, (2, 0.01)),
+        ([stills["exact"]], [], {}, (0, 0)),
+        (["a.gif"], [], {}, (2, 0.01)),
+        (["slow.mp4"], [], {}, (0, 0)),
+        (["fast.mp4"], [], {"video_fps": 5.0}, (0, 0)),
+        (["fast.mp4"], [], {"video_fps": 5.0, "video_maxlen": 7}, (0, 0)),
+        (["slow.mp4", "fast.mp4", "exact"], [stills["smooth"][0]] * 2, {}, (0, 0)),
+    ]
+    cases, samples = [], []
+    for videos, images, settings, _ in rows:
+        processor = Processor(qwen_dir, **settings)
+        text = "Compare <video>" + "<image> and <video>" * len(images)
+        row = chat(text, "An answer.", "Why?", "So.", videos=videos, images=images)
+        samples.append(processor.encode(row, media_dir=tmp_path))
+        assert processor.measure(row, media_dir=tmp_path) == len(samples[-1].input_ids)
+        parts = [part for part in data.PLACEHOLDER.split(text) if part]
+        content = [{"type": p[1:-1]} if p in ("<image>", "<video>") else {"type": "text", "text": p} for p in parts]
+        clips = []
+        for video in videos:
+            path, fps = (video["path"], video["fps"]) if isinstance(video, dict) else (video, processor.video_fps)
+            if path == "a.gif":
+                path, fps = "gif", 5.0
+            names = stills.get(path, []) if isinstance(path, str) else path
+            frames = {"frames": [str(tmp_path / name) for name in names], "fps": fps}
+            clips.append(frames if names else str(tmp_path / path))
+        cases.append({
+            "messages": [{"role": "user", "content": content}, *row["messages"][1:]], "videos": clips,
+            "images": [str(tmp_path / name) for name in images], "pixels": processor.video_pixels,
+            "fps": processor.video_fps, "max_frames": processor.video_maxlen,
+        })
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    python = Path(os.environ["TRANSFORMERS_4_PYTHON"])
+    files = (qwen_dir / "tokenizer.json", Path(__file__).parent / "assets" / "chat_template.jinja",
+        tmp_path / "cases.json", tmp_path / "out.pt")
+    subprocess.run([python, "-c", TRANSFORMERS_4, *files], check=True,
+        env=os.environ | {"PYTHONPATH": str(python.parents[1] / "torchvision")})
+    for sample, expected, row in zip(samples, torch.load(tmp_path / "out.pt"), rows, strict=True):
+        assert sample.input_ids.tolist() == expected["input_ids"][0].tolist()
+        assert sample.position_ids.tolist() == expected["position_ids"].tolist()
+        grids = {kind: list(expected.get(f"{kind}_grid_thw", [])) for kind in ("video", "image")}
+        pixels = {"video": expected["pixel_values_videos"], "image": expected.get("pixel_values", torch.zeros(0, 1536))}
+        for i, (grid, ours) in enumerate(zip(sample.grid_thw, sample.pixel_values.split(
+                sample.grid_thw.prod(1).tolist()), strict=True)):
+            kind = ("video", "image")[i % 2]  # they take turns
+            assert grid.tolist() == grids[kind].pop(0).tolist()
+            theirs, pixels[kind] = pixels[kind].split([len(ours), len(pixels[kind]) - len(ours)])
+            levels = (ours - theirs).abs() * 127.5
+            print(kind, f"max {levels.max():.4f} mean {levels.mean():.4f}", row[2])
+            most, mean = row[3] if kind == "video" else (0, 0)
+            assert levels.max() <= most + 1e-3 and levels.mean() <= mean + 1e-3
+        assert not grids["video"] and not grids["image"]
+
+
 def test_pictures_and_videos_in_token_order(processor, pictures):
     row = chat("<video> and <image>", "x", images=["small.png"], videos=[["small.png", "small.png"]])
     swapped = chat("<image> and <video>", "x", images=["small.png"], videos=[["small.png", "small.png"]])
