@@ -580,7 +580,7 @@ class Processor:
         """
         height, width = smart_resize(image.height, image.width, 1, 1, self.patch * self.merge, *self.image_pixels)
         grid = 1, height // self.patch, width // self.patch
-        return self._patchify([image], grid, self.image) if decode else None, grid
+        return self._patchify([image], 1, grid, self.image) if decode else None, grid
 
     def frames(self, video: Video, decode: bool = True) -> tuple[np.ndarray | None, tuple[int, int, int], list[float]]:
         """Patches, grid (frame pairs, rows, columns) and each pair's time in seconds of a video (see `open_video`).
@@ -608,7 +608,7 @@ class Processor:
                     raise InputError(f"frame {number} has {image.size} pixels, the first {first.size}: make them equal")
                 yield image
 
-        patches = self._patchify(of_one_size(), grid, self.video) if decode else None
+        patches = self._patchify(of_one_size(), len(numbers), grid, self.video) if decode else None
         if not decode:
             list(of_one_size())
         numbers += numbers[-1:] * (-len(numbers) % self.temporal)
@@ -630,24 +630,29 @@ class Processor:
         after = np.searchsorted(starts, moments).clip(min=1)
         return np.unique(np.where(moments - starts[after - 1] <= starts[after] - moments, after - 1, after)).tolist()
 
-    def _patchify(self, images: Iterable[Image.Image], grid: tuple[int, int, int], settings: dict) -> np.ndarray:
-        """Resized to the grid, cut into patches in merge-block order, each flattened as (channel, t, h, w).
+    def _patchify(
+        self, images: Iterable[Image.Image], count: int, grid: tuple[int, int, int], settings: dict
+    ) -> np.ndarray:
+        """`count` images, resized to the grid, cut into patches [t * h * w, channel * temporal * patch * patch] whose
+        order is that of merge blocks.
 
         The last image is repeated to fill a patch. Values are looked up in a table of the 256 possible ones, made with
-        transformers' roundings: rescaled in float64, normalised in float32.
+        transformers' roundings: rescaled in float64, normalised in float32. One row of blocks at a time, as whole
+        pictures do not fit in a processor's cache.
         """
-        m, p = self.merge, self.patch
-        t, h, w = grid
-        resized = [np.asarray(image.resize((w * p, h * p), Image.Resampling.BICUBIC)) for image in images]
-        depth = 1 if len(resized) == 1 else self.temporal
-        resized += resized[-1:] * (-len(resized) % depth)
-        blocks = np.stack(resized).reshape(t, depth, h // m, m, p, w // m, m, p, 3).transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
-        blocks = blocks.reshape(t * h * w, 3, depth, p * p)
+        (t, h, w), m, p = grid, self.merge, self.patch
         levels = (np.arange(256, dtype=np.float64) * settings["rescale_factor"]).astype(np.float32)
-        patches = np.empty((t * h * w, 3, self.temporal, p * p), np.float32)
-        for channel in range(3):
-            mean, std = np.float32(settings["image_mean"][channel]), np.float32(settings["image_std"][channel])
-            patches[:, channel] = np.take((levels - mean) / std, blocks[:, channel])
+        means, stds = (np.array(settings[name], np.float32)[:, None] for name in ("image_mean", "image_std"))
+        tables = (levels - means) / stds  # [3, 256]
+        patches = np.empty((t, h // m, w // m, m, m, 3, self.temporal, p, p), np.float32)
+        for i, image in enumerate(images):
+            resized = np.asarray(image.resize((w * p, h * p), Image.Resampling.BICUBIC))
+            rows = resized.reshape(h // m, m, p, w // m, m, p, 3).transpose(0, 6, 3, 1, 4, 2, 5)
+            first = i % self.temporal
+            to = patches[i // self.temporal, ..., first : None if i == count - 1 else first + 1, :, :]
+            for row, blocks in enumerate(rows):
+                for channel in range(3):
+                    to[row, :, :, :, channel] = np.take(tables[channel], blocks[channel])[..., None, :, :]
         return patches.reshape(t * h * w, -1)
 
     def encode(
