@@ -9,6 +9,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; 
 OLDEST_PYTHON ?= python3.10
 PIP_FLAGS ?=
 TORCH := torch==2.13.0
+TORCHVISION := torchvision==0.28.0
 export TOKENIZERS_PARALLELISM := false
 export PIP_FLAGS
 
@@ -46,9 +47,11 @@ clean:
 	.venv/bin/pip install $(PIP_FLAGS) $(TORCH) -e ".[test]"
 	touch $@
 
-# The oldest transformers with Qwen3-VL, to check that what we write loads there too.
+# The oldest transformers with Qwen3-VL, to check that what we write loads there too. Its video processor wants
+# torchvision; that is kept aside, as one that was built for another torch would break every import of transformers.
 .venv-4.57/.test: pyproject.toml | .venv-4.57/bin/pip
-	.venv-4.57/bin/pip install $(PIP_FLAGS) $(TORCH) -e . transformers==4.57.6 pytest
+	.venv-4.57/bin/pip install $(PIP_FLAGS) $(TORCH) -e ".[video]" transformers==4.57.6 pytest
+	.venv-4.57/bin/pip install $(PIP_FLAGS) --no-deps --upgrade --target .venv-4.57/torchvision $(TORCHVISION)
 	touch $@
 
 .venv-oldest/bin/pip: PYTHON := $(OLDEST_PYTHON)
