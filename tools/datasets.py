@@ -28,7 +28,7 @@ from tools import report
 from tools.report import visible
 
 CHUNK = 16  # rows that a worker reads at a time
-KEPT = 200  # bad rows that the page shows
+KEPT, MOST_REASONS = 200, 50  # bad rows that the page shows, and kinds of reasons
 SHOWN = 12  # rows that the page renders
 
 
@@ -121,7 +121,7 @@ class Row(NamedTuple):
     source: str  # "train.json row 12 (id 33471)"
     reason: str  # why it is bad; "" if it is not
     counts: dict[str, int]
-    picture_tokens: list[int]  # of each picture
+    sizes: list[int]  # tokens of each picture
     content: int  # hashes of what training sees and of the id; 0: none
     identity: int
 
@@ -135,38 +135,39 @@ class RowReader:
     def __getitem__(self, start: int) -> list[Row]:
         return [self.read(i) for i in range(start, min(start + CHUNK, len(self.dataset)))]
 
-    def encode(self, index: int) -> data.Sample:
-        """The sample of a row. Raises InputError."""
+    def name(self, index: int) -> str:
+        """Where a row stands, without its id."""
+        file, row_number = self.dataset.locate(index)
+        return f"{self.dataset.paths[file]} row {row_number + 1}"
+
+    def sample(self, index: int) -> data.Sample:
+        """A row, encoded. Raises InputError."""
         row, source, media_dir = self.dataset[index]
         return self.processor.encode(row, media_dir=media_dir, source=source, **self.options)
 
     def read(self, index: int) -> Row:
         """What the figures need of a row."""
-        file, row_number = self.dataset.locate(index)
-        row, source = None, f"{self.dataset.paths[file]} row {row_number + 1}"
+        source, identity, file = self.name(index), 0, self.dataset.locate(index)[0]
         try:
             row, source, media_dir = self.dataset[index]
+            if isinstance(row, dict) and row.get("id") is not None:
+                identity = _hash(f"{file} {row['id']}".encode("utf-8", "surrogatepass"))
             sample = self.processor.encode(row, media_dir=media_dir, source=source, **self.options)
         except InputError as error:
             reason = str(error).removeprefix(source).lstrip(": ")
-            return Row(source, reason, {"rows": 1, "bad": 1}, [], 0, _identity(file, row))
+            return Row(source, reason, {"rows": 1, "bad": 1}, [], 0, identity)
         media = report.list_media(sample, self.processor)
-        pictures = [tokens for kind, _, tokens in media if kind == "picture"]
+        sizes = [tokens for kind, _, tokens in media if kind == "picture"]
         supervised = int((sample.labels != data.IGNORE).sum())
         counts = {
-            "rows": 1,
-            "turns": len(row.get("messages") or row["conversations"]),
-            "pictures": len(pictures),
-            "videos": len(media) - len(pictures),
-            "tokens": len(sample.input_ids),
-            "supervised": supervised,
-            "media": len(sample.visual_index),
-            "truncated": int(sample.truncated),
+            "rows": 1, "turns": int((sample.input_ids == self.processor.im_start_token_id).sum()),
+            "pictures": len(sizes), "videos": len(media) - len(sizes), "tokens": len(sample.input_ids),
+            "supervised": supervised, "media": len(sample.visual_index), "truncated": int(sample.truncated),
             "unsupervised": int(supervised == 0),
-        }
-        # One value of 48 tells pictures apart as well as all do, and also finds a picture that has two names.
+        }  # fmt: skip
+        # One value of 48 tells pictures apart as well as all do; a picture under two names is found, too.
         content = _hash(sample.input_ids.numpy().tobytes(), sample.pixel_values[:, ::48].numpy().tobytes())
-        return Row(source, "", counts, pictures, content, _identity(file, row))
+        return Row(source, "", counts, sizes, content, identity)
 
 
 def _hash(*pieces: bytes) -> int:
@@ -176,87 +177,80 @@ def _hash(*pieces: bytes) -> int:
     return int.from_bytes(digest.digest(), "big") or 1
 
 
-def _identity(file: int, row) -> int:
-    name = row.get("id") if isinstance(row, dict) else None
-    return 0 if name is None else _hash(f"{file} {name}".encode("utf-8", "surrogatepass"))
-
-
 class Figures:
     """What is known of the rows: sums, histograms, two hashes a row, and some of the bad ones."""
 
-    def __init__(self, dataset: data.RowDataset):
-        self.dataset = dataset
-        self.files = [Counter() for _ in dataset.paths]
+    def __init__(self, reader: RowReader):
+        self.reader, rows = reader, len(reader.dataset)
+        self.files = [Counter() for _ in reader.dataset.paths]
         self.tokens, self.shares, self.pictures, self.sizes = Counter(), Counter(), Counter(), Counter()
-        self.contents, self.identities = np.zeros((2, len(dataset)), np.uint64)
+        self.contents, self.identities = np.zeros((2, rows), np.uint64)
+        self.firsts: dict[str, int] = {}  # trait: the first row that has it
         self.reasons: dict[str, list] = {}  # kind of reason: how many, then some rows as (source, reason)
-        self.kept = 0
 
     def add(self, index: int, row: Row) -> None:
         """Counts a row."""
-        self.files[self.dataset.locate(index)[0]].update(row.counts)
+        counts = row.counts
+        self.files[self.reader.dataset.locate(index)[0]].update(counts)
         self.contents[index], self.identities[index] = row.content, row.identity
-        if row.reason:
-            # The same but for its paths, quotations and numbers.
-            kind = re.sub(r"\S*/\S*|'[^']*'|\"[^\"]*\"|\d+", "…", row.reason)[:150]
-            group = self.reasons.setdefault(kind if len(self.reasons) < 50 else "other reasons", [0])
+        if row.reason:  # of one kind are those that differ in paths, quotations and numbers
+            kind = re.sub(r"\S*/\S*|'[^']*'|\"[^\"]*\"|(?<![\w-])\d+", "…", row.reason)[:150]
+            group = self.reasons.setdefault(kind if len(self.reasons) < MOST_REASONS else "other reasons", [0])
             group[0] += 1
-            if self.kept < KEPT:
-                self.kept += 1
+            if sum(len(group) - 1 for group in self.reasons.values()) < KEPT:
                 group.append((row.source, row.reason))
             return
-        self.tokens[row.counts["tokens"]] += 1
-        self.shares[100 * row.counts["supervised"] // row.counts["tokens"]] += 1
-        self.pictures[row.counts["pictures"]] += 1
-        self.sizes.update(row.picture_tokens)
+        self.tokens[counts["tokens"]] += 1
+        self.shares[100 * counts["supervised"] // counts["tokens"]] += 1
+        self.pictures[counts["pictures"]] += 1
+        self.sizes.update(row.sizes)
+        several = counts["pictures"] > 1
+        traits = {"video": counts["videos"], "pictures": several, "cut": counts["truncated"], "text": not row.sizes}
+        for trait in [trait for trait, has in traits.items() if has]:
+            self.firsts.setdefault(trait, index)
 
     def choose(self) -> list[int]:
-        """Some usable rows, from every dataset alike and from all over each."""
-        good, bounds = np.flatnonzero(self.contents), [0, *self.dataset.ends]
-        parts = [good[(good >= a) & (good < b)] for a, b in zip(bounds, bounds[1:], strict=False)]
-        parts = [part for part in parts if len(part)][:SHOWN]
-        each = SHOWN // max(1, len(parts))
-        places = [np.linspace(0, len(part) - 1, min(each, len(part))).round().astype(int) for part in parts]
-        return [int(i) for part, at in zip(parts, places, strict=True) for i in part[at]]
+        """Rows to show: the first of each kind, and from every dataset alike, from all over each."""
+        good, ends = np.flatnonzero(self.contents), self.reader.dataset.ends
+        parts = [part for part in np.split(good, np.searchsorted(good, ends)) if len(part)]
+        each = max(1, (SHOWN - len(self.firsts)) // max(1, len(parts)))
+        places = [part[np.linspace(0, len(part) - 1, min(each, len(part))).astype(int)] for part in parts]
+        return sorted({int(i) for i in [*self.firsts.values(), *np.concatenate(places or [good])][:SHOWN]})
 
     def summary(self, seq_length: int) -> report.Summary:
         """What is printed and what the page shows."""
         total = sum(self.files, Counter())
-        rows, bad, tokens = total["rows"], total["bad"], total["tokens"]
-        spread = [f"{_quantile(self.tokens, q):,}" for q in (0, 0.5, 0.95, 1)] if tokens else ["-"] * 4
-        repeats, same_ids = (_repeats(hashes) for hashes in (self.contents, self.identities))
-        share = {key: f"{100 * total[key] / tokens:.1f} %" if tokens else "-" for key in ("supervised", "media")}
+        tokens = total["tokens"]
+        low, median, p95, high = (f"{_quantile(self.tokens, q):,}" if tokens else "-" for q in (0, 0.5, 0.95, 1))
+        repeats, same_ids = _repeats(self.contents), _repeats(self.identities)
+        figures = [
+            ("rows", total["rows"], f"{total['bad']:,} of them bad"),
+            ("turns", total["turns"], "system, user and assistant"),
+            ("pictures", total["pictures"], ""),
+            ("videos", total["videos"], ""),
+            ("tokens", tokens, f"{low} to {high} a row, median {median}, p95 {p95}"),
+            ("supervised", total["supervised"], f"{100 * total['supervised'] / max(1, tokens):.1f}% of tokens"),
+            ("media", total["media"], f"{100 * total['media'] / max(1, tokens):.1f}% of tokens: pictures, videos"),
+            ("truncated", total["truncated"], f"rows longer than {seq_length:,} tokens"),
+            ("repeated", len(repeats), "rows with the content of an earlier one"),
+            ("repeated ids", len(same_ids), "rows with the id of an earlier one of their file"),
+            ("unsupervised", total["unsupervised"], "rows without a supervised token"),
+            ("packed rows", -(-tokens // seq_length), f"of {seq_length:,} tokens, at least"),
+        ]
         return report.Summary(
-            rows=rows,
-            bad=bad,
-            figures=[
-                ("rows", f"{rows:,}", f"{bad:,} of them bad"),
-                ("turns", f"{total['turns']:,}", "system, user and assistant"),
-                ("pictures", f"{total['pictures']:,}", ""),
-                ("videos", f"{total['videos']:,}", ""),
-                ("tokens", f"{tokens:,}", "{0} to {3} a row, half up to {1}, 95 % up to {2}".format(*spread)),
-                ("supervised", share["supervised"], f"{total['supervised']:,} tokens"),
-                ("media", share["media"], f"{total['media']:,} tokens of pictures and videos"),
-                ("truncated", f"{total['truncated']:,}", f"rows longer than {seq_length:,} tokens, cut"),
-                ("repeated", f"{len(repeats):,}", "rows with the content of an earlier one"),
-                ("repeated ids", f"{len(same_ids):,}", "rows with the id of an earlier one of their file"),
-                ("unsupervised", f"{total['unsupervised']:,}", "rows without a supervised token"),
-                ("packed", f"{-(-tokens // seq_length):,}", f"rows of {seq_length:,} tokens, at least"),
-            ],
+            rows=total["rows"],
+            bad=total["bad"],
+            figures=[(name, f"{value:,}", note) for name, value, note in figures],
             histograms=[
                 ("tokens per row", histogram(self.tokens)),
                 ("supervised tokens of a row, %", histogram(self.shares)),
                 ("pictures per row", histogram(self.pictures)),
                 ("tokens per picture", histogram(self.sizes)),
             ],
-            datasets=list(zip(self.dataset.paths, self.files, strict=True)),
+            datasets=list(zip(self.reader.dataset.paths, self.files, strict=True)),
             reasons=sorted(self.reasons.items(), key=lambda item: -item[1][0]),
-            repeats=[(self._name(i), self._name(first)) for i, first in repeats[:20]],
+            repeats=[(self.reader.name(i), self.reader.name(first)) for i, first in repeats[:20]],
         )
-
-    def _name(self, index: int) -> str:
-        file, row_number = self.dataset.locate(index)
-        return f"{self.dataset.paths[file]} row {row_number + 1}"
 
 
 def _repeats(hashes: np.ndarray) -> list[tuple[int, int]]:
@@ -282,7 +276,7 @@ def histogram(values: Counter, most: int = 12) -> list[tuple[str, int]]:
     if not values:
         return []
     low, high, top = min(values), _quantile(values, 0.99), max(values)
-    high = top if top < 2 * high else high
+    high = top if top < max(2 * high, most) else high
     step = next(s for e in range(12) for s in (10**e, 2 * 10**e, 5 * 10**e) if s * most > high - low)
     first, last = low // step, high // step
     bins = [0] * (last - first + 1)
@@ -302,21 +296,28 @@ def check(args: argparse.Namespace) -> None:
     dataset = data.RowDataset(args.dataset.split(","), args.dataset_dir, args.cache_dir, args.max_samples)
     options = {"seq_length": args.seq_length, "train_on_prompt": args.train_on_prompt,
                "mask_history": args.mask_history, "confine": args.confine_paths}  # fmt: skip
-    reader, figures = RowReader(dataset, processor, options), Figures(dataset)
+    reader = RowReader(dataset, processor, options)
+    figures = Figures(reader)
     starts = range(0, len(dataset), CHUNK)
     chunks = DataLoader(reader, batch_size=None, sampler=starts, num_workers=min(args.num_workers, len(starts)),
                         collate_fn=list, worker_init_fn=_leave_signals_alone)  # fmt: skip
-    with tqdm(total=len(dataset), unit=" rows", desc="check") as bar:
-        for start, rows in zip(starts, chunks, strict=True):
-            for index, row in enumerate(rows, start):
-                figures.add(index, row)
-                if row.reason:
-                    tqdm.write(f"bad: {visible(row.source)}: {visible(row.reason)}")
-            bar.update(len(rows))
+    try:
+        with tqdm(total=len(dataset), unit=" rows", desc="check") as bar:
+            for start, rows in zip(starts, chunks, strict=True):
+                for index, row in enumerate(rows, start):
+                    figures.add(index, row)
+                    if row.reason:
+                        tqdm.write(f"bad: {visible(row.source)}: {visible(row.reason)}")
+                bar.update(len(rows))
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError("a process was ended from outside, as where memory runs out: give a smaller --num-workers, "
+                         "or a smaller --image-max-pixels") from error  # fmt: skip
     summary = figures.summary(args.seq_length)
     print("\n".join(_as_text(summary)), flush=True)
     if args.report:
-        samples = (reader.encode(index) for index in figures.choose())
+        samples = (reader.sample(index) for index in figures.choose())
         with written_whole(args.report) as stream:
             stream.write(report.page(summary, samples, processor))
         print(f"wrote {args.report}")
@@ -335,16 +336,15 @@ def _leave_signals_alone(worker: int) -> None:
 
 def _as_text(summary: report.Summary) -> Iterator[str]:
     for name, value, note in summary.figures:
-        yield f"{name:14}{value:>12}   {note}".rstrip()
+        yield f"{name:13}{value:>14}  {note}".rstrip()
     for title, bars in summary.histograms:
         yield f"\n{title}"
         width, longest = max((len(label) for label, _ in bars), default=0), max((n for _, n in bars), default=1)
         for label, count in bars:
             yield f"  {label:>{width}} {'#' * -(-40 * count // longest):40} {count:,}"
-    names = ("rows", "bad", "turns", "pictures", "videos", "tokens", "supervised", "truncated")
-    yield "\n" + "".join(f"{name:>12}" for name in names) + "  dataset"
+    yield "\n" + "".join(f"{name:>12}" for name in report.COLUMNS) + "  dataset"
     for path, counts in summary.datasets:
-        yield "".join(f"{counts[name]:12,}" for name in names) + f"  {visible(path)}"
+        yield "".join(f"{counts[name]:12,}" for name in report.COLUMNS) + f"  {visible(path)}"
     if summary.repeats:
         yield "\nthe same content, for example"
         yield from (f"  {visible(row)} as {visible(first)}" for row, first in summary.repeats[:5])
@@ -422,5 +422,5 @@ def run(argv: list[str]) -> int:
     try:
         return run_program(main, argv, InputError)
     except KeyboardInterrupt:
-        print("error: interrupted, and nothing written", file=sys.stderr)
+        print("error: interrupted: nothing is written", file=sys.stderr)
         return 130

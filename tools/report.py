@@ -20,6 +20,7 @@ import data
 
 THUMBNAIL = 256  # pixels of the longer side
 MOST_PICTURES, MOST_TURNS, MOST_CHARACTERS = 8, 24, 1200  # of a row shown: thumbnails, turns, and of each text
+COLUMNS = ("rows", "bad", "turns", "pictures", "videos", "tokens", "supervised", "truncated")  # of the datasets' table
 # Control characters, lone surrogates, and what turns the direction of the text around it.
 UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
@@ -126,7 +127,8 @@ def _figures(sample: data.Sample, processor: data.Processor) -> Iterator[str]:
             image = _thumbnail(frames(patches[i], (1, h, w), processor)[0]) if shown < MOST_PICTURES else ""
             shown += 1
             name = kind if kind == "picture" else f"frames {i + 1}/{t}"
-            yield f'<span class="media">{image}<small>{name} {rows}×{columns} = {rows * columns} tokens</small></span>'
+            size = f"{name} {rows}×{columns} = {rows * columns} tokens"
+            yield f'<span class="media {kind}">{image}<small>{size}</small></span>'
 
 
 def _chart(title: str, bars: list[tuple[str, int]]) -> str:
@@ -134,14 +136,23 @@ def _chart(title: str, bars: list[tuple[str, int]]) -> str:
     most = max((count for _, count in bars), default=1)
     lines = []
     for i, (label, count) in enumerate(bars):
-        y, length = 22 * i, 170 * count / most
+        y, length = 22 * i, 250 * count / most
         lines.append(
             f'<text x="112" y="{y + 15}" text-anchor="end">{text(label)}</text>'
             f'<rect x="120" y="{y + 3}" width="{length:.1f}" height="16" rx="2"/>'
             f'<text x="{126 + length:.1f}" y="{y + 15}">{count:,}</text>'
         )
-    drawing = f'<svg viewBox="0 0 350 {22 * len(bars)}" role="img">{"".join(lines)}</svg>' if bars else "<p>none</p>"
+    drawing = f'<svg viewBox="0 0 430 {22 * len(bars)}" role="img">{"".join(lines)}</svg>' if bars else "<p>none</p>"
     return f'<figure><figcaption>{text(title)}</figcaption>{drawing}</figure>'
+
+
+def _group(kind: str, count: int, *rows: tuple[str, str]) -> str:
+    """Bad rows of one kind: those kept, folded up if they are many; one alone needs no heading."""
+    lines = [f"<b>{text(source, 200)}</b> {text(reason, 400)}" for source, reason in rows]
+    if count == len(lines) == 1:
+        return f'<div class="bad-row">{lines[0]}</div>'
+    items = "".join(f"<li>{line}</li>" for line in lines)
+    return f"<details{' open' * (count < 4)}><summary><b>{count:,}</b> {text(kind)}</summary><ul>{items}</ul></details>"
 
 
 def page(summary: Summary, samples: Iterable[data.Sample], processor: data.Processor) -> str:
@@ -152,20 +163,14 @@ def page(summary: Summary, samples: Iterable[data.Sample], processor: data.Proce
         f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd><small>{text(note)}</small></div>"
         for name, value, note in summary.figures
     )
-    names = ("rows", "bad", "turns", "pictures", "videos", "tokens", "supervised", "truncated")
-    head = "".join(f"<th>{name}</th>" for name in names)
+    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
     datasets = "".join(
-        f"<tr><td>{text(path, 200)}</td>{''.join(f'<td>{counts[name]:,}</td>' for name in names)}</tr>"
+        f"<tr><td>{text(path, 200)}</td>{''.join(f'<td>{counts[name]:,}</td>' for name in COLUMNS)}</tr>"
         for path, counts in summary.datasets
     )
     shown = sum(len(group) - 1 for _, group in summary.reasons)
     left = f"<p class='note'>{shown:,} of them are shown here; the program printed all.</p>"
-    bad = "".join(
-        f"<details{' open' if len(group) < 5 else ''}><summary><b>{group[0]:,}</b> {text(kind)}</summary><ul>"
-        + "".join(f"<li><b>{text(source, 200)}</b> {text(reason, 400)}</li>" for source, reason in group[1:])
-        + "</ul></details>"
-        for kind, group in summary.reasons
-    )
+    bad = "".join(_group(kind, *group) for kind, group in summary.reasons)
     repeats = "".join(f"<li>{text(row, 200)} <i>as</i> {text(first, 200)}</li>" for row, first in summary.repeats)
     return PAGE.format(
         style=STYLE,
@@ -197,8 +202,8 @@ h3 { margin: 0; font-size: 1rem; }
 .note { margin: .1rem 0 .75rem; }
 dl, .charts { display: grid; gap: .75rem; margin: 1.5rem 0 0; }
 dl { grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); }
-.charts { grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); }
-dl > div, figure, article, .table, details { background: var(--card); border: 1px solid var(--line);
+.charts { grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
+dl > div, figure, article, .table, details, .bad-row { background: var(--card); border: 1px solid var(--line);
   border-radius: 8px; padding: .8rem 1rem; margin: 0; }
 dd { margin: 0; font-size: 1.5rem; font-weight: 600; line-height: 1.3; font-variant-numeric: tabular-nums; }
 small { display: block; line-height: 1.35; }
@@ -211,7 +216,7 @@ th { color: var(--faint); font-weight: 500; }
 th, td { padding: .3rem .5rem; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 tr + tr td { border-top: 1px solid var(--line); }
-details { margin-bottom: .5rem; font-size: .92rem; }
+details, .bad-row { margin-bottom: .5rem; font-size: .92rem; }
 summary { cursor: pointer; } summary b { color: var(--bad); margin-right: .4rem; }
 ul { margin: .5rem 0 0; padding-left: 1.2rem; font-size: .9rem; } li { margin-bottom: .25rem; }
 article { margin-bottom: 1rem; }
@@ -223,8 +228,9 @@ mark { background: var(--mark); color: inherit; border-radius: 2px; -webkit-box-
   box-decoration-break: clone; padding: .1em 0; }
 code { font: .78em ui-monospace, "DejaVu Sans Mono", monospace; color: var(--faint); }
 .nl { color: var(--faint); font-size: .8em; }
-.media { display: inline-block; vertical-align: bottom; margin: 0 .5rem .5rem 0; white-space: normal; }
-.media img { display: block; max-width: min(100%, 16rem); border-radius: 4px; margin-bottom: .15rem; }
+.media { display: inline-block; margin: 0 .6rem .3rem 0; white-space: normal; }
+.media img { display: block; max-width: 100%; max-height: 11rem; border-radius: 4px; margin-bottom: .15rem; }
+.video img { max-height: 6rem; }
 @media (max-width: 40rem) { .turn { grid-template-columns: 1fr; gap: .1rem; } dl { grid-template-columns: 1fr 1fr; } }
 """
 
