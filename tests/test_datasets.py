@@ -182,6 +182,16 @@ def test_llava_wrong_folder_and_existing_output(coco):
     assert len(json.loads((coco / "out.json").read_text())) == 3
 
 
+def test_llava_full_disk(coco, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(data.InputError, match=r"out.json cannot be written \(No space left on device\)"):
+        convert(coco, coco / "out.json")
+    assert sorted(p.name for p in coco.iterdir()) == ["train2017"]
+
+
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_llava_interrupted(coco, sign):
     write(coco.parent / "long.jsonl", llava_rows()[:1] * 100_000)
@@ -268,7 +278,7 @@ def test_check_figures(rows, hf, capsys):
 def test_check_does_not_depend_on_workers(rows, hf, capsys):
     write(rows / "many.json", [{"id": i, "messages": say("ask", "tell " * (i % 7))} for i in range(70)])
     seen = set()
-    for workers in (0, 1, 3):
+    for workers in (0, 1, 2):
         with pytest.raises(data.InputError):
             check(hf, rows / "many.json", rows / "a.json", rows / "b.jsonl", num_workers=workers,
                   report=rows / "report.html")
@@ -303,13 +313,21 @@ def test_check_command_line(rows, hf, tmp_path):
     done = shell("check", "--init-from-hf-path", hf, "--dataset", rows / "a.json", env={**os.environ, "LC_ALL": "C"})
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: 2 of 5 rows are bad, listed above: ")
-    (tmp_path / "empty.json").write_text("[]")
-    for dataset, word in (("empty.json", "holds no rows"), ("none.json", "No such file")):
-        done = shell("check", "--init-from-hf-path", hf, "--dataset", f"{good},{tmp_path / dataset}")
-        assert done.returncode == 1 and done.stderr.startswith("error: ") and word in done.stderr
-        assert len(done.stderr.splitlines()) == 1 and dataset in done.stderr
     (tmp_path / "flags").write_text(f"check\n--dataset {good} # rows\n--init-from-hf-path {hf}\n")
     assert shell(f"@{tmp_path / 'flags'}").returncode == 0
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"[]", "holds no rows"), (b"", "holds no rows"), (b"[1, {", "not a JSON list"), (b"\xff", "begins with"),
+    (None, "No such file"),
+])
+def test_unusable_files(tmp_path, hf, content, message):
+    good = write(tmp_path / "good.json", [{"messages": say("a", "b")}])
+    if content is not None:
+        (tmp_path / "bad.json").write_bytes(content)
+    with pytest.raises(data.InputError, match=message) as error:
+        check(hf, good, tmp_path / "bad.json", report=tmp_path / "r.html")
+    assert "bad.json" in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "r.html").exists()
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -446,15 +464,26 @@ def test_thumbnails_undo_the_patches(hf):
 def test_page_stays_small(tmp_path, hf):
     """However many rows are bad, however long texts, ids and names are, however many turns and pictures a row has."""
     draw(tmp_path / "p.png", 96, 96)
-    long = {"id": "i" * 10**5, "messages": say("<image>" * 40 + "y" * 10**6, *["z" * 10**4] * 199),
+    long = {"id": "i" * 10**5, "messages": say("<image>" * 40 + "y" * 10**6, *["z" * 2000] * 199),
             "images": ["p.png"] * 40}
-    bad = [{"id": "j" * 1000, "messages": [{"role": f"<{i}>" * 10, "content": "x" * 10_000}]} for i in range(400)]
+    bad = [{"id": "j" * 1000, "messages": [{"role": f"<{i}>" * 10, "content": "x" * 10_000}]} for i in range(399)]
+    bad.append({"messages": [{"role": "r" * 10**6, "content": "x"}]})
     write(tmp_path / "rows.jsonl", [*bad, long, {"messages": say("a", "b")}])
     with pytest.raises(data.InputError, match="400 of 402"):
         check(hf, tmp_path / "rows.jsonl", num_workers=0, seq_length=10**7, report=tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
     assert len(page) < 600_000 and page.count("<img") <= 9 and "1,000,000 characters" in page
-    assert "200 of them are shown here" in page and "200 turns" in page
+    assert "389 more" in page and "other reasons" not in page and "200 turns" in page
+
+
+def test_kinds_of_bad_rows_are_bounded(rows, hf):
+    figures = datasets.Figures(datasets.RowReader(data.RowDataset([str(rows / "a.json")]), data.Processor(hf), {}))
+    for i in range(200):
+        for word in ("x" * i, "x"):
+            figures.add(0, datasets.Row("a.json row 1", f"wrong {word}", {"rows": 1, "bad": 1}, [], 0, 0))
+    reasons = figures.summary(4096).reasons
+    assert len(reasons) <= datasets.MOST_KINDS + 1 and sum(group[0] for _, group in reasons) == 400
+    assert dict(reasons)["wrong x"][0] == 201 and max(len(group) for _, group in reasons) == 1 + datasets.KEPT
 
 
 @pytest.mark.slow

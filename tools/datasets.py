@@ -28,7 +28,7 @@ from tools import report
 from tools.report import visible
 
 CHUNK = 16  # rows that a worker reads at a time
-KEPT, MOST_REASONS = 200, 50  # bad rows that the page shows, and kinds of reasons
+MOST_KINDS, KEPT = 40, 10  # kinds of bad rows that are told apart, and rows of a kind that the page shows
 SHOWN = 12  # rows that the page renders
 
 
@@ -91,7 +91,7 @@ def _read_llava(row: dict, source: str) -> tuple[list[str], list[dict]]:
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise InputError(f"{source}: conversations[{i}] must be an object with 'from' and a text as 'value'")
         if turn.get("from") not in ("human", "gpt"):
-            raise InputError(f"{source}: conversations[{i}] is from {turn.get('from')!r}, which is not human or gpt")
+            raise InputError(f"{source}: conversations[{i}] is from {repr(turn.get('from'))[:80]}, not human or gpt")
         role = {"human": "user", "gpt": "assistant"}[turn["from"]]
         messages.append({"role": role, "content": turn["value"]})
     return images, messages
@@ -107,6 +107,8 @@ def written_whole(path: str) -> Iterator[TextIO]:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}): nothing is left of it") from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(partial)
@@ -154,7 +156,7 @@ class RowReader:
                 identity = _hash(f"{file} {row['id']}".encode("utf-8", "surrogatepass"))
             sample = self.processor.encode(row, media_dir=media_dir, source=source, **self.options)
         except InputError as error:
-            reason = str(error).removeprefix(source).lstrip(": ")
+            reason = str(error).removeprefix(source).lstrip(": ")[:500]  # it may quote a text of megabytes
             return Row(source, reason, {"rows": 1, "bad": 1}, [], 0, identity)
         media = report.list_media(sample, self.processor)
         sizes = [tokens for kind, _, tokens in media if kind == "picture"]
@@ -164,7 +166,7 @@ class RowReader:
             "pictures": len(sizes), "videos": len(media) - len(sizes), "tokens": len(sample.input_ids),
             "supervised": supervised, "media": len(sample.visual_index), "truncated": int(sample.truncated),
             "unsupervised": int(supervised == 0),
-        }  # fmt: skip
+        }
         # One value of 48 tells pictures apart as well as all do; a picture under two names is found, too.
         content = _hash(sample.input_ids.numpy().tobytes(), sample.pixel_values[:, ::48].numpy().tobytes())
         return Row(source, "", counts, sizes, content, identity)
@@ -195,9 +197,10 @@ class Figures:
         self.contents[index], self.identities[index] = row.content, row.identity
         if row.reason:  # of one kind are those that differ in paths, quotations and numbers
             kind = re.sub(r"\S*/\S*|'[^']*'|\"[^\"]*\"|(?<![\w-])\d+", "…", row.reason)[:150]
-            group = self.reasons.setdefault(kind if len(self.reasons) < MOST_REASONS else "other reasons", [0])
+            known = kind in self.reasons or len(self.reasons) < MOST_KINDS
+            group = self.reasons.setdefault(kind if known else "other reasons", [0])
             group[0] += 1
-            if sum(len(group) - 1 for group in self.reasons.values()) < KEPT:
+            if len(group) <= KEPT:
                 group.append((row.source, row.reason))
             return
         self.tokens[counts["tokens"]] += 1
@@ -211,9 +214,11 @@ class Figures:
 
     def choose(self) -> list[int]:
         """Rows to show: the first of each kind, and from every dataset alike, from all over each."""
-        good, ends = np.flatnonzero(self.contents), self.reader.dataset.ends
+        good, ends = np.flatnonzero(self.contents), np.cumsum([counts["rows"] for counts in self.files])
         parts = [part for part in np.split(good, np.searchsorted(good, ends)) if len(part)]
-        each = max(1, (SHOWN - len(self.firsts)) // max(1, len(parts)))
+        room = SHOWN - len(self.firsts)
+        parts = parts[:: max(1, -(-len(parts) // room))]
+        each = room // max(1, len(parts))
         places = [part[np.linspace(0, len(part) - 1, min(each, len(part))).astype(int)] for part in parts]
         return sorted({int(i) for i in [*self.firsts.values(), *np.concatenate(places or [good])][:SHOWN]})
 
@@ -249,16 +254,16 @@ class Figures:
             ],
             datasets=list(zip(self.reader.dataset.paths, self.files, strict=True)),
             reasons=sorted(self.reasons.items(), key=lambda item: -item[1][0]),
-            repeats=[(self.reader.name(i), self.reader.name(first)) for i, first in repeats[:20]],
+            repeats=[(self.reader.name(i), self.reader.name(first)) for i, first in repeats[:20].tolist()],
         )
 
 
-def _repeats(hashes: np.ndarray) -> list[tuple[int, int]]:
-    """(row, first row with its hash) of each that is not the first."""
+def _repeats(hashes: np.ndarray) -> np.ndarray:
+    """(row, first row with its hash) [N, 2] of each that is not the first."""
     _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
     first = first[group]
     later = np.flatnonzero((first != np.arange(len(hashes))) & (hashes != 0))
-    return list(zip(later.tolist(), first[later].tolist(), strict=True))
+    return np.stack([later, first[later]], axis=1)
 
 
 def _quantile(values: Counter, share: float) -> int:
@@ -295,12 +300,12 @@ def check(args: argparse.Namespace) -> None:
     processor = data.Processor(args.init_from_hf_path, **limits)
     dataset = data.RowDataset(args.dataset.split(","), args.dataset_dir, args.cache_dir, args.max_samples)
     options = {"seq_length": args.seq_length, "train_on_prompt": args.train_on_prompt,
-               "mask_history": args.mask_history, "confine": args.confine_paths}  # fmt: skip
+               "mask_history": args.mask_history, "confine": args.confine_paths}
     reader = RowReader(dataset, processor, options)
     figures = Figures(reader)
     starts = range(0, len(dataset), CHUNK)
     chunks = DataLoader(reader, batch_size=None, sampler=starts, num_workers=min(args.num_workers, len(starts)),
-                        collate_fn=list, worker_init_fn=_leave_signals_alone)  # fmt: skip
+                        collate_fn=list, worker_init_fn=_ignore_ctrl_c)
     try:
         with tqdm(total=len(dataset), unit=" rows", desc="check") as bar:
             for start, rows in zip(starts, chunks, strict=True):
@@ -313,7 +318,7 @@ def check(args: argparse.Namespace) -> None:
         if "DataLoader worker" not in str(error):
             raise
         raise InputError("a process was ended from outside, as where memory runs out: give a smaller --num-workers, "
-                         "or a smaller --image-max-pixels") from error  # fmt: skip
+                         "or a smaller --image-max-pixels") from error
     summary = figures.summary(args.seq_length)
     print("\n".join(_as_text(summary)), flush=True)
     if args.report:
@@ -328,7 +333,7 @@ def check(args: argparse.Namespace) -> None:
         )
 
 
-def _leave_signals_alone(worker: int) -> None:
+def _ignore_ctrl_c(worker: int) -> None:
     """Ctrl-C reaches every process of a terminal: the main one ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -363,27 +368,29 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     llava.add_argument("--output", required=True, metavar="FILE", help="a JSON array, or JSON lines if it ends so")
     llava.add_argument("--overwrite", action="store_true", help="replace an earlier output")
 
-    g = commands.add_parser("check", help="reads every row as training would; counts, histograms, bad rows")
+    check_parser = commands.add_parser("check", help="reads every row as training would: counts, bad rows, a page")
     count, switch = number(int, 1), argparse.BooleanOptionalAction
+    g = check_parser.add_argument_group("rows")
     g.add_argument("--dataset", required=True, metavar="A.json,B.jsonl", help="files of rows, comma-separated")
     g.add_argument("--init-from-hf-path", required=True, metavar="DIR", help="Hugging Face directory: configuration, "
-                   "tokenizer, preprocessors (weights are not read)")  # fmt: skip
+                   "tokenizer, preprocessors (weights are not read)")
     g.add_argument("--report", metavar="FILE", help="write a page with histograms and sample rows (HTML)")
+    g.add_argument("--num-workers", type=number(int, 0), default=os.cpu_count() or 1, metavar="N",
+                   help="processes that read rows; 0: this one")
     g.add_argument("--dataset-dir", metavar="DIR", help="media paths are relative to it (default: the file's folder)")
     g.add_argument("--cache-dir", metavar="DIR", help="keeps the index of each dataset for the next start")
     g.add_argument("--max-samples", type=count, metavar="N", help="the first N rows of each dataset")
-    g.add_argument("--confine-paths", action=switch, default=False, help="refuse media outside the dataset directory")
+    g = check_parser.add_argument_group("as in training")
     g.add_argument("--seq-length", type=count, default=4096, metavar="N", help="the longest sample, in tokens")
-    g.add_argument("--num-workers", type=number(int, 0), default=os.cpu_count() or 1, metavar="N",
-                   help="processes that read rows; 0: this one")  # fmt: skip
     for kind in ("image", "video"):
         g.add_argument(f"--{kind}-min-pixels", type=count, metavar="N", help=f"smallest {kind} (default: the model's)")
         g.add_argument(f"--{kind}-max-pixels", type=count, metavar="N", help=f"largest {kind} (default: the model's)")
     g.add_argument("--video-fps", type=number(float, 0, above=True), default=2.0, metavar="X",
-                   help="frames taken per second of video")  # fmt: skip
+                   help="frames taken per second of video")
     g.add_argument("--video-maxlen", type=number(int, 2), default=64, metavar="N", help="most frames of a video")
     g.add_argument("--train-on-prompt", action=switch, default=False, help="supervise everything but media tokens")
     g.add_argument("--mask-history", action=switch, default=False, help="supervise the last answer only")
+    g.add_argument("--confine-paths", action=switch, default=False, help="refuse media outside the dataset directory")
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show a traceback with an error")
 
@@ -401,8 +408,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             if low and high and low > high:
                 raise UsageError(f"--{kind}-min-pixels {low} is above --{kind}-max-pixels {high}: give a smaller one")
     target = args.output if args.command == "llava" else args.report
-    if target and (os.path.isdir(target) or not Path(target).absolute().parent.is_dir()):
-        raise UsageError(f"{target} cannot be written: give a file in a folder that exists")
+    if target and (os.path.isdir(target) or not os.access(Path(target).absolute().parent, os.W_OK)):
+        raise UsageError(f"{target} cannot be written: give a file in a folder that exists and that you may write in")
     return args
 
 

@@ -105,8 +105,8 @@ def _row(sample: data.Sample, processor: data.Processor) -> str:
         turns.append(f'<div class="turn"><b>{text(role or "", 20)}</b><div dir="auto">{"".join(pieces)}</div></div>')
     if len(starts) - 1 > MOST_TURNS:
         turns.append(f"<p><i>… {len(starts) - 1:,} turns</i></p>")
-    share = sum(supervised) / len(ids)
-    note = f"{len(ids):,} tokens, {100 * share:.0f} % supervised{', truncated' if sample.truncated else ''}"
+    share = 100 * sum(supervised) // len(ids)
+    note = f"{len(ids):,} tokens, {share} % supervised{', truncated' if sample.truncated else ''}"
     return f'<article><h3>{text(sample.source, 200)}</h3><p class="note">{note}</p>{"".join(turns)}</article>'
 
 
@@ -151,6 +151,7 @@ def _group(kind: str, count: int, *rows: tuple[str, str]) -> str:
     lines = [f"<b>{text(source, 200)}</b> {text(reason, 400)}" for source, reason in rows]
     if count == len(lines) == 1:
         return f'<div class="bad-row">{lines[0]}</div>'
+    lines += [f"… {count - len(rows):,} more"] * (count > len(rows))
     items = "".join(f"<li>{line}</li>" for line in lines)
     return f"<details{' open' * (count < 4)}><summary><b>{count:,}</b> {text(kind)}</summary><ul>{items}</ul></details>"
 
@@ -168,9 +169,8 @@ def page(summary: Summary, samples: Iterable[data.Sample], processor: data.Proce
         f"<tr><td>{text(path, 200)}</td>{''.join(f'<td>{counts[name]:,}</td>' for name in COLUMNS)}</tr>"
         for path, counts in summary.datasets
     )
-    shown = sum(len(group) - 1 for _, group in summary.reasons)
-    left = f"<p class='note'>{shown:,} of them are shown here; the program printed all.</p>"
-    bad = "".join(_group(kind, *group) for kind, group in summary.reasons)
+    bad = "<h2>Bad rows</h2><p class='note'>Examples of each kind; the program printed all.</p>" * bool(summary.bad)
+    bad += "".join(_group(kind, *group) for kind, group in summary.reasons)
     repeats = "".join(f"<li>{text(row, 200)} <i>as</i> {text(first, 200)}</li>" for row, first in summary.repeats)
     return PAGE.format(
         style=STYLE,
@@ -180,7 +180,7 @@ def page(summary: Summary, samples: Iterable[data.Sample], processor: data.Proce
         cards=cards,
         charts="".join(_chart(*histogram) for histogram in summary.histograms),
         datasets=f"<tr><th>dataset</th>{head}</tr>{datasets}",
-        bad=f"<h2>Bad rows</h2>{left if shown < summary.bad else ''}{bad}" if summary.bad else "",
+        bad=bad,
         repeats=f"<h2>Repeated rows</h2><ul>{repeats}</ul>" if repeats else "",
         samples="".join(_row(sample, processor) for sample in samples),
     )
