@@ -305,7 +305,7 @@ def check(args: argparse.Namespace) -> None:
     figures = Figures(reader)
     starts = range(0, len(dataset), CHUNK)
     chunks = DataLoader(reader, batch_size=None, sampler=starts, num_workers=min(args.num_workers, len(starts)),
-                        collate_fn=list, worker_init_fn=_ignore_ctrl_c)
+                        collate_fn=list, worker_init_fn=_leave_process_group)
     try:
         with tqdm(total=len(dataset), unit=" rows", desc="check") as bar:
             for start, rows in zip(starts, chunks, strict=True):
@@ -333,10 +333,9 @@ def check(args: argparse.Namespace) -> None:
         )
 
 
-def _ignore_ctrl_c(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal: the main one ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _leave_process_group(worker: int) -> None:
+    """Ctrl-C would reach the workers too, which complain of it; this way the main process ends them."""
+    os.setpgid(0, 0)
 
 
 def _as_text(summary: report.Summary) -> Iterator[str]:

@@ -93,6 +93,10 @@ def _row(sample: data.Sample, processor: data.Processor) -> str:
                 stop += 1
             if kind == "media":
                 piece = next(figures)
+                time = re.search(r"&lt;[\d.]+ seconds&gt;$", pieces[-1]) if pieces else None
+                if time:  # of a video's frames: to stand with them
+                    pieces[-1] = pieces[-1][: time.start()]
+                    piece = piece.replace("<small>", f"<small>{time[0]} ")
             else:
                 words = processor.tokenizer.decode(ids[at:stop], skip_special_tokens=False)
                 if role is None:  # the template's first line
@@ -230,7 +234,7 @@ code { font: .78em ui-monospace, "DejaVu Sans Mono", monospace; color: var(--fai
 .nl { color: var(--faint); font-size: .8em; }
 .media { display: inline-block; margin: 0 .6rem .3rem 0; white-space: normal; }
 .media img { display: block; max-width: 100%; max-height: 11rem; border-radius: 4px; margin-bottom: .15rem; }
-.video img { max-height: 6rem; }
+.video { max-width: 11rem; } .video img { max-height: 6rem; }
 @media (max-width: 40rem) { .turn { grid-template-columns: 1fr; gap: .1rem; } dl { grid-template-columns: 1fr 1fr; } }
 """
 
