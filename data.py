@@ -1,7 +1,11 @@
 """Rows of data to packed batches: JSON row -> Sample -> Batch. Reads no other file of the project.
 
 From top to bottom: what a row may hold (`parse_row`), pictures and videos, token ids, labels, positions and patches
-(`Processor`), files of rows (`RowDataset`), and the endless, resumable stream of micro-batches (`Loader`).
+(`Processor`), files of rows (`RowDataset`), and the endless, resumable stream of micro-batches (`Loader`). As a program
+it converts and inspects datasets (tools/datasets.py):
+
+    python data.py llava --annotations llava_instruct_150k.json --image_dir COCO2017/train2017 --output rows.json
+    python data.py check --dataset rows.json --init-from-hf-path DIR --report report.html
 
 Everything equals transformers' Qwen3-VL processor with its Pillow picture processor (ids, positions, pixels; video
 prompts as transformers 4.57 writes them) but for one thing, on purpose: control tokens are written by this file only.
@@ -1368,3 +1372,9 @@ class _Map:
 def _leave_process_group(worker: int) -> None:
     """Signals to the trainer's process group (Ctrl-C, torchrun's SIGTERM) are the trainer's to handle."""
     os.setpgid(0, 0)
+
+
+if __name__ == "__main__":
+    from tools.datasets import run  # which imports this file
+
+    sys.exit(run(sys.argv[1:]))

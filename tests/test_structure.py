@@ -43,7 +43,7 @@ def test_there_are_seven_files():
     assert {p.stem for p in ROOT.glob("*.py")} == MAY_IMPORT.keys()
 
 
-@pytest.mark.parametrize("program", ["train.py", "convert.py", "infer.py"])
+@pytest.mark.parametrize("program", ["train.py", "convert.py", "infer.py", "data.py"])
 def test_help(program):
     result = subprocess.run([sys.executable, program, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0 and not result.stderr
