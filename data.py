@@ -1271,7 +1271,7 @@ class Loader:
                 batch_size=None,
                 sampler=items,
                 num_workers=workers,
-                worker_init_fn=_leave_process_group,
+                worker_init_fn=leave_process_group,
                 generator=torch.Generator(),  # it would draw from the training's, which a resumed run must find again
             )
         )
@@ -1369,7 +1369,7 @@ class _Map:
         return self.function(item)
 
 
-def _leave_process_group(worker: int) -> None:
+def leave_process_group(worker: int) -> None:
     """Signals to the trainer's process group (Ctrl-C, torchrun's SIGTERM) are the trainer's to handle."""
     os.setpgid(0, 0)
 

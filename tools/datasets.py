@@ -139,8 +139,8 @@ class RowReader:
 
     def name(self, index: int) -> str:
         """Where a row stands, without its id."""
-        file, row_number = self.dataset.locate(index)
-        return f"{self.dataset.paths[file]} row {row_number + 1}"
+        span = self.dataset.span(index)
+        return f"{self.dataset.paths[span.file]} row {span.number + 1}"
 
     def sample(self, index: int) -> data.Sample:
         """A row, encoded. Raises InputError."""
@@ -149,7 +149,7 @@ class RowReader:
 
     def read(self, index: int) -> Row:
         """What the figures need of a row."""
-        source, identity, file = self.name(index), 0, self.dataset.locate(index)[0]
+        source, identity, file = self.name(index), 0, self.dataset.span(index).file
         try:
             row, source, media_dir = self.dataset[index]
             if isinstance(row, dict) and row.get("id") is not None:
@@ -193,7 +193,7 @@ class Figures:
     def add(self, index: int, row: Row) -> None:
         """Counts a row."""
         counts = row.counts
-        self.files[self.reader.dataset.locate(index)[0]].update(counts)
+        self.files[self.reader.dataset.span(index).file].update(counts)
         self.contents[index], self.identities[index] = row.content, row.identity
         if row.reason:  # of one kind are those that differ in paths, quotations and numbers
             kind = re.sub(r"\S*/\S*|'[^']*'|\"[^\"]*\"|(?<![\w-])\d+", "…", row.reason)[:150]
@@ -305,7 +305,7 @@ def check(args: argparse.Namespace) -> None:
     figures = Figures(reader)
     starts = range(0, len(dataset), CHUNK)
     chunks = DataLoader(reader, batch_size=None, sampler=starts, num_workers=min(args.num_workers, len(starts)),
-                        collate_fn=list, worker_init_fn=_leave_process_group)
+                        collate_fn=list, worker_init_fn=data.leave_process_group)
     try:
         with tqdm(total=len(dataset), unit=" rows", desc="check") as bar:
             for start, rows in zip(starts, chunks, strict=True):
@@ -331,11 +331,6 @@ def check(args: argparse.Namespace) -> None:
             f"{summary.bad:,} of {summary.rows:,} rows are bad, listed above: mend them, leave them out, or (up to a "
             "tenth of a dataset) train with --on-bad-sample skip"
         )
-
-
-def _leave_process_group(worker: int) -> None:
-    """Ctrl-C would reach the workers too, which complain of it; this way the main process ends them."""
-    os.setpgid(0, 0)
 
 
 def _as_text(summary: report.Summary) -> Iterator[str]:
