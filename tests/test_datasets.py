@@ -473,6 +473,22 @@ def test_page_stays_small(tmp_path, hf):
     assert "389 more" in page and "other reasons" not in page and "200 turns" in page
 
 
+@pytest.mark.parametrize("files, rows_each", [(1, 1), (1, 5), (3, 40), (20, 2), (2, 0)])
+def test_rows_shown_are_spread(tmp_path, hf, files, rows_each):
+    """Each dataset's share, its first and last row among them, and never a bad one."""
+    paths = [write(tmp_path / f"{i}.json", [{"messages": say("a", f"{i} {k}")} for k in range(rows_each)] + [0])
+             for i in range(files)]
+    reader = datasets.RowReader(data.RowDataset(list(map(str, paths))), data.Processor(hf), {})
+    figures = datasets.Figures(reader)
+    for index, row in enumerate(row for start in range(0, len(reader.dataset), 16) for row in reader[start]):
+        figures.add(index, row)
+    chosen = [reader.dataset.locate(i) for i in figures.choose()]
+    assert min(files * rows_each, 8) <= len(chosen) <= datasets.SHOWN
+    assert all(row < rows_each for _, row in chosen) and len(set(chosen)) == len(chosen)
+    if 0 < files * rows_each <= 120 and files <= 3:
+        assert {(file, row) for file in range(files) for row in (0, rows_each - 1)} <= set(chosen)
+
+
 def test_kinds_of_bad_rows_are_bounded(rows, hf):
     figures = datasets.Figures(datasets.RowReader(data.RowDataset([str(rows / "a.json")]), data.Processor(hf), {}))
     for i in range(200):
