@@ -2,7 +2,7 @@
 
 From top to bottom: what a row may hold (`parse_row`), pictures and videos, token ids, labels, positions and patches
 (`Processor`), files of rows (`RowDataset`), and the endless, resumable stream of micro-batches (`Loader`). As a program
-it converts and inspects datasets (tools/datasets.py):
+it converts and inspects datasets (tools/dataset_cli.py):
 
     python data.py llava --annotations llava_instruct_150k.json --image_dir COCO2017/train2017 --output rows.json
     python data.py check --dataset rows.json --init-from-hf-path DIR --report report.html
@@ -1375,6 +1375,6 @@ def leave_process_group(worker: int) -> None:
 
 
 if __name__ == "__main__":
-    from tools.datasets import run  # which imports this file
+    from tools.dataset_cli import run  # which imports this file
 
     sys.exit(run(sys.argv[1:]))

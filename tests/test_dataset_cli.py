@@ -23,7 +23,7 @@ from PIL import Image
 import data
 import train
 from kernels_npu import UsageError
-from tools import datasets, report
+from tools import dataset_cli, report
 
 ROOT = Path(__file__).parent.parent
 EVIL = "<script>document.title='pwned'</script> \"'> <img src=x onerror=\"document.title='pwned'\">"
@@ -85,7 +85,7 @@ def coco(tmp_path) -> Path:
 
 
 def convert(coco: Path, output: Path, *flags, annotations: str = "llava.json") -> None:
-    datasets.main(["llava", "--annotations", str(coco.parent / annotations), "--image_dir", str(coco / "train2017"),
+    dataset_cli.main(["llava", "--annotations", str(coco.parent / annotations), "--image_dir", str(coco / "train2017"),
                    "--output", str(output), *flags])
 
 
@@ -170,9 +170,9 @@ def test_llava_wrong_folder_and_existing_output(coco):
     (coco / "val2017").mkdir()
     argv = ["llava", "--annotations", str(coco.parent / "llava.json"), "--output", str(coco / "out.json")]
     with pytest.raises(data.InputError, match="picture of none of 3 rows.*--image_dir"):
-        datasets.main([*argv, "--image-dir", str(coco / "val2017")])
+        dataset_cli.main([*argv, "--image-dir", str(coco / "val2017")])
     with pytest.raises(data.InputError, match="no folder: --image_dir"):
-        datasets.main([*argv, "--image-dir", str(coco / "nowhere")])
+        dataset_cli.main([*argv, "--image-dir", str(coco / "nowhere")])
     assert not (coco / "out.json").exists()
     (coco / "out.json").write_text("mine")
     with pytest.raises(data.InputError, match="--overwrite"):
@@ -241,7 +241,7 @@ def rows(tmp_path) -> Path:
 
 def check(hf: Path, *paths, **kwargs) -> None:
     flags = [str(x) for key, value in kwargs.items() for x in (f"--{key.replace('_', '-')}", value)]
-    datasets.main(["check", "--init-from-hf-path", str(hf), "--dataset", ",".join(map(str, paths)), *flags])
+    dataset_cli.main(["check", "--init-from-hf-path", str(hf), "--dataset", ",".join(map(str, paths)), *flags])
 
 
 def figures_in(out: str) -> dict[str, int]:
@@ -289,7 +289,7 @@ def test_check_does_not_depend_on_workers(rows, hf, capsys):
 def test_check_reads_as_training_would(rows, hf, capsys):
     """The flags reach `Processor.encode`."""
     def figures(**flags) -> dict[str, int]:
-        datasets.main(["check", "--init-from-hf-path", str(hf), "--dataset", str(rows / "good.json"),
+        dataset_cli.main(["check", "--init-from-hf-path", str(hf), "--dataset", str(rows / "good.json"),
                        "--num-workers", "0", *[f"--{k}={v}" if v else f"--{k}" for k, v in flags.items()]])
         return figures_in(capsys.readouterr().out)
 
@@ -342,7 +342,7 @@ def test_unusable_files(tmp_path, hf, content, message):
 ])
 def test_usage_errors(argv, message):
     with pytest.raises(UsageError, match=re.escape(message)):
-        datasets.main(argv)
+        dataset_cli.main(argv)
 
 
 def test_check_ends_at_ctrl_c(tmp_path, hf):
@@ -369,10 +369,10 @@ def test_killed_worker_is_explained(rows, hf, monkeypatch):
 
 def test_quantiles_and_histograms():
     values = Counter(range(1, 101))
-    assert [datasets._quantile(values, q) for q in (0, 0.5, 0.95, 1)] == [1, 50, 95, 100]
-    assert datasets.histogram(Counter()) == []
-    assert datasets.histogram(Counter({0: 3, 2: 1})) == [("0", 3), ("1", 0), ("2", 1)]
-    bars = datasets.histogram(values + Counter([10_000]))
+    assert [dataset_cli._quantile(values, q) for q in (0, 0.5, 0.95, 1)] == [1, 50, 95, 100]
+    assert dataset_cli.histogram(Counter()) == []
+    assert dataset_cli.histogram(Counter({0: 3, 2: 1})) == [("0", 3), ("1", 0), ("2", 1)]
+    bars = dataset_cli.histogram(values + Counter([10_000]))
     assert sum(count for _, count in bars) == 101 and bars[0] == ("0-9", 9) and bars[-1] == ("100 and more", 2)
 
 
@@ -425,8 +425,8 @@ def test_page_escapes_everything(tmp_path, hf):
 def test_page_shows_rows_as_training_sees_them(rows, hf):
     processor, dataset = data.Processor(hf), data.RowDataset([str(rows / "a.json"), str(rows / "b.jsonl")])
     Image.new("RGB", (64, 96), (250, 20, 90)).save(rows / "p.png")
-    reader = datasets.RowReader(dataset, processor, {"mask_history": True, "seq_length": 200})
-    summary = datasets.Figures(reader).summary(200)
+    reader = dataset_cli.RowReader(dataset, processor, {"mask_history": True, "seq_length": 200})
+    summary = dataset_cli.Figures(reader).summary(200)
 
     def show(index: int) -> tuple[Page, str]:
         page = Page(report.page(summary, [reader.sample(index)], processor))
@@ -478,25 +478,26 @@ def test_rows_shown_are_spread(tmp_path, hf, files, rows_each):
     """Each dataset's share, its first and last row among them, and never a bad one."""
     paths = [write(tmp_path / f"{i}.json", [{"messages": say("a", f"{i} {k}")} for k in range(rows_each)] + [0])
              for i in range(files)]
-    reader = datasets.RowReader(data.RowDataset(list(map(str, paths))), data.Processor(hf), {})
-    figures = datasets.Figures(reader)
+    reader = dataset_cli.RowReader(data.RowDataset(list(map(str, paths))), data.Processor(hf), {})
+    figures = dataset_cli.Figures(reader)
     for index, row in enumerate(row for start in range(0, len(reader.dataset), 16) for row in reader[start]):
         figures.add(index, row)
-    chosen = [reader.dataset.locate(i) for i in figures.choose()]
-    assert min(files * rows_each, 8) <= len(chosen) <= datasets.SHOWN
+    chosen = [reader.dataset.span(i)[:2] for i in figures.choose()]
+    assert min(files * rows_each, 8) <= len(chosen) <= dataset_cli.SHOWN
     assert all(row < rows_each for _, row in chosen) and len(set(chosen)) == len(chosen)
     if 0 < files * rows_each <= 120 and files <= 3:
         assert {(file, row) for file in range(files) for row in (0, rows_each - 1)} <= set(chosen)
 
 
 def test_kinds_of_bad_rows_are_bounded(rows, hf):
-    figures = datasets.Figures(datasets.RowReader(data.RowDataset([str(rows / "a.json")]), data.Processor(hf), {}))
+    reader = dataset_cli.RowReader(data.RowDataset([str(rows / "a.json")]), data.Processor(hf), {})
+    figures = dataset_cli.Figures(reader)
     for i in range(200):
         for word in ("x" * i, "x"):
-            figures.add(0, datasets.Row("a.json row 1", f"wrong {word}", {"rows": 1, "bad": 1}, [], 0, 0))
+            figures.add(0, dataset_cli.Row("a.json row 1", f"wrong {word}", {"rows": 1, "bad": 1}, [], 0, 0))
     reasons = figures.summary(4096).reasons
-    assert len(reasons) <= datasets.MOST_KINDS + 1 and sum(group[0] for _, group in reasons) == 400
-    assert dict(reasons)["wrong x"][0] == 201 and max(len(group) for _, group in reasons) == 1 + datasets.KEPT
+    assert len(reasons) <= dataset_cli.MOST_KINDS + 1 and sum(group[0] for _, group in reasons) == 400
+    assert dict(reasons)["wrong x"][0] == 201 and max(len(group) for _, group in reasons) == 1 + dataset_cli.KEPT
 
 
 @pytest.mark.slow
