@@ -300,6 +300,13 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
 
 
 @dataclass
+class _Header:
+    """A frame that is not decoded."""
+
+    size: tuple[int, int]  # width, height
+
+
+@dataclass
 class Video:
     """A video, of which only what its prompt needs has been read."""
 
@@ -310,13 +317,6 @@ class Video:
     times: np.ndarray | None
     # read(numbers, decode): the frames of these numbers, which must rise, one by one: decoded, or with a `size` only
     read: Callable[[list[int], bool], Iterator[Image.Image | _Header]]
-
-
-@dataclass
-class _Header:
-    """A frame that is not decoded."""
-
-    size: tuple[int, int]  # width, height
 
 
 def open_video(spec: str | list | dict, media_dir: str | Path, confine: bool, default_fps: float) -> Video:
@@ -375,7 +375,8 @@ def _open_animation(path: Path, fps: float | None) -> Video:
         # In milliseconds. Browsers, too, take 0 for 100.
         times = np.cumsum([0] + [image.info.get("duration") or 100 for image in frames()]) / 1000
         fps = count / times[-1]
-    return Video(count, float(fps), _unless_steady(times, fps), read)
+        times = None if _is_steady(times, fps) else times
+    return Video(count, float(fps), times, read)
 
 
 SEEK_FRAMES = 16  # to get less far ahead in a video file, decoding is quicker than jumping
@@ -395,24 +396,28 @@ def _open_video_file(path: Path, fps: float | None) -> Video:
         if not container.streams.video:
             raise ValueError("it holds no video")
         stream = container.streams.video[0]
-        size, rate, stated, unit = (stream.width, stream.height), stream.average_rate, stream.frames, stream.time_base
+        size, stated = (stream.width, stream.height), stream.frames
+        rate, unit = float(stream.average_rate or 0), float(stream.time_base)
         # Of each packet: when its frame is shown, for how long, and whether decoding can begin with it.
         packets, held = [], 0
         for packet in container.demux(stream):
             held += packet.size > 0  # an empty one marks the end
             if packet.size and not packet.is_discard:
                 packets.append((packet.pts, packet.duration, packet.is_keyframe))
-    count, times, keys = len(packets), None, np.zeros(1, int)
     if held < 0.9 * stated:
         raise InputError(f"{path} states {stated} frames but holds {held}: it was cut off, get it again")
+    count, times, mean, keys = len(packets), None, 0.0, np.zeros(1, int)
     if count > 1 and all(pts is not None for pts, _, _ in packets):
-        packets.sort()  # they come in the order of decoding
-        ticks, (_, last, _) = np.array([pts for pts, _, _ in packets]), packets[-1]
-        times = (np.append(ticks, ticks[-1] + (last or (ticks[-1] - ticks[0]) / (count - 1))) - ticks[0]) * float(unit)
-        keys = np.flatnonzero([is_key for _, _, is_key in packets])
-    mean = count / times[-1] if times is not None and times[-1] > 0 else None
-    times = None if fps else _unless_steady(times, rate or mean)
-    fps = fps or (mean if times is not None else rate or mean)
+        packets.sort(key=lambda packet: packet[0])  # they come in the order of decoding
+        ticks = np.array([pts for pts, _, _ in packets])
+        last = packets[-1][1] or (ticks[-1] - ticks[0]) / (count - 1)
+        if np.diff(ticks).min() > 0:  # else the times are worth nothing
+            times = (np.append(ticks, ticks[-1] + last) - ticks[0]) * unit
+            keys, mean = np.flatnonzero([is_key for _, _, is_key in packets]), count / times[-1]
+    if fps or times is None or _is_steady(times, rate or mean):
+        fps, times = fps or rate or mean, None
+    else:
+        fps = mean
     if not fps:
         raise InputError(f"{path} states no frame rate: give it as {{'path': ..., 'fps': ...}}")
 
@@ -452,11 +457,9 @@ def _open_video_file(path: Path, fps: float | None) -> Video:
     return Video(count, float(fps), times, read)
 
 
-def _unless_steady(times: np.ndarray | None, fps: float) -> np.ndarray | None:
-    """Nothing if frame i appears at i / fps, give or take half a frame (files round times), else the times."""
-    if times is None or np.diff(times).min() <= 0:  # times that do not rise say nothing
-        return None
-    return None if np.abs(times[:-1] * fps - np.arange(len(times) - 1)).max() <= 0.5 else times
+def _is_steady(times: np.ndarray, fps: float) -> bool:
+    """Whether frame i appears at i / fps, give or take half a frame, as files round times."""
+    return bool(np.abs(times[:-1] * fps - np.arange(len(times) - 1)).max() <= 0.5)
 
 
 def smart_resize(
