@@ -612,7 +612,7 @@ def test_bad_video_files(processor, tmp_path):
     write_video(tmp_path / "v.ts", 40, 15)
     content = (tmp_path / "v.ts").read_bytes()
     middle = len(content) // 376 * 188  # its packets have 188 bytes, three of them tell what the file holds
-    (tmp_path / "no-start.ts").write_bytes(content[:564] + content[middle : middle + 752])
+    (tmp_path / "no-start.ts").write_bytes(content[:564] + content[middle:])
     for name, message in (
         ("head.mp4", "cannot be read as a video"),
         ("no-start.ts", "cannot be read as a video: the size of its frames is not to be found"),
