@@ -397,6 +397,8 @@ def _open_video_file(path: Path, fps: float | None) -> Video:
             raise ValueError("it holds no video")
         stream = container.streams.video[0]
         size, stated = (stream.width, stream.height), stream.frames
+        if not all(size):
+            raise ValueError("the size of its frames is not to be found")
         rate, unit = float(stream.average_rate or 0), float(stream.time_base)
         # Of each packet: when its frame is shown, for how long, and whether decoding can begin with it.
         packets, held = [], 0

@@ -612,8 +612,13 @@ def test_bad_video_files(processor, tmp_path):
         middle = [packet.pos for packet in container.demux(video=0) if packet.size][20]
     (tmp_path / "cut.mp4").write_bytes(content[:middle])
     (tmp_path / "damaged.mp4").write_bytes(content[:middle] + bytes(len(content) - middle))
+    write_video(tmp_path / "v.ts", 40, 15)
+    content = (tmp_path / "v.ts").read_bytes()
+    middle = len(content) // 376 * 188  # its packets have 188 bytes, three of them tell what the file holds
+    (tmp_path / "no-start.ts").write_bytes(content[:564] + content[middle:])
     for name, message in (
         ("head.mp4", "cannot be read as a video"),
+        ("no-start.ts", "cannot be read as a video: the size of its frames is not to be found"),
         ("cut.mp4", "states 40 frames but holds 20: it was cut off"),
         ("damaged.mp4", "cannot be read as a video"),
         ("sound.mp4", "cannot be read as a video: it holds no video"),
