@@ -85,7 +85,8 @@ class Batch:
     loss_weights: Tensor | None  # [T] float32, set by the trainer before the forward
     aux_weight: float  # this batch's share of the step's router auxiliary loss, set with it
     sources: list[str]
-    skipped: int  # bad rows left out
+    rows_read: list[int]  # of each file of the dataset
+    rows_bad: list[int]  # and those of them left out
     truncated: int  # samples cut to the sequence length
     resume_state: dict  # the position in the stream after this batch; json-able
     # Where several ranks share a batch, each has a run of its tokens and, of another cut, a run of its patches;
@@ -100,7 +101,12 @@ class Batch:
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names})
 
 
-def collate(samples: list[Sample], resume_state: dict | None = None, skipped: int = 0) -> Batch:
+def collate(
+    samples: list[Sample],
+    resume_state: dict | None = None,
+    rows_read: list[int] | None = None,
+    rows_bad: list[int] | None = None,
+) -> Batch:
     """Lays samples end to end. No samples (all of them were bad) make a batch of one unsupervised token."""
     sources = [sample.source for sample in samples]
     if not samples:
@@ -120,7 +126,8 @@ def collate(samples: list[Sample], resume_state: dict | None = None, skipped: in
         loss_weights=None,
         aux_weight=0.0,
         sources=sources,
-        skipped=skipped,
+        rows_read=rows_read or [],
+        rows_bad=rows_bad or [],
         truncated=sum(sample.truncated for sample in samples),
         resume_state=resume_state or {},
     )
@@ -175,7 +182,8 @@ def parse_row(row: dict, for_generation: bool = False) -> list[Turn]:
             raise InputError(f"{name}[{i}] must be an object with '{role_key}' and '{text_key}'")
         role = ROLES.get(message[role_key]) if isinstance(message[role_key], str) else None
         if role is None:
-            raise InputError(f"{name}[{i}]: unknown {role_key} {message[role_key]!r}, use one of {', '.join(ROLES)}")
+            unknown = repr(message[role_key])[:80]
+            raise InputError(f"{name}[{i}]: unknown {role_key} {unknown}, use one of {', '.join(ROLES)}")
         expected = "assistant" if turns and turns[-1].role == "user" else "user"
         if role != expected and not (role == "system" and i == 0):
             raise InputError(
@@ -338,7 +346,7 @@ def open_video(spec: str | list | dict, media_dir: str | Path, confine: bool, de
         if not full.is_dir():
             return _open_video_file(full, fps)
         names = [name for name in os.listdir(full) if name.lower().endswith(PICTURE_SUFFIXES) and name[0] != "."]
-        names.sort(key=lambda name: [int(s) if s.isdigit() else s for s in re.split("([0-9]+)", name)])
+        names.sort(key=lambda name: [int(s) if s.isdecimal() else s for s in re.split("([0-9]+)", name)])
         paths = [resolve_path(os.path.join(path, name), media_dir, confine) for name in names]
     return Video(
         num_frames=len(paths),
@@ -656,6 +664,8 @@ class Processor:
         tables = (levels - means) / stds  # [3, 256]
         patches = np.empty((t, h // m, w // m, m, m, 3, self.temporal, p, p), np.float32)
         for i, image in enumerate(images):
+            if settings is self.video:  # as torchvision: the width first. Pillow's order depends on the sizes
+                image = image.resize((w * p, image.height), Image.Resampling.BICUBIC)
             resized = np.asarray(image.resize((w * p, h * p), Image.Resampling.BICUBIC))
             rows = resized.reshape(h // m, m, p, w // m, m, p, 3).transpose(0, 6, 3, 1, 4, 2, 5)
             first = i % self.temporal
@@ -966,8 +976,8 @@ class RowDataset(RowFiles):
     def __getitem__(self, index: int) -> tuple[dict, str, Path]:
         return self.read(self.span(index))
 
-    def known_rows(self, file: int) -> int:
-        """Of a file: all its rows."""
+    def rows_of(self, file: int) -> float:
+        """How many rows a file has."""
         return len(self.ranges[file])
 
     def count(self) -> int:
@@ -1003,14 +1013,15 @@ class RowStream(RowFiles):
         self, paths: list[str], dataset_dir: str | None = None, max_samples: int | None = None, buffer: int = 1000
     ):
         super().__init__(paths, dataset_dir, max_samples)
-        self.buffer, self._known = buffer, [0] * len(paths)
+        self.buffer, self._found = buffer, [(1, 1)] * len(paths)  # of each file: rows, and the byte where they end
         for path in self.paths:
             next(_scan(Path(path)))  # none is empty or of another kind
         self._bytes = [os.path.getsize(path) for path in self.paths]
 
-    def known_rows(self, file: int) -> int:
-        """Of a file: the rows found so far."""
-        return self._known[file]
+    def rows_of(self, file: int) -> float:
+        """How many rows a file has, as far as can be told from those found so far."""
+        found, end = self._found[file]
+        return found * self._bytes[file] / end
 
     def count(self) -> int:
         """All rows of an epoch: reads every file through."""
@@ -1026,6 +1037,8 @@ class RowStream(RowFiles):
         consumed, epoch = state.get("consumed", 0), state.get("epoch", 0)
         # The block in hand: where it begins (file, row, byte), how many rows it may have, how many of them are done.
         start, size, done = state.get("block", (0, 0, 0)), state.get("buffer", self.buffer), state.get("done", 0)
+        if size != self.buffer:  # blocks cut anew would lose rows
+            logger.warning("the stream keeps the shuffle buffer of %d rows that it was saved with", size)
         while True:
             spans = self._spans(*start)
             while block := list(itertools.islice(spans, size)):
@@ -1036,7 +1049,7 @@ class RowStream(RowFiles):
                     done, consumed = done + 1, consumed + 1
                     state = {"consumed": consumed, "epoch": epoch, "bytes": self._bytes}
                     yield block[order[done - 1]], state | {"block": list(start), "buffer": size, "done": done}
-                start, size, done = (block[-1].file, block[-1].number + 1, block[-1].end), self.buffer, 0
+                start, done = (block[-1].file, block[-1].number + 1, block[-1].end), 0
             start, epoch = (0, 0, 0), epoch + 1
 
     def _spans(self, file: int, number: int, offset: int) -> Iterator[Span]:
@@ -1045,7 +1058,7 @@ class RowStream(RowFiles):
             rows = _scan(Path(self.paths[file]), offset)
             numbers = itertools.count(number) if self.max_samples is None else range(number, self.max_samples)
             for number, (start, end) in zip(numbers, rows, strict=False):
-                self._known[file] = max(self._known[file], number + 1)
+                self._found[file] = max(self._found[file], (number + 1, end))
                 yield Span(file, number, start, end)
             number = offset = 0
 
@@ -1061,23 +1074,23 @@ def _cached_index(path: Path, cache_dir: str | None) -> np.ndarray:
     with _dataset(path) as stream:
         while chunk := stream.read(1 << 22):
             digest.update(chunk)
-    cached = Path(cache_dir, f"rows-{digest.hexdigest()[:32]}.npy")
+    cached = Path(cache_dir, f"rows-{digest.hexdigest()[:32]}.index")
     if cached.exists():
-        with contextlib.suppress(OSError, ValueError, EOFError), open(cached, "rb") as stream:
-            ranges = np.lib.format.read_array(stream)
-            if (ranges.dtype, ranges.shape[1:]) == (np.int64, (2,)) and len(ranges):
-                return ranges
+        with contextlib.suppress(OSError):
+            content = cached.read_bytes()
+            if len(content) > 32 and hashlib.sha256(content[32:]).digest() == content[:32]:
+                return np.frombuffer(content, np.int64, offset=32).reshape(-1, 2)
         logger.warning("%s is damaged and is made anew", cached)
     ranges = index()
-    cached.parent.mkdir(parents=True, exist_ok=True)
     temporary = cached.with_suffix(f".{uuid.uuid4().hex}")  # of this process of this node alone
     try:
-        with open(temporary, "wb") as stream:
-            np.save(stream, ranges)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(hashlib.sha256(ranges.tobytes()).digest() + ranges.tobytes())
         os.replace(temporary, cached)
     except OSError as error:  # a full disk, say: the next start will be slower, that is all
-        temporary.unlink(missing_ok=True)
         logger.warning("%s cannot be kept: %s", cached, error.strerror)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return ranges
 
 
@@ -1125,7 +1138,9 @@ def _scan_array(path: Path, stream: BinaryIO, offset: int, expected: str) -> Ite
 
     `expected` is "[", or ",]" behind an element.
     """
-    decode, parse = codecs.getincrementaldecoder("utf-8")().decode, json.JSONDecoder().raw_decode
+    # Only where rows end matters here: bytes that are not UTF-8 and numbers that are too long are `read`'s to refuse.
+    decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
+    parse = json.JSONDecoder(strict=False, parse_int=len).raw_decode
     between = re.compile(r"[ \t\n\r]*(\[[ \t\n\r]*\]|[\[,\]]?)[ \t\n\r]*")
     begin = read_bytes = offset
     text, at, lines = "", 0, 0  # a window of the file; `offset` and `lines`, counted from `begin`, belong to text[at]
@@ -1135,11 +1150,7 @@ def _scan_array(path: Path, stream: BinaryIO, offset: int, expected: str) -> Ite
         nonlocal text, at, lines, read_bytes
         chunk = stream.read(max(1 << 20, len(text) - at))  # doubles while a row outgrows the window
         read_bytes += len(chunk)
-        try:
-            new = decode(chunk, final=not chunk)
-        except UnicodeDecodeError as error:
-            place = read_bytes - len(error.object) + error.start
-            raise InputError(f"{path} is not UTF-8: {error.reason} at byte {place}") from error
+        new = decode(chunk, final=not chunk)
         if chunk:
             lines += text.count("\n", 0, at)
             text, at = text[at:] + new, 0
@@ -1170,8 +1181,8 @@ def _scan_array(path: Path, stream: BinaryIO, offset: int, expected: str) -> Ite
             raise fail(getattr(error, "msg", _one_line(error)), place) from error
         if end == len(text) and more():
             continue
-        offset += len(text[at:start].encode())
-        size = len(text[start:end].encode())
+        offset += len(text[at:start].encode(errors="surrogateescape"))
+        size = len(text[start:end].encode(errors="surrogateescape"))
         yield offset, offset + size
         offset, at, expected = offset + size, end, ",]"
     if start < len(text):
@@ -1194,8 +1205,8 @@ class Loader:
     the rows from k * global_batch_size whatever the layout. With `packing` the rows themselves are dealt in turn, and a
     micro-batch is `micro_batch_size` packed rows, each filled to `seq_length` tokens (see `_packed_rows`).
 
-    `on_bad_sample` "error" raises a bad row's InputError here, in the main process; "skip" leaves the row out, logs
-    it once, and raises InputError once more than a tenth of a dataset's rows are bad.
+    `on_bad_sample` "error" raises a bad row's InputError here, in the main process; "skip" leaves the row out and logs
+    it once; `judge` says when that is too many.
     """
 
     dataset: RowDataset | RowStream
@@ -1224,6 +1235,7 @@ class Loader:
         if self.on_bad_sample not in ("error", "skip"):
             raise InputError(f"on_bad_sample must be 'error' or 'skip', not {self.on_bad_sample!r}")
         self._order_seed = self.seed if self.shuffle else None
+        self._read = self._bad = None  # rows of each file, as `judge` was told
 
     def __iter__(self) -> Iterator[Batch]:
         states = self.resume_state if isinstance(self.resume_state, list) else [self.resume_state or {}]
@@ -1234,39 +1246,42 @@ class Loader:
         self._states = [own] if own else list(by_rank.values())
         items = self._packed() if self.packing else self._micro_batches()
         batches = self._in_workers(self._load, items, self.num_workers)
-        first_epoch = self._states[0].get("epoch", 0)
-        seen, bad, logged = np.zeros(len(self.dataset.paths)), np.zeros(len(self.dataset.paths)), set()
-        for batch, files, failures in batches:
-            for file, message in failures:
+        logged = set()
+        for batch, failures in batches:
+            for message in failures:
                 if self.on_bad_sample == "error":
                     raise InputError(message)
                 if message not in logged:
                     logger.warning("skipped: %s", message)
                     logged.add(message)
-                bad[file] += 1
-            for file in files:
-                seen[file] += 1
-            for file in set(files):
-                # A tenth of this rank's share of the file in the epochs begun; by chance one rank of many sees more.
-                rows = self.dataset.known_rows(file)
-                allowed = 0.1 * (batch.resume_state["epoch"] - first_epoch + 1) * rows / self.dp_size
-                if self.dp_size > 1:
-                    allowed += 3 * math.sqrt(allowed)
-                if seen[file] >= min(10, rows) and bad[file] > allowed:
-                    raise InputError(
-                        f"{self.dataset.paths[file]}: {int(bad[file])} of {int(seen[file])} rows read are bad, more "
-                        "than a tenth of the dataset; the reasons are above"
-                    )
             yield batch
+
+    def judge(self, rows_read: list[int], rows_bad: list[int], epoch: int) -> None:
+        """Raises InputError if more than a tenth of a dataset's rows are bad: to be told, again and again, what all
+        ranks have read of each file since the last time, and the epoch that they are in."""
+        if self._read is None:
+            self._read, self._bad = np.zeros((2, len(self.dataset.paths)))
+        self._read, self._bad = self._read + rows_read, self._bad + rows_bad
+        for file, (read, bad) in enumerate(zip(self._read.tolist(), self._bad.tolist(), strict=True)):
+            rows = self.dataset.rows_of(file)
+            if read >= min(10, rows) and bad > 0.1 * (epoch - self._states[0].get("epoch", 0) + 1) * rows:
+                raise InputError(
+                    f"{self.dataset.paths[file]}: {bad:.0f} of {read:.0f} rows read are bad, more than a tenth of the "
+                    "dataset; the reasons are above"
+                )
 
     def epoch_size(self) -> float:
         """Rows of an epoch; of packed rows about how many, judged by the lengths of a thousand rows."""
         rows = self.dataset.count()
         if not self.packing:
             return rows
-        spans = [span for span, _ in itertools.islice(self.dataset.stream({}, self._order_seed), min(rows, 1000))]
-        tokens = sum(self._measure((span, {}))[2] for span in spans)
-        return rows / len(spans) * tokens / self.encode_options["seq_length"]
+        order = self.dataset.stream({}, self._order_seed)
+        waiting = [self._measure((span, {}))[::2] for span, _ in itertools.islice(order, min(rows, 1000))]
+        judged, packed, space = len(waiting), 0, self.encode_options["seq_length"]
+        while waiting:
+            waiting = fill_row(waiting[:PACKING_WINDOW], space)[1] + waiting[PACKING_WINDOW:]
+            packed += 1
+        return packed * rows / judged
 
     def _in_workers(self, function: Callable, items: Iterator, workers: int) -> Iterator:
         """What `function` makes of each item, in order."""
@@ -1281,21 +1296,21 @@ class Loader:
             )
         )
 
-    def _load(self, item: tuple[list[Span], dict]) -> tuple[Batch, list[int], list[tuple[int, str]]]:
-        """What a worker does: a micro-batch of the rows at given places.
-
-        With the Batch come the file of each of its rows, and (file, message) of each bad one: returned, not raised,
-        because torch would bury the message in a worker's traceback.
-        """
+    def _load(self, item: tuple[list[Span], dict]) -> tuple[Batch, list[str]]:
+        """What a worker does: a micro-batch of the rows at given places, and why some of them are bad: returned, not
+        raised, because torch would bury the message in a worker's traceback."""
         spans, state = item
         samples, failures = [], []
+        rows_read, rows_bad = [0] * len(self.dataset.paths), [0] * len(self.dataset.paths)
         for span in spans:
+            rows_read[span.file] += 1
             try:
                 row, source, media_dir = self.dataset.read(span)
                 samples.append(self.processor.encode(row, media_dir=media_dir, source=source, **self.encode_options))
             except InputError as error:
-                failures.append((span.file, str(error)))
-        return collate(samples, state, len(failures)), [span.file for span in spans], failures
+                rows_bad[span.file] += 1
+                failures.append(str(error))
+        return collate(samples, state, rows_read, rows_bad), failures
 
     def _micro_batches(self) -> Iterator[tuple[list[Span], dict]]:
         """This rank's rows of each micro-batch, and the position behind those of all ranks."""
@@ -1311,25 +1326,17 @@ class Loader:
             yield [span for spans, _ in taken for span in spans], taken[-1][1]
 
     def _packed_rows(self) -> Iterator[tuple[list[Span], dict]]:
-        """The samples of each packed row: of those that wait the first, then always the longest that still fits.
+        """The samples of each packed row (see `fill_row`), never of two epochs, and the position behind them.
 
-        Lengths are measured ahead, in a worker if there are any. The samples that wait belong to the position. No row
-        is packed from two epochs.
+        Lengths are measured ahead, in a worker if there are any. The samples that wait belong to the position.
         """
         waiting: list[tuple[Span, int]] = []
         position: dict = {}
         for span, behind, length in self._in_workers(self._measure, self._dealt(), min(1, self.num_workers)):
             while len(waiting) == PACKING_WINDOW or waiting and behind["epoch"] != position["epoch"]:
-                space = self.encode_options["seq_length"]
-                chosen = set()
-                for i in [0, *sorted(range(1, len(waiting)), key=lambda i: -waiting[i][1])]:
-                    if waiting[i][1] <= space:
-                        space -= waiting[i][1]
-                        chosen.add(i)
-                spans = [waiting[i][0] for i in sorted(chosen)]
-                waiting = [pair for i, pair in enumerate(waiting) if i not in chosen]
+                row, waiting = fill_row(waiting, self.encode_options["seq_length"])
                 places = [list(span) for span, _ in waiting]
-                yield spans, position | {"dealt": [self.dp_rank, self.dp_size], "waiting": places}
+                yield [span for span, _ in row], position | {"dealt": [self.dp_rank, self.dp_size], "waiting": places}
             waiting.append((span, length))
             position = behind
 
@@ -1362,6 +1369,19 @@ class Loader:
         for span, behind in self.dataset.stream(state, self._order_seed):
             if (behind["consumed"] - 1) % self.dp_size == self.dp_rank:
                 yield span, behind
+
+
+def fill_row(waiting: list[tuple[Span, int]], space: int) -> tuple[list, list]:
+    """Of samples and their lengths those for a packed row of `space` tokens, and those that go on waiting: the first,
+    which has waited longest, then always the longest that still fits."""
+    chosen = {0}
+    space -= waiting[0][1]
+    for i in sorted(range(1, len(waiting)), key=lambda i: -waiting[i][1]):
+        if waiting[i][1] <= space:
+            space -= waiting[i][1]
+            chosen.add(i)
+    row = [waiting[i] for i in sorted(chosen)]
+    return row, [pair for i, pair in enumerate(waiting) if i not in chosen]
 
 
 class _Map:

@@ -174,6 +174,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             raise UsageError(f"{missing} is missing: give it, or --dry-run")
     if args.shuffle_buffer and not (args.streaming and args.shuffle):
         raise UsageError("--shuffle-buffer shuffles a stream: give --streaming, or leave it out")
+    if args.cache_dir and args.streaming and not args.eval_dataset:
+        raise UsageError("--cache-dir keeps what --streaming does not need: leave one of them out")
     if args.train_on_prompt and args.mask_history:
         raise UsageError("--train-on-prompt and --mask-history exclude each other: give one of them")
     if args.activation_offload and args.recompute == "none":
@@ -290,8 +292,9 @@ class Totals(NamedTuple):
     samples: int
     supervised_tokens: int
     media: int  # pictures and videos
-    skipped: int  # bad rows left out
     truncated: int  # samples cut to the sequence length
+    rows_read: list[int]  # of each file of the dataset
+    rows_bad: list[int]  # and those of them left out
     flops: float
 
 
@@ -310,14 +313,17 @@ def set_loss_weights(
     for batch in batches:
         bounds = zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False)
         counts.append([int((batch.labels[start:end] != data.IGNORE).sum()) for start, end in bounds])
-    micro_batches, with_answer, supervised, *others, flops = ranks.sum_of_rows(
+    files = len(batches[0].rows_read)
+    micro_batches, with_answer, supervised, flops, *others = ranks.sum_of_rows(
         len(batches), sum(n > 0 for each in counts for n in each), sum(map(sum, counts)),
+        sum(step_flops(config, b.cu_seqlens, b.grid_thw, len(b.supervised_index)) for b in batches),
         sum(b.cu_seqlens[-1] for b in batches), sum(len(b.sources) for b in batches),
         sum(len(b.grid_thw) for b in batches),
-        sum(b.skipped for b in batches), sum(b.truncated for b in batches),
-        sum(step_flops(config, b.cu_seqlens, b.grid_thw, len(b.supervised_index)) for b in batches),
+        sum(b.truncated for b in batches),
+        *(sum(b.rows_read[file] for b in batches) for file in range(files)),
+        *(sum(b.rows_bad[file] for b in batches) for file in range(files)),
     )
-    tokens, samples, media, skipped, truncated = map(int, others)
+    tokens, samples, media, truncated, *rows = map(int, others)
     # FSDP2 averages gradients over its ranks; the formula wants their sum, so the weights carry the factor.
     scale = float(ranks.world)
     for batch, each in zip(batches, counts, strict=True):
@@ -330,7 +336,7 @@ def set_loss_weights(
         weights = torch.tensor([scale / max(1, n) for n in shares], dtype=torch.float32)
         batch.loss_weights = weights.repeat_interleave(torch.tensor(batch.cu_seqlens).diff())
         batch.aux_weight = scale / micro_batches
-    return Totals(tokens, samples, int(supervised), media, skipped, truncated, flops)
+    return Totals(tokens, samples, int(supervised), media, truncated, rows[:files], rows[files:], flops)
 
 
 # ---- logging --------------------------------------------------------------------------------------------------------
@@ -473,6 +479,8 @@ def train(
             batches = ranks.together(lambda: [next(stream) for _ in range(accumulation)])
             data_time = time.perf_counter() - began
             totals = set_loss_weights(batches, args.loss_type, model.config, ranks)
+            epoch = batches[-1].resume_state["epoch"]
+            ranks.together(lambda: loader.judge(totals.rows_read, totals.rows_bad, epoch))  # noqa: B023
             set_learning_rates(args, optimizer, iteration - 1)
 
             losses = []
@@ -504,7 +512,7 @@ def train(
                 aux_loss=aux_loss if model.config.text.num_experts else None, lr=optimizer.param_groups[-1]["lr"],
                 consumed_samples=batches[-1].resume_state["consumed"], samples=totals.samples, tokens=totals.tokens,
                 supervised_tokens=totals.supervised_tokens, step_time_s=time.perf_counter() - began,
-                data_time_s=data_time, skipped_samples=totals.skipped, truncated_samples=totals.truncated,
+                data_time_s=data_time, skipped_samples=sum(totals.rows_bad), truncated_samples=totals.truncated,
                 skipped_iterations=int(not good),
             )
             if profile:
