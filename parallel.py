@@ -146,11 +146,15 @@ class Ranks:
             raise PeerError
         return result
 
+    def give_sign(self) -> None:
+        """For `silent`: every rank does it whose collective broke off."""
+        dist.distributed_c10d._get_default_store().set(f"alive/{self.rank}", "")
+
     def silent(self) -> list[int]:
-        """The ranks that give no sign of life: every rank whose collective broke off asks this, and that is its own."""
-        store = dist.distributed_c10d._get_default_store()
-        store.set(f"alive/{self.rank}", "")
+        """After a collective that broke off: the ranks that give no sign of life."""
+        self.give_sign()
         time.sleep(5)  # others come a little later
+        store = dist.distributed_c10d._get_default_store()
         return [rank for rank in range(self.world) if not store.check([f"alive/{rank}"])]
 
     def close(self) -> None:

@@ -776,7 +776,7 @@ def failures_told(ranks: parallel.Ranks) -> Iterator[None]:
         text, rows = str(e).strip().partition("\n")[0], "; ".join(ranks.in_hand[:8])
         if kernels_npu.peer_has_failed(e):
             if not isinstance(e, kernels_npu.PeerError):
-                ranks.silent()  # tells the others that this one is not it
+                ranks.give_sign()
             raise
         if isinstance(e, (UsageError, InputError, data.InputError, OSError)):
             raise
