@@ -224,7 +224,7 @@ def killed_until_done(folder: Path, save: Path, world: int, more: list, iteratio
         died["one rank"] += bool(one) and world > 1
 
 
-SHORT = [(1, ASYNC, 2), (2, ASYNC, 1)]
+SHORT = [(1, ASYNC, 1), (2, ASYNC, 1)]
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 LONG = [(1, [], 25), (1, ASYNC, 25), (2, [], 12), (2, ASYNC, 12)]
 
@@ -594,10 +594,10 @@ def gets_sigusr1(argv: list[str]) -> None:
 
 
 def test_exit_duration(folder, tmp_path):
-    job = Job(flags(folder, tmp_path / "save", "--exit-duration-in-mins", 0.1, iters=100000), 2)
+    job = Job(flags(folder, tmp_path / "save", "--exit-duration-in-mins", 0.05, iters=100000), 2)
     began = time.monotonic()
     assert job.end(40) == [0, 0], job.words()
-    assert 5 < time.monotonic() - began < 20  # from the program's start
+    assert 3 < time.monotonic() - began < 20  # from the program's start
     done = len(read_metrics(tmp_path / "save"))
     assert complete(tmp_path / "save") == [done] and "stopped at iteration" in job.words()
     tried("--exit-duration-in-mins, 2 ranks")
