@@ -20,6 +20,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -319,12 +320,69 @@ def test_no_space_at_every_write_of_a_save(tmp_path, monkeypatch, background):
         torch.distributed.destroy_process_group()
 
 
+@pytest.fixture
+def group_of_one():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_what_is_saved_in_the_background_is_of_the_moment_of_the_save(tmp_path, monkeypatch, group_of_one):
+    """Training changes weights, moments and its state before a byte is written; then a second save uses the memory."""
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    data_position = {"waiting": [1]}
+
+    def step() -> list[torch.Tensor]:
+        model(torch.ones(4)).sum().backward()
+        optimizer.step()
+        moments = [t for state in optimizer.state.values() for t in state.values()]
+        return [t.detach().clone() for t in (*model.parameters(), *moments)]
+
+    write, go_on = convert._write_shard, threading.Event()
+    monkeypatch.setattr(convert, "_write_shard", lambda *args: (go_on.wait(30), write(*args))[1])
+    expected = []
+    with Saver(True, timedelta(minutes=1)) as saver:
+        for iteration in (1, 2):
+            expected.append(step())
+            state = {"iteration": iteration, "data": data_position}
+            saver.save(tmp_path, iteration, model, optimizer, state, None)
+            step()
+            data_position["waiting"].append(iteration + 1)
+            go_on.set()
+    for iteration, values in enumerate(expected, 1):
+        again = torch.nn.Linear(4, 4)
+        resumed = torch.optim.AdamW(again.parameters())
+        state = load_checkpoint(tmp_path / f"iter_{iteration:07d}", again, resumed)
+        assert state["data"]["waiting"] == list(range(1, iteration + 1))
+        moments = [t for each in resumed.state.values() for t in each.values()]
+        assert all(torch.equal(a, b) for a, b in zip(values, (*again.parameters(), *moments), strict=True))
+
+
+def test_the_end_of_a_run_waits_for_the_save_and_tells_its_failure(tmp_path, monkeypatch, caplog, group_of_one):
+    write = convert._write_shard
+    monkeypatch.setattr(convert, "_write_shard", lambda *args: (time.sleep(0.3), write(*args))[1])
+    save = {"save_dir": tmp_path, "model": torch.nn.Linear(4, 4), "optimizer": None, "retain": None}
+    with Saver(True, timedelta(minutes=1)) as saver:
+        saver.save(iteration=1, trainer_state={"iteration": 1, "data": {}}, **save)
+    assert complete(tmp_path) == [1]
+    unloadable = {"iteration": 2, "data": {"path": Path("/")}}
+    with pytest.raises(InputError, match="iter_0000002: was not saved"):
+        with Saver(True, timedelta(minutes=1)) as saver:
+            saver.save(iteration=2, trainer_state=unloadable, **save)
+    with pytest.raises(KeyError, match="the reason"):  # which the failure of a save does not hide
+        with Saver(True, timedelta(minutes=1)) as saver:
+            saver.save(iteration=2, trainer_state=unloadable, **save)
+            raise KeyError("the reason")
+    assert "iter_0000002: was not saved" in caplog.text and complete(tmp_path) == [1]
+
+
 def with_little_room(argv: list[str]) -> None:
-    """train.py where no file can grow beyond 100 kB: from iteration 3 on."""
+    """train.py where no file can grow beyond 100 kB: from iteration 40 on."""
     save = train.save_iteration
 
     def limited(args, iteration, *rest) -> None:
-        if iteration == 3:
+        if iteration == 40:
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         save(args, iteration, *rest)
@@ -336,13 +394,13 @@ def with_little_room(argv: list[str]) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_save_in_the_background_that_fails_ends_the_run(folder, tmp_path, world):
     """With one line, soon (not at the end of a long run), on all ranks, and the iterations before intact."""
-    job = Job(flags(folder, tmp_path / "save", "--save-interval", 1, *ASYNC, iters=100000), world, with_little_room)
+    job = Job(flags(folder, tmp_path / "save", "--save-interval", 20, *ASYNC, iters=100000), world, with_little_room)
     statuses = job.end(40)
     assert 1 in statuses and set(statuses) <= {1, -signal.SIGTERM}, job.words()
     errors = lines_of(job.words(), "error: ")
-    assert len(errors) == 1 and re.search("iter_0000003: was not saved: .*File too large", errors[0]), job.words()
-    assert "Traceback" not in job.words() and complete(tmp_path / "save") == [1, 2]
-    assert len(read_metrics(tmp_path / "save")) < 10
+    assert len(errors) == 1 and re.search("iter_0000040: was not saved: .*File too large", errors[0]), job.words()
+    assert "Traceback" not in job.words() and complete(tmp_path / "save") == [20]
+    assert len(read_metrics(tmp_path / "save")) < 59  # not by the next save, which waits for this one
     tried("a file that cannot grow in a save in the background")
 
 
