@@ -16,6 +16,7 @@ What is written is torch.distributed.checkpoint's format (`dcp.load` reads it): 
 from __future__ import annotations
 
 import contextlib
+import copy
 import glob
 import hashlib
 import io
@@ -27,7 +28,10 @@ import pickle
 import re
 import shutil
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -41,6 +45,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+import kernels_npu
 from kernels_npu import InputError, Parser, number, run_program
 from model import Qwen3VL, Qwen3VLConfig
 from parallel import local_part
@@ -54,6 +59,7 @@ EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
 LAYOUT = {"expert_layout": "published"}  # in the header of what we write, for square experts (see `fit`)
 
 Stored = tuple[torch.dtype, torch.Size]  # what a source knows of a tensor without reading it
+Piece = tuple[str, torch.Size, tuple[int, ...], Tensor]  # of a tensor: its name, its whole shape, offset, values
 
 logger = logging.getLogger(__name__)
 
@@ -251,15 +257,58 @@ def read_metadata(directory: Path) -> dcp_metadata.Metadata:
     except FileNotFoundError as e:
         raise InputError(f"{directory}: is not a checkpoint (it has no .metadata)") from e
     except Exception as e:  # a damaged pickle can raise nearly anything
-        raise InputError(f"{path}: is damaged or not a DCP checkpoint's ({e})") from e
+        raise _damaged(path, f"is damaged or not a DCP checkpoint's ({e})") from e
+
+
+def _checksums(directory: Path) -> dict[str, dict]:
+    """What checksums.json says of each file; nothing where there is none. Raises InputError."""
+    records = _read_json(directory / CHECKSUMS) if (directory / CHECKSUMS).exists() else {}
+    for name, record in records.items():
+        fields = (record.get("bytes"), record.get("sha256")) if isinstance(record, dict) else ()
+        if Path(name).name != name or [type(field) for field in fields] != [int, str]:
+            raise InputError(f"{directory / CHECKSUMS}: its entry {name!r} is damaged")
+    return records
+
+
+def _wrong_sizes(directory: Path, records: dict[str, dict]) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong) of the files that are not there or have another size than they were written with."""
+    for name, record in records.items():
+        size = (directory / name).stat().st_size if (directory / name).exists() else None
+        if size != record["bytes"]:
+            yield name, "is missing" if size is None else f"is damaged ({size} of {record['bytes']} bytes)"
+
+
+def _damaged(file: Path, what: str) -> InputError:
+    """The error for a checkpoint's file. It names the run's other iterations, of which only the user takes one."""
+
+    def whole(iteration: Path) -> bool:
+        try:
+            return not any(_wrong_sizes(iteration, _checksums(iteration)))
+        except InputError:
+            return False
+
+    here = file.parent.resolve()
+    others = [d for d in reversed(_iterations(here.parent).values()) if d != here and (d / ".metadata").exists()]
+    instead = " or ".join(f"--load {d}" for d in list(filter(whole, others))[:3])
+    return InputError(f"{file}: {what}; take another checkpoint" + f": {instead}" * bool(instead))
+
+
+def _check_contents(file: Path, records: dict[str, dict]) -> None:
+    """Of a small file, which is read whole anyway."""
+    if file.name in records and hashlib.sha256(file.read_bytes()).hexdigest() != records[file.name]["sha256"]:
+        raise _damaged(file, "has other contents than were written")
 
 
 class CheckpointWeights:
-    """A DCP directory. Opening it checks that every tensor is whole and every piece inside its file."""
+    """A DCP directory. Opening it checks that every tensor is whole, every file of its size and every piece inside."""
 
     def __init__(self, directory: str | Path):
         self.path = Path(directory)
         metadata = read_metadata(self.path)
+        self._records = _checksums(self.path)
+        for name, what in _wrong_sizes(self.path, self._records):
+            raise _damaged(self.path / name, what)
+        _check_contents(self.path / ".metadata", self._records)
         self.tensors: dict[str, Stored] = {}
         self._chunks: dict[str, list[tuple[torch.Size, torch.Size, _StorageInfo]]] = {}
         lengths: dict[str, int] = {}
@@ -277,12 +326,12 @@ class CheckpointWeights:
                 if sum(c.sizes.numel() for c in tensor.chunks) != tensor.size.numel():
                     raise ValueError(f"{name} {list(tensor.size)} is not whole")
         except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise InputError(f"{self.path / '.metadata'}: is damaged ({e}); take another checkpoint") from e
+            raise _damaged(self.path / ".metadata", f"is damaged ({e})") from e
         for file, length in lengths.items():
             if not (self.path / file).exists():
-                raise InputError(f"{self.path / file}: is missing; take another checkpoint")
+                raise _damaged(self.path / file, "is missing")
             if (size := (self.path / file).stat().st_size) < length:
-                raise InputError(f"{self.path / file}: is damaged ({size} of {length} bytes); take another checkpoint")
+                raise _damaged(self.path / file, f"is damaged ({size} of {length} bytes)")
 
     def fit(self, expected: dict[str, torch.Size]) -> CheckpointWeights:
         """Checks the parameters' names and shapes against a model's. Returns self."""
@@ -297,12 +346,14 @@ class CheckpointWeights:
             begin = [max(a, b) for a, b in zip(offset, at, strict=True)]
             counts = [min(a + n, b + m) - c for a, n, b, m, c in zip(offset, sizes, at, shape, begin, strict=True)]
             if all(n > 0 for n in counts):
-                piece = self._piece(name, shape, info)[_window((a - b for a, b in zip(begin, at, strict=True)), counts)]
+                piece = self._piece(name, shape, info, all(counts[i] == n for i, n in enumerate(shape)))
+                piece = piece[_window((a - b for a, b in zip(begin, at, strict=True)), counts)]
                 window[_window((a - b for a, b in zip(begin, offset, strict=True)), counts)] = piece
         return window
 
-    def _piece(self, name: str, shape: torch.Size, info: _StorageInfo) -> Tensor:
-        """A stored piece as a view of the mapped file: torch.save wrote it, a zip with the values uncompressed."""
+    def _piece(self, name: str, shape: torch.Size, info: _StorageInfo, all_is_read: bool) -> Tensor:
+        """A stored piece as a view of the mapped file: torch.save wrote it, a zip with the values uncompressed. Its
+        checksum is compared where all of it is read anyway, and where we wrote it (others may leave theirs out)."""
         path = self.path / info.relative_path
         with open(path, "rb") as file:
             try:
@@ -315,10 +366,13 @@ class CheckpointWeights:
                 start += form.storage_offset() * form.itemsize
                 mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
                 raw = mapped[start : start + form.nbytes]
+                if all_is_read and self._records:
+                    behind = mapped[start + form.nbytes :][:8].numpy().tobytes()  # zip's descriptor: a mark, the CRC
+                    if behind[:4] == b"PK\7\10" and behind[4:] != zlib.crc32(raw.numpy()).to_bytes(4, "little"):
+                        raise ValueError("its values are not those that were written")
                 return (raw if start % form.itemsize == 0 else raw.clone()).view(form.dtype).view(shape)
             except Exception as e:  # nearly anything; torch's own words advise running the file's code
-                raise InputError(f"{path}: the piece of {name} at byte {info.offset} is damaged; "
-                                 "take another checkpoint") from e
+                raise _damaged(path, f"the piece of {name} at byte {info.offset} is damaged") from e
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -350,10 +404,8 @@ def _write_bytes(path: Path, data: bytes, files: dict[str, dict]) -> None:
         file.write(data)
 
 
-def _write_shard(
-    path: Path, pieces: Iterable[tuple[str, torch.Size, tuple[int, ...], Tensor]], files: dict[str, dict]
-) -> list[tuple]:
-    """Writes (name, whole shape, offset, values) one after the other. Returns what `_write_metadata` needs."""
+def _write_shard(path: Path, pieces: Iterable[Piece], files: dict[str, dict]) -> list[tuple]:
+    """Writes one after the other. Returns what `_write_metadata` needs."""
     entries = []
     with _HashedFile(path, files) as file:
         for name, whole, offset, values in pieces:
@@ -456,7 +508,7 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _together(action: Callable[[], object], on_rank_0: bool = False) -> list:
+def _together(action: Callable[[], object], group: dist.ProcessGroup | None, on_rank_0: bool = False) -> list:
     """Runs `action` on every rank (or on rank 0 alone) and gathers the results. If it fails on one it raises on all:
     no rank goes on to wait for another that will not come."""
     result = problem = cause = None
@@ -468,15 +520,20 @@ def _together(action: Callable[[], object], on_rank_0: bool = False) -> list:
     outcomes = [(result, problem)]
     if dist.is_initialized():
         outcomes *= dist.get_world_size()
-        dist.all_gather_object(outcomes, (result, problem))
+        dist.all_gather_object(outcomes, (result, problem), group)
     for _, problem in outcomes:
         if problem is not None:
             raise InputError(problem) from cause
     return [value for value, _ in outcomes]
 
 
-def _own_pieces(state: dict[str, Tensor]) -> Iterator[tuple[str, torch.Size, tuple[int, ...], Tensor]]:
+def _own_pieces(model: nn.Module, optimizer: Optimizer | None) -> Iterator[Piece]:
     """What this rank writes: its part of every DTensor (replicas take turns), and on rank 0 the plain tensors."""
+    parameters = _parameters(model)
+    state: dict[str, Tensor] = dict(parameters)
+    for name, p in parameters.items():
+        moments = optimizer.state.get(p, {}) if optimizer is not None else {}
+        state |= {f"optimizer.{key}.{name}": value for key, value in moments.items()}
     for i, (name, tensor) in enumerate(state.items()):
         if isinstance(tensor, DTensor):
             mesh = tensor.device_mesh
@@ -500,17 +557,21 @@ def save_checkpoint(
     earlier iterations as they were.
     """
     final = Path(save_dir) / f"iter_{iteration:07d}"
+    _save(final, _own_pieces(model, optimizer), trainer_state, retain, None)
+    return final
+
+
+def _save(
+    final: Path, pieces: Iterable[Piece], trainer_state: dict | None, retain: int | None,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """All of a save, in the foreground or not: `pieces` are this rank's, `group` is for its collectives alone."""
     partial = final.with_name(f".tmp_{final.name}")
-    rank = _rank()
-    parameters = _parameters(model)
-    state: dict[str, Tensor] = dict(parameters)
-    for name, p in parameters.items():
-        moments = optimizer.state.get(p, {}) if optimizer is not None else {}
-        state |= {f"optimizer.{key}.{name}": value for key, value in moments.items()}
+    iteration, rank = int(final.name.removeprefix("iter_")), _rank()
 
     def write() -> tuple[list, dict]:
         files: dict[str, dict] = {}
-        entries = _write_shard(partial / f"__{rank}_0.distcp", _own_pieces(state), files)
+        entries = _write_shard(partial / f"__{rank}_0.distcp", pieces, files)
         if trainer_state is not None:
             buffer = io.BytesIO()
             torch.save(trainer_state, buffer)
@@ -525,16 +586,74 @@ def save_checkpoint(
         _complete(partial, final, files, tracker=str(iteration))
 
     try:
-        _together(lambda: _begin(final, "iter_*"), on_rank_0=True)
-        written = _together(write)
-        _together(complete, on_rank_0=True)
+        _together(lambda: _begin(final, "iter_*"), group, on_rank_0=True)
+        written = _together(write, group)
+        _together(complete, group, on_rank_0=True)
     except InputError as e:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise InputError(f"{final}: was not saved: {e}; the iterations before it are as they were") from e
     if retain:
-        _together(lambda: _prune(final.parent, iteration, retain), on_rank_0=True)
-    return final
+        _together(lambda: _prune(final.parent, iteration, retain), group, on_rank_0=True)
+
+
+class Saver:
+    """A run's saves, one at a time; `with` it ends when the last is written.
+
+    In the background: training stands still while this rank's part is copied to host memory (taken once), then a thread
+    does with the copy what `save_checkpoint` does. It talks to the other ranks over a process group of its own, so that
+    its collectives never mix with those of training. A failure raises in `wait` or the next `save`.
+    """
+
+    def __init__(self, background: bool, timeout: timedelta):
+        self._thread = ThreadPoolExecutor(1, "save") if background else None
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if background else None
+        self._saving: Future | None = None
+        self._copies: dict[tuple, Tensor] = {}
+
+    def save(
+        self, save_dir: str | Path, iteration: int, model: nn.Module, optimizer: Optimizer | None, trainer_state: dict,
+        retain: int | None,
+    ) -> None:
+        """`save_checkpoint`, or its beginning."""
+        self.wait()  # for the copy's memory, too
+        if self._thread is None:
+            save_checkpoint(save_dir, iteration, model, optimizer, trainer_state, retain)
+            return
+        pieces = [(name, whole, offset, self._copy((name, offset), values))
+                  for name, whole, offset, values in _own_pieces(model, optimizer)]
+        kernels_npu.ops.synchronize()
+        final = Path(save_dir) / f"iter_{iteration:07d}"
+        self._saving = self._thread.submit(_save, final, pieces, copy.deepcopy(trainer_state), retain, self._group)
+
+    def _copy(self, key: tuple, values: Tensor) -> Tensor:
+        pinned = kernels_npu.ops.is_accelerator and values.device.type != "cpu"
+        if key not in self._copies:
+            self._copies[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=pinned)
+        return self._copies[key].copy_(values, non_blocking=pinned)
+
+    def failed(self) -> bool:
+        """Whether the save in the background has ended in an error, which `wait` raises; on the others it will, too."""
+        return self._saving is not None and self._saving.done() and self._saving.exception() is not None
+
+    def wait(self) -> None:
+        """Until nothing is being saved. Raises what the save raised."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            self.wait()
+        except Exception as e:
+            if error is None:
+                raise
+            logger.error("%s", e)  # beside what ends the run
+        if self._thread is not None:
+            self._thread.shutdown()
 
 
 def _iterations(save_dir: Path) -> dict[int, Path]:
@@ -602,7 +721,8 @@ def _trainer_state(path: Path) -> dict:
             if not isinstance(state["iteration"], int) or not isinstance(state["data"], dict):
                 raise TypeError("its iteration and data are not an int and a dict")
         except Exception as e:  # as in `_piece`
-            raise InputError(f"{path}: is damaged or not a trainer's state; take another checkpoint") from e
+            raise _damaged(path, "is damaged or not a trainer's state") from e
+    _check_contents(path, _checksums(path.parent))
     return state
 
 
@@ -661,7 +781,7 @@ def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, overwrite: bool = False) 
         raise InputError(f"{final.parent}: holds a checkpoint already; choose another --dcp_dir, or give --overwrite")
     itemsize = {name: source.tensors[name][0].itemsize for name in expected}
 
-    def pieces(names: list[str]) -> Iterator[tuple[str, torch.Size, tuple[int, ...], Tensor]]:
+    def pieces(names: list[str]) -> Iterator[Piece]:
         for name in filter(expected.__contains__, names):
             for offset, sizes in _pieces(expected[name], itemsize[name]):
                 yield name, expected[name], offset, source.read(name, offset, sizes)
@@ -782,18 +902,13 @@ def _verify_one(path: Path) -> str:
         source = CheckpointWeights(path) if (path / ".metadata").exists() else HuggingFaceWeights(path)
         return (f"{path}: {len(source.tensors)} tensors, sizes are right "
                 f"(there is no {CHECKSUMS}: contents cannot be checked)")
-    records = _read_json(path / CHECKSUMS)
-    for name, record in records.items():
-        fields = (record.get("bytes"), record.get("sha256")) if isinstance(record, dict) else ()
-        if Path(name).name != name or [type(field) for field in fields] != [int, str]:
-            raise InputError(f"{path / CHECKSUMS}: its entry {name!r} is damaged")
+    records = _checksums(path)
     unlisted = sorted({file.name for file in path.iterdir() if file.is_file()} - records.keys() - {CHECKSUMS})
-    bad = [f"{name} is not in {CHECKSUMS}" for name in unlisted]
+    wrong = dict(_wrong_sizes(path, records))
+    bad = [f"{name} is not in {CHECKSUMS}" for name in unlisted] + [f"{name} {what}" for name, what in wrong.items()]
     with tqdm(total=sum(r["bytes"] for r in records.values()), desc=path.name, unit="B", unit_scale=True) as bar:
         for name, record in records.items():
-            size = (path / name).stat().st_size if (path / name).exists() else None
-            if size != record["bytes"]:
-                bad.append(f"{name} is missing" if size is None else f"{name} has {size} bytes, not {record['bytes']}")
+            if name in wrong:
                 continue
             digest = hashlib.sha256()
             with open(path / name, "rb") as file:

@@ -509,6 +509,12 @@ def number(
 asked_to_stop = threading.Event()  # set by a program that handles SIGTERM itself
 
 
+def peer_has_failed(error: Exception) -> bool:
+    """Whether it says no more than that another rank is gone."""
+    gone = "closed by peer|reset by peer|Broken pipe|pair closure|remote process exited"
+    return isinstance(error, PeerError) or isinstance(error, RuntimeError) and bool(re.search(gone, str(error)))
+
+
 def run_program(main: Callable[[list[str]], None], argv: list[str], *mistakes: type[Exception]) -> int:
     """Runs `main` and returns the exit status: 0; 1 for input that cannot be used; 2 for a wrong command line.
 
@@ -521,7 +527,7 @@ def run_program(main: Callable[[list[str]], None], argv: list[str], *mistakes: t
         main(argv)
         return 0
     except (PeerError, RuntimeError) as e:
-        if not isinstance(e, PeerError) and not re.search("closed by peer|reset by peer|Broken pipe", str(e)):
+        if not peer_has_failed(e):
             raise
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         asked_to_stop.wait(10)  # torchrun may have asked while the collective had not yet broken off

@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import functools
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -44,7 +45,7 @@ class Ranks:
         cp, ep: context- and expert-parallel size; fsdp: ranks that parameters are sharded over (None: all), replicated
         over the rest. Raises UsageError for sizes that do not divide.
         """
-        timeout = timedelta(minutes=timeout_minutes)
+        self.timeout = timeout = timedelta(minutes=timeout_minutes)
         if "RANK" in os.environ and not dist.is_initialized():
             dist.init_process_group(ops.distributed_backend, timeout=timeout)
         elif not dist.is_initialized():
@@ -64,15 +65,24 @@ class Ranks:
         self.cp_size, self.ep_size, self.replicas = cp, ep, self.world // fsdp
         self.cp_rank, self.dp_rank, self.dp_size = self.rank % cp, self.rank // cp, self.world // cp
         self.device = ops.device
+        self.in_hand: list[str] = []  # where the rows of the latest batch came from, to be told if it fails
 
-        grid = functools.partial(init_device_mesh, ops.device.type)
         names = ("replicate", "shard")[self.replicas == 1 :]
-        self.mesh = grid((self.replicas, fsdp)[self.replicas == 1 :], mesh_dim_names=names)
+        self.mesh = self._grid((self.replicas, fsdp)[self.replicas == 1 :], names)
         if cp > 1:
-            self.cp_group = grid((self.dp_size, cp), mesh_dim_names=("dp", "cp")).get_group("cp")
+            self.cp_group = self._grid((self.dp_size, cp), ("dp", "cp")).get_group("cp")
         if ep > 1:  # one mesh with a name for each axis: torch 2.7.1 takes no other
-            experts = grid((self.replicas, fsdp // ep, ep)[self.replicas == 1 :], mesh_dim_names=(*names, "ep"))
+            experts = self._grid((self.replicas, fsdp // ep, ep)[self.replicas == 1 :], (*names, "ep"))
             self.ep_mesh, self.expert_mesh = experts["ep"], experts[names]
+
+    def _grid(self, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+        """All ranks as a mesh. `init_device_mesh` would give its groups a timeout of PyTorch's own."""
+        if len(shape) == 1:
+            return DeviceMesh.from_group(dist.group.WORLD, self.device.type, mesh_dim_names=names)
+        mesh = torch.arange(self.world).view(shape)
+        lines = [mesh.movedim(dim, -1).flatten(0, -2).tolist() for dim in range(mesh.ndim)]
+        groups = [dist.new_subgroups_by_enumeration(each, timeout=self.timeout)[0] for each in lines]
+        return DeviceMesh.from_group(groups, self.device.type, mesh, mesh_dim_names=names)
 
     @functools.cached_property
     def backend_averages(self) -> bool:
@@ -98,6 +108,7 @@ class Ranks:
     def take(self, batch):
         """This rank's part of a `data.Batch`, on its device: a run of the tokens and, so that each has as much to do,
         an equal run of the patches, whose features `exchange_features` then brings to their tokens' ranks."""
+        self.in_hand = batch.sources
         if self.cp_size > 1:
             bounds = _bounds(len(batch.input_ids), self.cp_size)
             begin, end = bounds[self.cp_rank : self.cp_rank + 2]
@@ -134,6 +145,17 @@ class Ranks:
         if at_fault.item() < self.world:
             raise PeerError
         return result
+
+    def give_sign(self) -> None:
+        """For `silent`: every rank does it whose collective broke off."""
+        dist.distributed_c10d._get_default_store().set(f"alive/{self.rank}", "")
+
+    def silent(self) -> list[int]:
+        """After a collective that broke off: the ranks that give no sign of life."""
+        self.give_sign()
+        time.sleep(5)  # others come a little later
+        store = dist.distributed_c10d._get_default_store()
+        return [rank for rank in range(self.world) if not store.check([f"alive/{rank}"])]
 
     def close(self) -> None:
         dist.destroy_process_group()

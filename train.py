@@ -14,9 +14,14 @@ import logging
 import math
 import os
 import random
+import re
+import shutil
 import signal
+import socket
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,6 +128,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     g.add_argument("--save", metavar="DIR", help="where iterations, metrics.jsonl and args.json go")
     g.add_argument("--save-interval", type=number(int, 0), default=0, metavar="N",
                    help="save every N iterations; 0: the last only")
+    g.add_argument("--async-save", action=switch, default=False, help="train on while a copy of what is saved, on the "
+                   "host, is written")
     g.add_argument("--save-retain", type=count, metavar="N", help="keep the newest N iterations (default: all)")
     for what, text in (("load-optim", "do not load the optimizer"), ("load-rng", "do not load the random state"),
                        ("save-optim", "do not save the optimizer"), ("save-rng", "do not save the random state")):
@@ -154,7 +161,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     g.add_argument("--compile", action=switch, default=False, help="torch.compile each block")
     g.add_argument("--distributed-timeout-minutes", type=positive, default=10, metavar="N",
                    help="how long a rank waits for the others")
-    g.add_argument("--exit-duration-in-mins", type=positive, metavar="N", help="save and end after so long")
+    g.add_argument("--exit-duration-in-mins", type=positive, metavar="N", help="save and end so long "
+                   "after the program's start")
 
     g = p.add_argument_group("dry run")
     g.add_argument("--dry-run", action=switch, default=False, help="train nothing: predict memory, traffic and FLOPs "
@@ -176,6 +184,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         raise UsageError("--shuffle-buffer shuffles a stream: give --streaming, or leave it out")
     if args.cache_dir and args.streaming and not args.eval_dataset:
         raise UsageError("--cache-dir keeps what --streaming does not need: leave one of them out")
+    if args.async_save and not args.save:
+        raise UsageError("--async-save needs --save: give the directory, or leave it out")
     if args.train_on_prompt and args.mask_history:
         raise UsageError("--train-on-prompt and --mask-history exclude each other: give one of them")
     if args.activation_offload and args.recompute == "none":
@@ -238,11 +248,16 @@ def build_model(args: argparse.Namespace, config: Qwen3VLConfig, ranks: parallel
     return model
 
 
+def freeze(args: argparse.Namespace, model: Qwen3VL) -> None:
+    """Stops the training of the towers that flags name."""
+    parallel.freeze(model, {t for t in TOWERS if getattr(args, f"freeze_{t.replace(' ', '_')}")})
+
+
 def prepare(args: argparse.Namespace, model: Qwen3VL, ranks: parallel.Ranks, dtype: torch.dtype) -> None:
     """Everything that the flags ask of a model before it has memory: attention, loss, freezing, parallelism."""
     model.set_attention(args.text_attn_implementation, args.vision_attn_implementation)
     model.loss_chunk_size, model.router_aux_loss_coef = args.loss_chunk_size, args.router_aux_loss_coef
-    parallel.freeze(model, {t for t in TOWERS if getattr(args, f"freeze_{t.replace(' ', '_')}")})
+    freeze(args, model)
     by_default = "full" if kernels_npu.ops.is_accelerator or args.activation_offload else "none"
     parallel.parallelize(
         model, ranks, compute_dtype=dtype, recompute=(args.recompute or by_default) == "full",
@@ -366,7 +381,9 @@ class MetricsLog:
                 kept = [line for line in kept if line.endswith("\n") and json.loads(line)["iteration"] <= start]
             except (KeyError, TypeError, ValueError) as e:
                 raise InputError(f"{path}: is damaged ({e!r}): move it away, and the run starts a new one") from e
-            path.write_text("".join(kept))
+            shorter = path.with_name(".tmp_metrics.jsonl")
+            shorter.write_text("".join(kept))
+            os.replace(shorter, path)
             self.file = open(path, "a")
         if args.tensorboard_dir:
             try:
@@ -440,11 +457,21 @@ def _finite(value):
 
 
 class Signals:
-    """SIGTERM and SIGINT ask for an end after the step in hand, SIGUSR1 for a checkpoint; see `poll`."""
+    """SIGTERM and SIGINT ask for an end after the step in hand, SIGUSR1 for a checkpoint; see `poll`.
 
-    def __init__(self, minutes: float | None):
+    A step can hang, in a collective whose other ranks are gone, and with it Python's handlers: they wait for the main
+    thread. What the system itself writes to a pipe wakes a thread, which ends the process if a step in hand does not
+    end within `patience` seconds: torchrun would wait for TORCHELASTIC_SHUTDOWN_TIMEOUT.
+    """
+
+    def __init__(self, deadline: float, patience: float):
         self.stop = self.save = False
-        self.deadline = time.monotonic() + 60 * minutes if minutes else math.inf
+        self.deadline, self.patience = deadline, patience
+        self.idle = threading.Event()  # while no step is in hand
+        self._wakeup, written = os.pipe()
+        os.set_blocking(written, False)
+        signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, daemon=True).start()
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(name, self._handle)
 
@@ -453,6 +480,15 @@ class Signals:
         self.stop = self.stop or number != signal.SIGUSR1
         if self.stop:
             kernels_npu.asked_to_stop.set()
+
+    def _watch(self) -> None:
+        while os.read(self._wakeup, 1)[0] not in (signal.SIGTERM, signal.SIGINT):
+            pass
+        while self.idle.wait(self.patience):
+            time.sleep(1)
+        print(f"error: rank {os.environ.get('RANK', 0)}: asked to stop, and the step in hand has not ended in "
+              f"{self.patience / 60:g} minutes: look for a rank that died or hangs", file=sys.stderr, flush=True)
+        os._exit(1)
 
     def poll(self) -> tuple[bool, bool]:
         """(end now?, save now?) of this rank since the last call."""
@@ -467,15 +503,18 @@ class Signals:
 def train(
     args: argparse.Namespace, model: Qwen3VL, optimizer: torch.optim.Optimizer, loader: data.Loader,
     eval_loader: data.Loader | None, ranks: parallel.Ranks, accumulation: int, start: int, metrics_log: MetricsLog,
+    deadline: float,
 ) -> None:
-    """Runs iterations start + 1 to --train-iters, saving and evaluating on the way."""
+    """Runs iterations start + 1 to --train-iters (none after `deadline`), saving and evaluating on the way."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    signals = Signals(args.exit_duration_in_mins)
+    signals = Signals(deadline, ranks.timeout.total_seconds())
+    saver = convert.Saver(args.async_save, ranks.timeout)
     skipped_in_a_row = 0
     # closing: whatever happens here, the loader's worker processes end
-    with profiler(args, ranks) as profile, contextlib.closing(iter(loader)) as stream:
+    with saver, profiler(args, ranks) as profile, contextlib.closing(iter(loader)) as stream:
         for iteration in range(start + 1, args.train_iters + 1):
             began = time.perf_counter()
+            signals.idle.clear()
             batches = ranks.together(lambda: [next(stream) for _ in range(accumulation)])
             data_time = time.perf_counter() - began
             totals = set_loss_weights(batches, args.loss_type, model.config, ranks)
@@ -492,7 +531,10 @@ def train(
                 model.drop_vision_gradients()
             grad_norm = parallel.clip_grad_norm(trainable, args.clip_grad, ranks)
             loss, aux_loss = torch.stack(losses).sum(0) / ranks.world  # the weights carry the number of ranks
-            loss, aux_loss, stop, save = ranks.sum(loss, aux_loss, *signals.poll())
+            loss, aux_loss, stop, save, failed = ranks.sum(loss, aux_loss, *signals.poll(), saver.failed())
+            signals.idle.set()
+            if failed:
+                saver.wait()
 
             good = math.isfinite(loss) and math.isfinite(grad_norm)
             if good:
@@ -518,7 +560,8 @@ def train(
             if profile:
                 profile.step()
             if args.save and (last or save or args.save_interval and iteration % args.save_interval == 0):
-                save_iteration(args, iteration, model, optimizer, ranks, batches[-1].resume_state)
+                save_iteration(args, iteration, model, optimizer, ranks, batches[-1].resume_state, saver)
+                signals.save = False  # one that came to this rank a little later than to others has been answered
             if stop:
                 break
     metrics_log.close(iteration)
@@ -550,7 +593,7 @@ def evaluate(model: Qwen3VL, loader: data.Loader, ranks: parallel.Ranks, iters: 
 
 def save_iteration(
     args: argparse.Namespace, iteration: int, model: Qwen3VL, optimizer: torch.optim.Optimizer, ranks: parallel.Ranks,
-    resume_state: dict,
+    resume_state: dict, saver: convert.Saver,
 ) -> None:
     """Saves everything that an exact resume needs: weights, optimizer, random states, the position in the data."""
     state = {"iteration": iteration, "data": resume_state, "world": ranks.world}
@@ -559,9 +602,7 @@ def save_iteration(
             "torch": torch.get_rng_state(), "device": kernels_npu.ops.get_rng_state(),
             "python": list(random.getstate()[1]), "numpy": np.random.get_state()[1].tolist(),
         }
-    convert.save_checkpoint(
-        args.save, iteration, model, None if args.no_save_optim else optimizer, state, retain=args.save_retain
-    )
+    saver.save(args.save, iteration, model, None if args.no_save_optim else optimizer, state, args.save_retain)
 
 
 def resume(
@@ -603,31 +644,166 @@ def profiler(args: argparse.Namespace, ranks: parallel.Ranks):
 # ---- from the command line to the loop ------------------------------------------------------------------------------
 
 
-def prepare_directories(args: argparse.Namespace, ranks: parallel.Ranks) -> None:
-    """Rank 0 makes the directories to write to. --save must not hold another run than the one that --load names."""
+class RunLock:
+    """Keeps other runs out of a save directory while this one lives: a file that names its process.
+
+    The system's own locks would go with the process, but not every shared file system shows them to other nodes. So a
+    dead run's file is taken over: on its host once the process is gone, from another host once nobody has touched the
+    file for `STALE` seconds. Raises InputError while another run lives.
+    """
+
+    NAME, STALE = "run.lock", 120
+
+    def __init__(self, directory: Path):
+        self.path, self._ended = directory / self.NAME, threading.Event()
+        self._own = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())})
+        dead = False
+        while not self._made():
+            self._refuse_if_alive()
+            dead = True
+            self.path.unlink(missing_ok=True)
+        if dead:
+            time.sleep(1)  # in which a run that also found the dead one's file may have put its own in place of ours
+            if self.path.read_text() != self._own:
+                self._refuse_if_alive()
+
+    def _made(self) -> bool:
+        try:
+            with open(self.path, "x") as file:
+                file.write(self._own)
+            return True
+        except FileExistsError:
+            return False
+        except OSError:  # the disk is full: an empty file would keep the next run out
+            self.path.unlink(missing_ok=True)
+            raise
+
+    def _refuse_if_alive(self) -> None:
+        try:
+            text, age = self.path.read_text(), time.time() - self.path.stat().st_mtime
+        except FileNotFoundError:
+            return
+        try:
+            host, pid, started = (json.loads(text)[key] for key in ("host", "pid", "started"))
+        except (KeyError, TypeError, ValueError):  # it is being written
+            host = pid = started = None
+        here = host == socket.gethostname()
+        if _started(pid) == started if here else age < self.STALE:
+            wait = "" if here else f"; if it is dead, wait {self.STALE} s or remove {self.path}"
+            raise InputError(f"--save {self.path.parent}: another run writes there, process {pid} on {host}: end that "
+                             f"one, or give another directory{wait}")
+
+    def __enter__(self) -> RunLock:
+        threading.Thread(target=self._touch, daemon=True).start()
+        return self
+
+    def _touch(self) -> None:
+        while not self._ended.wait(self.STALE / 12):
+            with contextlib.suppress(OSError):  # the next one may succeed
+                os.utime(self.path)
+
+    def __exit__(self, *exception) -> None:
+        self._ended.set()
+        with contextlib.suppress(FileNotFoundError):
+            if self.path.read_text() == self._own:
+                self.path.unlink()
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this host was started, in the kernel's ticks; None if there is none of this number."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return None
+
+
+def prepare_directories(args: argparse.Namespace, ranks: parallel.Ranks) -> contextlib.AbstractContextManager:
+    """Rank 0 makes the directories to write to. --save must not hold another run than the one that --load names.
+    Returns the lock on --save, which holds within its `with`."""
     if ranks.rank > 0:
-        return
+        return contextlib.nullcontext()
     for directory in (args.profile_dir, args.tensorboard_dir):
         if directory:
             Path(directory).mkdir(parents=True, exist_ok=True)
     if not args.save:
-        return
+        return contextlib.nullcontext()
     save, load = Path(args.save), Path(args.load).resolve() if args.load else None
     goes_on = load and save.resolve() == (load.parent if (load / ".metadata").exists() else load)
-    if not goes_on:
-        if (save / convert.TRACKER).exists():
-            raise UsageError(f"--save {save} holds another run: give --load {save} to go on, or another directory")
-        if (save / "metrics.jsonl").exists() and (save / "metrics.jsonl").stat().st_size:
-            raise UsageError(f"--save {save} holds the log of a run that saved no checkpoint: give another directory, "
-                             "or remove it")
-    save.mkdir(parents=True, exist_ok=True)
-    if not os.access(save, os.W_OK):
-        raise InputError(f"--save {save}: cannot be written to")
     settings = {k: str(v) if isinstance(v, torch.dtype) else v for k, v in vars(args).items()}
     try:
-        (save / "args.json").write_text(json.dumps(settings, indent=1) + "\n")
+        save.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(RunLock(save))  # before the rest: what is said of a living run's directory is not true
+            if not goes_on and (save / convert.TRACKER).exists():
+                raise UsageError(f"--save {save} holds another run: give --load {save} to go on, or another directory")
+            log_file = save / "metrics.jsonl"
+            if not goes_on and log_file.exists() and log_file.stat().st_size:
+                raise UsageError(f"--save {save} holds the log of a run that saved no checkpoint: give another "
+                                 "directory, or remove it")
+            (save / "args.json").write_text(json.dumps(settings, indent=1) + "\n")
+            return stack.pop_all()
     except OSError as e:
-        raise InputError(f"{save / 'args.json'}: cannot be written ({e.strerror})") from e
+        raise InputError(f"--save {save}: {e.filename or save} cannot be written ({e.strerror})") from e
+
+
+def check_save(args: argparse.Namespace, config: Qwen3VLConfig, ranks: parallel.Ranks) -> None:
+    """Before time goes into loading: whether this rank can write to --save, and there is room for what will be written.
+    Raises InputError without room for one checkpoint; with too little for all that will be there at once, warns."""
+    if not args.save:
+        return
+    save = Path(args.save)
+    if not (save / RunLock.NAME).exists() or not os.access(save, os.W_OK):
+        raise InputError(f"--save {save}: rank {ranks.rank} on {socket.gethostname()} does not see what rank 0 wrote, "
+                         "or cannot write there: it must be storage that every node shares")
+    if ranks.rank > 0:
+        return
+    with torch.device("meta"):
+        model = Qwen3VL(config)
+    freeze(args, model)
+    nbytes = sum(4 * p.numel() * (3 if p.requires_grad and not args.no_save_optim else 1) for p in model.parameters())
+    planned = math.ceil(args.train_iters / args.save_interval) if args.save_interval else 1
+    if args.save_retain:
+        planned = min(planned, args.save_retain + 1)  # the oldest goes when the newest is complete
+    needed = nbytes * max(1, planned - len(list(save.glob("iter_*"))))
+    free = shutil.disk_usage(save).free
+    if free < nbytes:
+        raise InputError(f"--save {save}: a checkpoint takes {nbytes / 1e9:.3g} GB, {free / 1e9:.3g} GB are free: make "
+                         "room, or give another directory")
+    if free < needed:
+        log.warning("--save %s: the checkpoints will take %.3g GB, %.3g GB are free: make room, or give a smaller "
+                    "--save-retain", save, needed / 1e9, free / 1e9)
+
+
+@contextlib.contextmanager
+def failures_told(ranks: parallel.Ranks) -> Iterator[None]:
+    """Makes one line of what is neither a mistake nor a bug: memory that is out, a worker that was killed, a rank that
+    does not answer. A bug's traceback goes with this rank's number and rows."""
+    try:
+        yield
+    except Exception as e:
+        text, rows = str(e).strip().partition("\n")[0], "; ".join(ranks.in_hand[:8])
+        if kernels_npu.peer_has_failed(e):
+            if not isinstance(e, kernels_npu.PeerError):
+                ranks.give_sign()
+            raise
+        if isinstance(e, (UsageError, InputError, data.InputError, OSError)):
+            raise
+        at_once = True
+        if re.search(r"DataLoader worker.*(is killed|exited unexpectedly)", text):
+            problem = f"{text}: if the system ran out of memory, give a smaller --num-workers"
+        elif isinstance(e, (MemoryError, torch.OutOfMemoryError)) or re.search("out of memory|n't allocate", text):
+            problem = (f"out of memory ({text or type(e).__name__}): give a smaller --micro-batch-size or "
+                       f"--seq-length, --recompute full, --activation-offload or more ranks; rows in hand: {rows}")
+        elif isinstance(e, RuntimeError) and re.search("[Tt]imed out|[Tt]imeout", text):
+            silent, at_once = ", ".join(map(str, ranks.silent())), False  # all find it at the same time
+            problem = (f"a collective waited for {ranks.timeout.total_seconds() / 60:g} minutes "
+                       f"(--distributed-timeout-minutes); no sign of life from rank {silent or '(all gave one)'}")
+        else:
+            log.error("rank %d has failed, with these rows in hand: %s", ranks.rank, rows)
+            raise
+        mistake = InputError(f"rank {ranks.rank}: {problem}")
+        mistake.said_by_this_rank = at_once
+        raise mistake from e
 
 
 def main(argv: list[str]) -> None:
@@ -637,13 +813,19 @@ def main(argv: list[str]) -> None:
 
         return dry_run(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    started = time.perf_counter()
+    started = time.monotonic()
     ops = kernels_npu.select(args.device, args.compute_dtype, args.use_npu_fused_moe)
     ranks = parallel.Ranks(ops, args.distributed_timeout_minutes, cp=args.context_parallel_size,
                            ep=args.expert_parallel_size, fsdp=args.fsdp_size)
-    say = log.info if ranks.rank == 0 else (lambda *_: None)
     args.global_batch_size, accumulation = batch_sizes(args, ranks.dp_size)
-    ranks.together(lambda: prepare_directories(args, ranks))
+    with failures_told(ranks), ranks.together(lambda: prepare_directories(args, ranks)):
+        run(args, ranks, accumulation, started)
+    ranks.close()
+
+
+def run(args: argparse.Namespace, ranks: parallel.Ranks, accumulation: int, started: float) -> None:
+    """Makes everything that training needs, and trains. `started`: of the program, by the monotonic clock."""
+    ops, say = kernels_npu.ops, log.info if ranks.rank == 0 else (lambda *_: None)
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -673,14 +855,17 @@ def main(argv: list[str]) -> None:
         + f"; attention: text {args.text_attn_implementation or ops.default_attention}, "
         f"vision {args.vision_attn_implementation or ops.default_attention}"
         + "".join(f"; {name} {value}" for name, value in ops.settings.items()))
+    ranks.together(lambda: check_save(args, config, ranks))
     model = build_model(args, config, ranks, dtype)
     for tower, (total, trainable) in parameter_table(model.named_parameters()).items():
         say(f"{tower:17} {total:15,d} parameters, {trainable:15,d} trainable")
     optimizer = make_optimizer(args, model)
-    start, position = resume(args, model, optimizer, ranks) if args.load else (0, None)
+    start, position = 0, None
+    if args.load:  # together: damage may lie in one rank's slices
+        start, position = ranks.together(lambda: resume(args, model, optimizer, ranks))
     if start >= args.train_iters:
         say(f"{args.load} is at iteration {start} of {args.train_iters}: nothing to do")
-        return ranks.close()
+        return
 
     loader.resume_state = position
     eval_loader = None
@@ -691,9 +876,9 @@ def main(argv: list[str]) -> None:
     metrics_log = MetricsLog(args, ranks, start, args.global_batch_size)
     say(f"{args.train_iters} iterations of {args.global_batch_size} {'packed rows' if args.packing else 'samples'}, "
         f"{accumulation} micro-batch(es) a rank, loss {args.loss_type}; ready after "
-        f"{time.perf_counter() - started:.1f} s")
-    train(args, model, optimizer, loader, eval_loader, ranks, accumulation, start, metrics_log)
-    ranks.close()
+        f"{time.monotonic() - started:.1f} s")
+    deadline = started + 60 * args.exit_duration_in_mins if args.exit_duration_in_mins else math.inf
+    train(args, model, optimizer, loader, eval_loader, ranks, accumulation, start, metrics_log, deadline)
 
 
 if __name__ == "__main__":

@@ -502,18 +502,24 @@ def test_damaged_checkpoints(tmp_path, capfd):
         load_checkpoint(saved, model)  # and not what torch says: to load it with weights_only=False
     shard.write_bytes(original)
     assert load_checkpoint(saved, model) is not None and len(convert.verify(saved)) == 1
+    shard.write_bytes(original[:middle] + bytes([original[middle] ^ 1]) + original[middle + 1 :])
+    with pytest.raises(InputError, match="__0_0.distcp: the piece of weight at byte .* is damaged"):
+        load_checkpoint(saved, model)  # by the piece's own checksum, as all of it is read
+    shard.write_bytes(original)
     path = saved / "trainer_state_rank_00000.pt"
     path.write_bytes(b"x")
     with pytest.raises(InputError, match="trainer_state_rank_00000.pt: is damaged"):
         load_checkpoint(saved, model)
+    checksums = saved / convert.CHECKSUMS
+    written = checksums.read_text()
+    checksums.unlink()  # a stranger's checkpoint has none
     for state in ({"foo": 1}, STATE | {"data": None}, STATE | {"iteration": "1"}, [], torch.zeros(3)):
         torch.save(state, path)
         with pytest.raises(InputError, match="trainer_state_rank_00000.pt: is damaged or not a trainer's"):
             load_checkpoint(saved, model)
     with pytest.raises(InputError, match="weight has shape \\[30, 300\\], config.json makes it \\[30, 301\\]"):
         load_checkpoint(saved, nn.Linear(301, 30))
-    checksums = saved / convert.CHECKSUMS
-    written = json.loads(checksums.read_text())
+    written = json.loads(written)
     for records, words in (
         ({"a": {"bytes": "x", "sha256": 1}}, "its entry 'a' is damaged"),
         ({"a": {"bytes": 1, "sha256": 1}}, "its entry 'a' is damaged"),
@@ -538,6 +544,7 @@ def test_checkpoints_run_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = nn.Linear(3, 3)
     saved = save_checkpoint(tmp_path / "run", 1, model, trainer_state=STATE)
+    (saved / convert.CHECKSUMS).unlink()  # which would tell any change before
     good = (saved / ".metadata").read_bytes()
     metadata = convert.read_metadata(saved)
     metadata.planner_data = Poison()
