@@ -24,11 +24,14 @@ import logging
 import math
 import os
 import pickle
+import pickletools
 import re
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -41,11 +44,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from kernels_npu import InputError, Parser, number, run_program
+from kernels_npu import InputError, Parser, number, read_json, run_program
 from model import Qwen3VL, Qwen3VLConfig
 from parallel import local_part
 
 PIECE_BYTES = 16 << 20
+HEADER_BYTES = 16 << 20  # of a safetensors file; 235B's files have a few KB
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
 INDEX = "model.safetensors.index.json"
@@ -103,6 +107,17 @@ def _fill_parameters(model: nn.Module, source: HuggingFaceWeights | CheckpointWe
 
 # ---- sources -------------------------------------------------------------------------------------------------------
 
+
+def _is_file_name(name: object) -> bool:
+    """Whether this is the name of a file of the same directory, and no path out of it."""
+    return isinstance(name, str) and os.path.basename(name) == name not in ("", ".", "..") and len(name) < 256
+
+
+def _short(name: object) -> str:
+    """A stranger's name for an error's one line."""
+    return repr(str(name)[:200])
+
+
 _LAYER = re.compile(r"model\.(?:language_model\.layers|visual\.blocks|visual\.deepstack_merger_list)\.\d+")
 
 
@@ -114,7 +129,7 @@ def _check_fit(tensors: dict[str, Stored], expected: dict[str, torch.Size], wher
     missing = [name for name in expected if name not in tensors]
     unknown = [name for name in tensors
                if name not in expected and name != "lm_head.weight" and layers.get(name) not in cut]
-    problems = [f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    problems = [f"{len(names)} {what}: {', '.join(name[:200] for name in names[:3])}{', ...' if len(names) > 3 else ''}"
                 for what, names in (("missing", missing), ("unknown", unknown)) if names]
     if problems:
         raise InputError(f"{where}: its tensors are not those of the model that config.json describes: "
@@ -143,22 +158,34 @@ class HuggingFaceWeights:
         self._published = True  # every file says so
         for file, names in self.files.items():
             try:
+                self._check_header(self.path / file)
                 handle = safe_open(self.path / file, "pt")
                 self._published &= LAYOUT.items() <= (handle.metadata() or {}).items()
                 stored = set(handle.keys())
                 names = self.files[file] = names or sorted(stored)
                 for name in names:
                     if name not in stored:
-                        raise InputError(f"{self.path / file}: lacks {name}, which {INDEX} says is there")
+                        raise InputError(f"{self.path / file}: lacks {_short(name)}, which {INDEX} says is there")
                     self._slices[name] = view = handle.get_slice(name)
                     if view.get_dtype() not in SAFETENSORS_TYPES:
                         raise InputError(f"{self.path / file}: {name} is {view.get_dtype()}; only weights in "
                                          f"{', '.join(SAFETENSORS_TYPES)} can be used, not quantised ones")
                     self.tensors[name] = SAFETENSORS_TYPES[view.get_dtype()], torch.Size(view.get_shape())
             except SafetensorError as e:  # the header must cover the file exactly, so this is where truncation shows
-                raise InputError(f"{self.path / file}: is damaged or incomplete ({e}); download it again") from e
-            except OSError as e:
+                raise InputError(f"{self.path / file}: is damaged or incomplete ({str(e)[:300]}); "
+                                 "download it again") from e
+            except (OSError, OverflowError, UnicodeError) as e:
                 raise InputError(f"{self.path / file}: cannot be read ({e}); download it again") from e
+
+    @staticmethod
+    def _check_header(path: Path) -> None:
+        """The library reads a header whatever its length, and would wait for ever for a pipe's."""
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: is not a regular file")
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > HEADER_BYTES:
+            raise InputError(f"{path}: is damaged (a header of {length} bytes); download it again")
 
     def _files(self) -> dict[str, list[str]]:
         if (self.path / "model.safetensors").exists():
@@ -169,12 +196,13 @@ class HuggingFaceWeights:
             raise InputError(f"{pickles[0]}: is a pickle, which can run code; only safetensors are read" if pickles else
                              f"{self.path}: holds no weights (neither model.safetensors nor {INDEX})")
         files: dict[str, list[str]] = {}
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index}: has no weight_map; download it again")
         for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise InputError(f"{index}: {name} is said to be in {file!r}, which is not a file of this directory")
+            if not _is_file_name(file):
+                raise InputError(f"{index}: {_short(name)} is said to be in {_short(file)}, "
+                                 "which is not a file of this directory")
             files.setdefault(file, []).append(name)
         return files
 
@@ -232,7 +260,7 @@ _DCP_CLASSES = {  # all that the pickle of a DCP checkpoint's description needs
 }
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class _MetadataUnpickler(pickle._Unpickler):  # Python's own: in the C one a few bytes can take all memory for its memo
     def find_class(self, module: str, name: str):
         if name not in _DCP_CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
@@ -243,15 +271,16 @@ def read_metadata(directory: Path) -> dcp_metadata.Metadata:
     """DCP's description of a checkpoint: a pickle, read admitting only the plain classes that DCP writes into it."""
     path = directory / ".metadata"
     try:
-        with open(path, "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
+        if path.exists() and not path.is_file():
+            raise TypeError("it is not a regular file")
+        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()  # in memory no length can be overstated
         if not isinstance(metadata, dcp_metadata.Metadata):
             raise TypeError(f"it holds a {type(metadata).__name__}")
         return metadata
     except FileNotFoundError as e:
         raise InputError(f"{directory}: is not a checkpoint (it has no .metadata)") from e
     except Exception as e:  # a damaged pickle can raise nearly anything
-        raise InputError(f"{path}: is damaged or not a DCP checkpoint's ({e})") from e
+        raise InputError(f"{path}: is damaged or not a DCP checkpoint's ({str(e)[:300]})") from e
 
 
 class CheckpointWeights:
@@ -271,15 +300,15 @@ class CheckpointWeights:
                 places = [metadata.storage_data[dcp_metadata.MetadataIndex(name, c.offsets)] for c in tensor.chunks]
                 self._chunks[name] = [(c.offsets, c.sizes, at) for c, at in zip(tensor.chunks, places, strict=True)]
                 for _, _, info in self._chunks[name]:
-                    if Path(info.relative_path).name != info.relative_path:
-                        raise ValueError(f"{info.relative_path!r} is not a file of this directory")
+                    if not _is_file_name(info.relative_path):
+                        raise ValueError(f"{_short(info.relative_path)} is not a file of this directory")
                     lengths[info.relative_path] = max(lengths.get(info.relative_path, 0), info.offset + info.length)
                 if sum(c.sizes.numel() for c in tensor.chunks) != tensor.size.numel():
                     raise ValueError(f"{name} {list(tensor.size)} is not whole")
         except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise InputError(f"{self.path / '.metadata'}: is damaged ({e}); take another checkpoint") from e
+            raise InputError(f"{self.path / '.metadata'}: is damaged ({str(e)[:300]}); take another checkpoint") from e
         for file, length in lengths.items():
-            if not (self.path / file).exists():
+            if not os.path.isfile(self.path / file):
                 raise InputError(f"{self.path / file}: is missing; take another checkpoint")
             if (size := (self.path / file).stat().st_size) < length:
                 raise InputError(f"{self.path / file}: is damaged ({size} of {length} bytes); take another checkpoint")
@@ -307,7 +336,7 @@ class CheckpointWeights:
         with open(path, "rb") as file:
             try:
                 view = _create_file_view(file, info.offset, info.length)
-                form = torch.load(view, map_location="meta", weights_only=True)
+                form = _load_plain(view, "meta")
                 if (form.shape, form.dtype) != (shape, self.tensors[name][0]) or not form.is_contiguous():
                     raise ValueError(f"it holds {form.dtype} {list(form.shape)}")
                 view.seek(0)
@@ -319,6 +348,25 @@ class CheckpointWeights:
             except Exception as e:  # nearly anything; torch's own words advise running the file's code
                 raise InputError(f"{path}: the piece of {name} at byte {info.offset} is damaged; "
                                  "take another checkpoint") from e
+
+
+def _load_plain(file: BinaryIO, device: str) -> object:
+    """torch.load of tensors in plain containers, without what can take far more memory than the file has bytes:
+    compression (torch.save does not compress) and bytearray(10**9), which weights_only admits. Raises nearly anything.
+    """
+    with zipfile.ZipFile(file) as archive:
+        for entry in archive.infolist():
+            name, is_pickle = entry.filename, entry.filename.endswith("data.pkl")
+            if entry.compress_type != zipfile.ZIP_STORED or is_pickle and entry.file_size > 1 << 20:
+                raise ValueError(f"{name} is compressed or too large")
+            for op, arg, _ in pickletools.genops(archive.read(entry)) if is_pickle else ():
+                if "GLOBAL" in op.name and not re.fullmatch(_PLAIN, str(arg)):
+                    raise ValueError(f"it names {arg}")
+    file.seek(0)
+    return torch.load(file, map_location=device, weights_only=True)
+
+
+_PLAIN = r"torch\._utils _rebuild_tensor_v2|torch \w+Storage|collections OrderedDict"
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -562,7 +610,10 @@ def find_checkpoint(load_dir: str | Path) -> tuple[Path, str]:
                 "convert it first (convert.py hf_to_dcp)" if hf_has_weights(path) else
                 "give a save directory, one of its iter_XXXXXXX, or what hf_to_dcp wrote")
         raise InputError(f"{path}: {'is not there' if not path.exists() else f'has no {TRACKER}'}: {hint}")
-    tracker = (path / TRACKER).read_text(errors="replace").strip()
+    if not (path / TRACKER).is_file():
+        raise InputError(f"{path / TRACKER}: is not a regular file")
+    with open(path / TRACKER, errors="replace") as file:
+        tracker = file.read(1000).strip()
     if tracker != "release" and not re.fullmatch(r"\d{1,12}", tracker):
         raise InputError(f"{path / TRACKER}: holds {tracker[:40]!r}, not an iteration's number or 'release'")
     name = tracker if tracker == "release" else f"iter_{int(tracker):07d}"
@@ -596,9 +647,11 @@ def load_data_positions(iteration_dir: str | Path) -> list[dict]:
 
 
 def _trainer_state(path: Path) -> dict:
+    if not path.is_file():
+        raise InputError(f"{path}: is not a regular file; take another checkpoint")
     with open(path, "rb") as file:
         try:
-            state = {**torch.load(file, map_location="cpu", weights_only=True)}
+            state = {**_load_plain(file, "cpu")}
             if not isinstance(state["iteration"], int) or not isinstance(state["data"], dict):
                 raise TypeError("its iteration and data are not an int and a dict")
         except Exception as e:  # as in `_piece`
@@ -631,16 +684,6 @@ def _load_optimizer(source: CheckpointWeights, parameters: dict[str, nn.Paramete
 
 
 # ---- the conversions -----------------------------------------------------------------------------------------------
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read ({e})") from e
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: is not a JSON object")
-    return content
 
 
 def expected_shapes(hf_dir: str | Path) -> dict[str, torch.Size]:
@@ -782,16 +825,16 @@ def _verify_one(path: Path) -> str:
         source = CheckpointWeights(path) if (path / ".metadata").exists() else HuggingFaceWeights(path)
         return (f"{path}: {len(source.tensors)} tensors, sizes are right "
                 f"(there is no {CHECKSUMS}: contents cannot be checked)")
-    records = _read_json(path / CHECKSUMS)
+    records = read_json(path / CHECKSUMS)
     for name, record in records.items():
         fields = (record.get("bytes"), record.get("sha256")) if isinstance(record, dict) else ()
-        if Path(name).name != name or [type(field) for field in fields] != [int, str]:
-            raise InputError(f"{path / CHECKSUMS}: its entry {name!r} is damaged")
+        if not _is_file_name(name) or [type(field) for field in fields] != [int, str] or not 0 <= fields[0] < 2**63:
+            raise InputError(f"{path / CHECKSUMS}: its entry {_short(name)} is damaged")
     unlisted = sorted({file.name for file in path.iterdir() if file.is_file()} - records.keys() - {CHECKSUMS})
     bad = [f"{name} is not in {CHECKSUMS}" for name in unlisted]
     with tqdm(total=sum(r["bytes"] for r in records.values()), desc=path.name, unit="B", unit_scale=True) as bar:
         for name, record in records.items():
-            size = (path / name).stat().st_size if (path / name).exists() else None
+            size = (path / name).stat().st_size if os.path.isfile(path / name) else None
             if size != record["bytes"]:
                 bad.append(f"{name} is missing" if size is None else f"{name} has {size} bytes, not {record['bytes']}")
                 continue

@@ -32,6 +32,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
+from reprlib import repr as short
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -132,6 +133,11 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 PLACEHOLDER = re.compile("(<image>|<video>)")
 STILL_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".ppm")
 PICTURE_SUFFIXES = (*STILL_SUFFIXES, ".gif", ".webp")
+# Whatever its name says, nothing else is decoded: Pillow would start Ghostscript for a .jpg that is PostScript inside,
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# and FFmpeg would follow a playlist's addresses out of the folder and onto the network.
+VIDEO_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": "asf,avi,flv,gif,matroska,webm,mov,mp4,m4a,3gp,3g2,"
+                 "mj2,mpeg,mpegts,mpegvideo,mpegtsraw,mxf,ogg,wtv,h264,hevc,ivf,m4v,nut,yuv4mpegpipe,apng"}
 NOT_IN_PATHS = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # \udc80 to \udcff are a name's bytes beyond UTF-8
 
 
@@ -165,7 +171,8 @@ def parse_row(row: dict, for_generation: bool = False) -> list[Turn]:
     name = "messages" if "messages" in row else "conversations"
     role_key, text_key = ("role", "content") if name == "messages" else ("from", "value")
     if name not in row:
-        raise InputError(f"the row has neither 'messages' nor 'conversations'; its keys: {', '.join(row) or 'none'}")
+        keys = ", ".join(row) or "none"
+        raise InputError(f"the row has neither 'messages' nor 'conversations'; its keys: {keys[:200]}")
     if not isinstance(row[name], list) or not row[name]:
         raise InputError(f"'{name}' must be a list of turns, this is {_type(row[name])}")
 
@@ -175,7 +182,8 @@ def parse_row(row: dict, for_generation: bool = False) -> list[Turn]:
             raise InputError(f"{name}[{i}] must be an object with '{role_key}' and '{text_key}'")
         role = ROLES.get(message[role_key]) if isinstance(message[role_key], str) else None
         if role is None:
-            raise InputError(f"{name}[{i}]: unknown {role_key} {message[role_key]!r}, use one of {', '.join(ROLES)}")
+            found = short(message[role_key])
+            raise InputError(f"{name}[{i}]: unknown {role_key} {found}, use one of {', '.join(ROLES)}")
         expected = "assistant" if turns and turns[-1].role == "user" else "user"
         if role != expected and not (role == "system" and i == 0):
             raise InputError(
@@ -276,7 +284,7 @@ def load_picture(path: Path, decode: bool = True) -> Image.Image:
     Without `decode` only the header is read, and only `size` means something: it may be the size before the rotation,
     which the number of tokens does not depend on, as `smart_resize` treats both sides alike.
     """
-    with _reading(path, "a picture"), Image.open(path) as image:
+    with _reading(path, "a picture"), Image.open(path, formats=FORMATS) as image:
         if not decode:
             return image
         ImageOps.exif_transpose(image, in_place=True)
@@ -295,6 +303,8 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
         raise InputError(f"{path} is not a file")
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:  # decoders raise whatever a damaged file leads them to
         raise InputError(f"{path} cannot be read as {kind}: {_one_line(error)}") from error
 
@@ -328,7 +338,7 @@ def open_video(spec: str | list | dict, media_dir: str | Path, confine: bool, de
     """
     path, fps = (spec.get("path"), spec.get("fps")) if isinstance(spec, dict) else (spec, None)
     if fps is not None and (type(fps) not in (int, float) or not 0.001 <= fps <= 1e6):
-        raise InputError(f"'fps' must be a number of frames per second, 0.001 at least, this is {fps!r}")
+        raise InputError(f"'fps' must be a number of frames per second, 0.001 at least, this is {short(fps)}")
     if isinstance(path, list):
         paths = [resolve_path(item, media_dir, confine) for item in path]
     else:
@@ -352,7 +362,7 @@ def _open_animation(path: Path, fps: float | None) -> Video:
     """An animated GIF, WebP or PNG. Transparent pixels are laid on white, as PyAV shows those of a GIF."""
 
     def frames() -> Iterator[Image.Image]:
-        with _reading(path, "an animation"), Image.open(path) as image:
+        with _reading(path, "an animation"), Image.open(path, formats=FORMATS) as image:
             for number in range(getattr(image, "n_frames", 1)):
                 image.seek(number)
                 image.load()  # only now does a WebP know a frame's duration
@@ -363,13 +373,14 @@ def _open_animation(path: Path, fps: float | None) -> Video:
             yield from [_Header(size)] * len(numbers)
             return
         wanted = set(numbers)
-        for number, image in enumerate(frames()):
-            if number in wanted:
-                yield _on_white(image) if image.has_transparency_data else image.convert("RGB")
-            if number == numbers[-1]:
-                break
+        with _reading(path, "an animation"):
+            for number, image in enumerate(frames()):
+                if number in wanted:
+                    yield _on_white(image) if image.has_transparency_data else image.convert("RGB")
+                if number == numbers[-1]:
+                    break
 
-    with _reading(path, "an animation"), Image.open(path) as image:
+    with _reading(path, "an animation"), Image.open(path, formats=FORMATS) as image:
         count, size, times = getattr(image, "n_frames", 1), image.size, None
     if fps is None:
         # In milliseconds. Browsers, too, take 0 for 100.
@@ -391,7 +402,7 @@ def _open_video_file(path: Path, fps: float | None) -> Video:
         import av
     except ImportError as error:
         raise InputError(f"{path}: reading video files needs PyAV: pip install av") from error
-    with _reading(path, "a video"), av.open(str(path)) as container:
+    with _reading(path, "a video"), av.open(f"file:{path}", options=VIDEO_OPTIONS) as container:
         if not container.streams.video:
             raise ValueError("it holds no video")
         stream = container.streams.video[0]
@@ -420,7 +431,7 @@ def _open_video_file(path: Path, fps: float | None) -> Video:
         if not decode:
             yield from [_Header(size)] * len(numbers)
             return
-        with _reading(path, "a video"), av.open(str(path)) as container:
+        with _reading(path, "a video"), av.open(f"file:{path}", options=VIDEO_OPTIONS) as container:
             stream, at = container.streams.video[0], -1
             frames = enumerate(container.decode(stream))
             for i, number in enumerate(numbers):
@@ -438,7 +449,7 @@ def _open_video_file(path: Path, fps: float | None) -> Video:
 
     def read_in_order(numbers: list[int]) -> Iterator[Image.Image]:
         at = -1
-        with av.open(str(path)) as container:
+        with av.open(f"file:{path}", options=VIDEO_OPTIONS) as container:
             for at, frame in enumerate(container.decode(video=0)):
                 if at in numbers:
                     yield frame.to_image()
@@ -492,6 +503,10 @@ DEFAULTS = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "rescal
 DEFAULTS |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 DEFAULT_PIXELS = {"image": (65536, 16777216), "video": (4096, 25165824)}
 PIXEL_KEYS = ("min_pixels", "max_pixels", "shortest_edge", "longest_edge")
+JSON_BYTES, TOKENIZER_BYTES = 1 << 20, 64 << 20  # most of a configuration and of a tokenizer; Qwen3-VL's has 11 MB
+# Sizes that ask for more than a few times the memory of the released models' largest pictures are mistakes, or worse.
+LIMITS = {"image_mean": (-1e6, 1e6), "image_std": (1e-6, 1e6), "min_pixels": (0, 2**25), "shortest_edge": (0, 2**25)}
+LIMITS |= {"patch_size": (0, 1000), "temporal_patch_size": (0, 1000), "merge_size": (0, 1000)}
 EXAMPLES = DEFAULTS | dict.fromkeys(PIXEL_KEYS, 65536) | {"vocab_size": 151936}  # what settings must look like
 CONTROL_TOKENS = {
     "im_start_token_id": "<|im_start|>",
@@ -526,10 +541,11 @@ class Processor:
         path = Path(hf_dir, "tokenizer.json")
         if not path.exists():
             raise InputError(f"{path} does not exist: the model's tokenizer is needed")
+        _check_size(path, TOKENIZER_BYTES)
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises plain Exception
-            raise InputError(f"{path} cannot be read as a tokenizer: {_one_line(error)}") from error
+            raise InputError(f"{path} cannot be read as a tokenizer: {_one_line(error)[:300]}") from error
         self.tokenizer.encode_special_tokens = True  # those in a text are split into ordinary tokens
 
         config_path = Path(hf_dir, "config.json")
@@ -848,11 +864,22 @@ def _read_json(path: Path) -> dict:
     """The object in a configuration file; {} if there is no such file."""
     if not path.exists():
         return {}
+    _check_size(path, JSON_BYTES)
     try:
         value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {_one_line(error)}") from error
     return _section({str(path): value}, str(path))
+
+
+def _check_size(path: Path, most: int) -> None:
+    """Raises InputError for what is no regular file (reading a pipe never ends) or larger than anything published."""
+    if not path.is_file():
+        raise InputError(f"{path} is not a regular file")
+    if (size := path.stat().st_size) > most:
+        raise InputError(f"{path} has {size} bytes, {most} at most are read")
 
 
 def _section(values: dict, name: str, file: Path | None = None) -> dict:
@@ -865,10 +892,10 @@ def _section(values: dict, name: str, file: Path | None = None) -> dict:
     for key in [key for key in EXAMPLES if key in section and not (key in PIXEL_KEYS and section[key] is None)]:
         value, example = section[key], EXAMPLES[key]
         numbers, examples = (x if isinstance(x, list) and isinstance(example, list) else [x] for x in (value, example))
-        least = -1e6 if key == "image_mean" else 0
-        if [type(x) in (int, type(examples[0])) and least < x < 2**53 for x in numbers] != [True] * len(examples):
-            found = json.dumps(value)[:100]
-            raise InputError(f"{where}: {key} is {found}: it must be positive, such as {json.dumps(example)}")
+        low, high = LIMITS.get(key, (0, 1e8))
+        if [type(x) in (int, type(examples[0])) and low < x < high for x in numbers] != [True] * len(examples):
+            raise InputError(f"{where}: {key} is {short(value)}: it must be positive, such as {json.dumps(example)}, "
+                             f"and below {high:g}")
     return section
 
 
