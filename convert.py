@@ -39,7 +39,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.utils import _create_file_view
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -335,7 +334,7 @@ class CheckpointWeights:
         path = self.path / info.relative_path
         with open(path, "rb") as file:
             try:
-                view = _create_file_view(file, info.offset, info.length)
+                view = _Part(file, info.offset, info.length)
                 form = _load_plain(view, "meta")
                 if (form.shape, form.dtype) != (shape, self.tensors[name][0]) or not form.is_contiguous():
                     raise ValueError(f"it holds {form.dtype} {list(form.shape)}")
@@ -348,6 +347,29 @@ class CheckpointWeights:
             except Exception as e:  # nearly anything; torch's own words advise running the file's code
                 raise InputError(f"{path}: the piece of {name} at byte {info.offset} is damaged; "
                                  "take another checkpoint") from e
+
+
+class _Part(io.RawIOBase):
+    """Some of a file's bytes as a file (DCP's own `_create_file_view` is wrong about places counted from the end)."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int):
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, offset + (0, self._at, self._length)[whence])
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        self._file.seek(self._start + self._at)
+        count = self._file.readinto(memoryview(buffer)[: max(0, self._length - self._at)])
+        self._at += count
+        return count
 
 
 def _load_plain(file: BinaryIO, device: str) -> object:
