@@ -109,7 +109,8 @@ def _fill_parameters(model: nn.Module, source: HuggingFaceWeights | CheckpointWe
 
 def _is_file_name(name: object) -> bool:
     """Whether this is the name of a file of the same directory, and no path out of it."""
-    return isinstance(name, str) and os.path.basename(name) == name not in ("", ".", "..") and len(name) < 256
+    good = isinstance(name, str) and os.path.basename(name) == name not in ("", ".", "..")
+    return good and len(name) < 256 and "\0" not in name
 
 
 def _short(name: object) -> str:

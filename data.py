@@ -542,11 +542,15 @@ class Processor:
         if not path.exists():
             raise InputError(f"{path} does not exist: the model's tokenizer is needed")
         _check_size(path, TOKENIZER_BYTES)
-        try:
+        with _tokenizing(f"{path} cannot be read as a tokenizer"):
             self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises plain Exception
-            raise InputError(f"{path} cannot be read as a tokenizer: {_one_line(error)[:300]}") from error
+        kinds = [type(part).__name__ for part in (self.tokenizer.normalizer, self.tokenizer.decoder)]
+        if kinds[0] not in ("NFC", "NoneType") or kinds[1] not in ("ByteLevel", "NoneType"):  # others can grow a text
+            raise InputError(f"{path} has a normalizer {kinds[0]} and a decoder {kinds[1]}, Qwen3-VL's are NFC and "
+                             "ByteLevel")
         self.tokenizer.encode_special_tokens = True  # those in a text are split into ordinary tokens
+        self.tokenizer.no_padding()  # a file may ask for either: what is cut or filled up is told by this file alone
+        self.tokenizer.no_truncation()
 
         config_path = Path(hf_dir, "config.json")
         config = _read_json(config_path)
@@ -589,10 +593,11 @@ class Processor:
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def _encode_text(self, text: str) -> list[int]:
-        try:
-            return self.tokenizer.encode(text, add_special_tokens=False).ids
-        except TypeError as error:
-            raise InputError("a text holds half of a surrogate pair (\\ud800 to \\udfff)") from error
+        with _tokenizing("a text cannot be tokenized"):
+            try:
+                return self.tokenizer.encode(text, add_special_tokens=False).ids
+            except TypeError as error:
+                raise InputError("a text holds half of a surrogate pair (\\ud800 to \\udfff)") from error
 
     def picture(self, image: Image.Image, decode: bool = True) -> tuple[np.ndarray | None, tuple[int, int, int]]:
         """Patches [P, 1536] float32 and grid (1, rows, columns) of an RGB picture, bit for bit transformers'.
@@ -860,6 +865,18 @@ def mrope_positions(length: int, runs: list[tuple[int, int, int]]) -> np.ndarray
     return positions
 
 
+@contextlib.contextmanager
+def _tokenizing(what: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:  # tokenizers raises plain Exception, and what it did not expect as no Exception
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise InputError(f"{what}: {_one_line(error)[:300]}") from error
+        raise
+
+
 def _read_json(path: Path) -> dict:
     """The object in a configuration file; {} if there is no such file."""
     if not path.exists():
@@ -894,7 +911,8 @@ def _section(values: dict, name: str, file: Path | None = None) -> dict:
         numbers, examples = (x if isinstance(x, list) and isinstance(example, list) else [x] for x in (value, example))
         low, high = LIMITS.get(key, (0, 1e8))
         if [type(x) in (int, type(examples[0])) and low < x < high for x in numbers] != [True] * len(examples):
-            raise InputError(f"{where}: {key} is {short(value)}: it must be positive, such as {json.dumps(example)}, "
+            found = short(value) if isinstance(value, list | dict) else json.dumps(value)[:100]
+            raise InputError(f"{where}: {key} is {found}: it must be positive, such as {json.dumps(example)}, "
                              f"and below {high:g}")
     return section
 
@@ -1119,24 +1137,30 @@ def _scan(path: Path, offset: int = 0) -> Iterator[tuple[int, int]]:
     with _dataset(path) as stream:
         start = len(codecs.BOM_UTF8) if stream.read(3) == codecs.BOM_UTF8 else 0
         stream.seek(start)
-        while (first := stream.read(1)).isspace():
+        while (chunk := stream.read(1 << 20)).isspace():
             pass
+        first = chunk.lstrip()[:1]
         if first not in (b"[", b"{", b""):
             raise InputError(f"{path} begins with {first!r}: a dataset is a JSON list of rows or JSON lines, in UTF-8")
         begin, found = stream.seek(max(start, offset)), offset > 0
         if first == b"[":
             ranges = _scan_array(path, stream, begin, ",]" if offset else "[")
         else:
-            ranges = _scan_lines(stream, begin)
+            ranges = _scan_lines(path, stream, begin)
         for found in ranges:
             yield found
         if not found:
             raise InputError(f"{path} holds no rows: a dataset is a JSON list of rows or JSON lines")
 
 
-def _scan_lines(stream: BinaryIO, end: int) -> Iterator[tuple[int, int]]:
+ROW_BYTES = 8 << 20  # a row's most; Python can take thirty times as much for it
+
+
+def _scan_lines(path: Path, stream: BinaryIO, end: int) -> Iterator[tuple[int, int]]:
     """Byte range of each line that is not blank in `stream`, which stands at byte `end`."""
-    for line in stream:
+    while line := stream.readline(ROW_BYTES + 1):
+        if len(line) > ROW_BYTES:
+            raise InputError(f"{path}: the row at byte {end} is longer than {ROW_BYTES >> 20} MB")
         start, end = end, end + len(line)
         if not line.isspace():
             yield start, end
@@ -1155,6 +1179,8 @@ def _scan_array(path: Path, stream: BinaryIO, offset: int, expected: str) -> Ite
     def more() -> bool:
         """Drops what is done from the window and reads on; False at the end of the file."""
         nonlocal text, at, lines, read_bytes
+        if len(text) - at > ROW_BYTES:
+            raise InputError(f"{path}: the row after byte {offset} is longer than {ROW_BYTES >> 20} MB")
         chunk = stream.read(max(1 << 20, len(text) - at))  # doubles while a row outgrows the window
         read_bytes += len(chunk)
         try:

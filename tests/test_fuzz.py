@@ -23,7 +23,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -533,6 +534,13 @@ def megabytes(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
+def memory_peak() -> Callable[[], float]:
+    """Returns what tells by how many MB the most memory held since now is more than what is held now."""
+    Path("/proc/self/clear_refs").write_text("5")  # begins VmHWM anew
+    before = megabytes("VmRSS")
+    return lambda: megabytes("VmHWM") - before
+
+
 @contextlib.contextmanager
 def limits() -> Iterator[None]:
     """Address space for a gigabyte more than now, and an alarm for whoever sets the timer."""
@@ -554,9 +562,7 @@ def fuzz(kind: type[Target], root: Path, numbers) -> tuple[int, float]:
     """Reads inputs; returns how many were refused, and by how many MB the most memory held rose."""
     target, refused = kind(root), 0
     with limits():
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # begins VmHWM anew
-        before = megabytes("VmRSS")
+        peak = memory_peak()
         for number in numbers:
             signal.setitimer(signal.ITIMER_REAL, SECONDS)
             try:
@@ -571,7 +577,304 @@ def fuzz(kind: type[Target], root: Path, numbers) -> tuple[int, float]:
                 raise AssertionError(f"input {number} of {kind.__name__} {what}: {target.input[:600]!r}") from e
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-        return refused, megabytes("VmHWM") - before
+        return refused, peak()
+
+
+# ---- files made to do harm -----------------------------------------------------------------------------------------
+
+
+class RunsCode:
+    """Its pickle makes the file `ran` when it is loaded."""
+
+    def __init__(self, root: Path):
+        self.command = f"touch {root / 'ran'}"
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def torch_zip(content: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
+    """What torch.load takes, with this pickle in it."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        parts = {"data.pkl": content, "version": b"3\n", "byteorder": b"little", "data/0": b"\0" * 9}
+        for name, part in parts.items():
+            archive.writestr(f"archive/{name}", part)
+    return file.getvalue()
+
+
+def a_config(root: Path, text: dict | None = None, vision: dict | None = None, **top) -> None:
+    raw = json.loads((root / "hf/config.json").read_text())
+    raw["text_config"] |= text or {}
+    raw["vision_config"] |= vision or {}
+    (root / "hf/config.json").write_text(json.dumps(raw | top))
+
+
+def a_header(root: Path, change, data_: bytes = b"\0" * 64) -> None:
+    """A safetensors file of two tensors of 32 bytes whose header is changed."""
+    header = {name: {"dtype": "F32", "shape": [8], "data_offsets": [at, at + 32]} for name, at in (("a", 0), ("b", 32))}
+    change(header)
+    encoded = header.pop("raw") if "raw" in header else json.dumps(header).encode()
+    (root / "hf/model.safetensors").write_bytes(len(encoded).to_bytes(8, "little") + encoded + data_)
+
+
+def an_index(root: Path, file) -> None:
+    (root / "hf/model.safetensors").unlink()
+    (root / "hf" / convert.INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
+
+
+def a_tokenizer(root: Path, **changes) -> None:
+    path = root / "hf/tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def a_piece(root: Path, content: bytes) -> None:
+    """The first piece of a shard replaced, nothing else."""
+    iteration = root / "run/iter_0000003"
+    (_, _, info), *_ = convert.CheckpointWeights(iteration)._chunks["model.visual.patch_embed.proj.weight"]
+    shard = bytearray((iteration / info.relative_path).read_bytes())
+    shard[info.offset : info.offset + len(content)] = content
+    (iteration / info.relative_path).write_bytes(shard)
+
+
+def a_fifo(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def a_sparse(path: Path, begin: bytes) -> None:
+    path.write_bytes(begin)
+    os.truncate(path, 1 << 36)
+
+
+def a_link(path: Path, to: str) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to(to)
+
+
+def read_hf(root: Path) -> None:
+    """All that a program reads of a Hugging Face directory."""
+    config = model.Qwen3VLConfig.from_json(root / "hf")
+    processor = data.Processor(root / "hf")
+    for row in (ROWS[0], ROWS[4], ROWS[5]):
+        processor.encode(row, media_dir=root)
+    infer.end_token_ids(root / "hf", processor)
+    assert config.text.num_hidden_layers == 1
+    convert.check_hf_weights(root / "hf", convert.expected_shapes(root / "hf"))
+
+
+def read_run(root: Path) -> None:
+    """All that a program reads of a save directory."""
+    with torch.device("meta"):
+        made = model.Qwen3VL(model.Qwen3VLConfig.from_json(root / "hf"))
+    made.to_empty(device="cpu")
+    with contextlib.redirect_stderr(io.StringIO()):
+        convert.load_checkpoint(convert.find_checkpoint(root / "run")[0], made)
+        convert.verify(root / "run")
+
+
+def read_row(root: Path, confine: bool = True, **row) -> None:
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    data.Processor(root / "hf").encode({"messages": messages} | row, media_dir=root, confine=confine)
+
+
+def read_rows(root: Path) -> None:
+    for make in data.RowDataset, data.RowStream:
+        make([str(root / "rows.json")]).count()
+
+
+ITER = "run/iter_0000003"
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\n(ran) (w) file\n"
+POISONED = {
+    # name: (how the file is made, who reads it, what the error names)
+    "metadata runs code": (
+        lambda r: (r / ITER / ".metadata").write_bytes(pickle.dumps(RunsCode(r))), read_run, "posix.system"),
+    "metadata with a memo of 32 GB": (
+        lambda r: (r / ITER / ".metadata").write_bytes(b"\x80\x04Nr\xff\xff\xff\x7f."), read_run, ".metadata"),
+    "metadata with a text of 1 TB": (
+        lambda r: (r / ITER / ".metadata").write_bytes(b"\x80\x04\x8d" + (1 << 40).to_bytes(8, "little")), read_run,
+        ".metadata"),
+    "metadata is a pipe": (lambda r: a_fifo(r / ITER / ".metadata"), read_run, ".metadata"),
+    "metadata of 64 GB": (lambda r: a_sparse(r / ITER / ".metadata", b"\x80\x04"), read_run, ".metadata"),
+    "shard is a pipe": (lambda r: a_fifo(r / ITER / "__0_0.distcp"), read_run, "__0_0.distcp"),
+    "shard is a device": (lambda r: a_link(r / ITER / "__0_0.distcp", "/dev/zero"), read_run, "__0_0.distcp"),
+    "piece runs code": (lambda r: a_piece(r, torch_zip(pickle.dumps(RunsCode(r), 2))), read_run, "__0_0.distcp"),
+    "piece is a bare pickle": (lambda r: a_piece(r, pickle.dumps(RunsCode(r), 2)), read_run, "__0_0.distcp"),
+    "trainer state runs code": (
+        lambda r: (r / ITER / "trainer_state_rank_00000.pt").write_bytes(torch_zip(pickle.dumps(RunsCode(r), 2))),
+        read_run, "trainer_state"),
+    "trainer state is a bare pickle": (
+        lambda r: (r / ITER / "trainer_state_rank_00000.pt").write_bytes(pickle.dumps(RunsCode(r), 2)), read_run,
+        "trainer_state"),
+    "trainer state asks for 2 GB": (
+        lambda r: (r / ITER / "trainer_state_rank_00000.pt").write_bytes(
+            torch_zip(b"\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.")), read_run, "trainer_state"),
+    "trainer state unpacks to 128 MB": (
+        lambda r: (r / ITER / "trainer_state_rank_00000.pt").write_bytes(
+            torch_zip(b"\x80\x02X\0\0\0\x08" + b"a" * (1 << 27) + b".", zipfile.ZIP_DEFLATED)), read_run,
+        "trainer_state"),
+    "trainer state is a pipe": (
+        lambda r: a_fifo(r / ITER / "trainer_state_rank_00000.pt"), read_run, "trainer_state"),
+    "checksums of a device": (lambda r: (
+        a_link(r / ITER / "x", "/dev/zero"),
+        (r / ITER / convert.CHECKSUMS).write_text('{"x": {"bytes": 0, "sha256": ""}}')), read_run,
+        ": 4 files are not as written"),
+    "checksums of the parent": (lambda r: (
+        (r / ITER / convert.CHECKSUMS).write_text('{"..": {"bytes": 4096, "sha256": ""}}')), read_run, "'..'"),
+    "tracker is a pipe": (lambda r: a_fifo(r / "run" / convert.TRACKER), read_run, convert.TRACKER),
+    "tracker is a device": (lambda r: a_link(r / "run" / convert.TRACKER, "/dev/zero"), read_run, convert.TRACKER),
+    "tracker leads out": (lambda r: (r / "run" / convert.TRACKER).write_text("../../x"), read_run, convert.TRACKER),
+
+    "header claims 10 TB": (lambda r: a_header(r, lambda h: h["b"].update(
+        shape=[5 * 10**12 // 2], data_offsets=[32, 32 + 10**13])), read_hf, "model.safetensors"),
+    "header of 4 GB": (
+        lambda r: (r / "hf/model.safetensors").write_bytes((1 << 32).to_bytes(8, "little") + b"{" * 99), read_hf,
+        "a header of 4294967296 bytes"),
+    "header of 4 GB in a file of 64 GB": (
+        lambda r: a_sparse(r / "hf/model.safetensors", (1 << 32).to_bytes(8, "little")), read_hf, "a header of"),
+    "header of 2**64 bytes": (
+        lambda r: (r / "hf/model.safetensors").write_bytes(b"\xff" * 99), read_hf, "a header of"),
+    "tensors overlap": (lambda r: a_header(r, lambda h: h["b"].update(data_offsets=[16, 48])), read_hf, "damaged"),
+    "a hole between tensors": (
+        lambda r: a_header(r, lambda h: h["b"].update(data_offsets=[40, 72])), read_hf, "damaged"),
+    "negative offsets": (lambda r: a_header(r, lambda h: h["a"].update(data_offsets=[-32, 0])), read_hf, "damaged"),
+    "offsets backwards": (lambda r: a_header(r, lambda h: h["a"].update(data_offsets=[32, 0])), read_hf, "damaged"),
+    "offsets beyond 64 bits": (
+        lambda r: a_header(r, lambda h: h["b"].update(data_offsets=[2**64 - 32, 2**64])), read_hf, "damaged"),
+    "shapes overflow": (lambda r: a_header(r, lambda h: h["b"].update(shape=[2**62, 2**62])), read_hf, "damaged"),
+    "shape beyond torch's": (
+        lambda r: a_header(r, lambda h: h["b"].update(shape=[2**63, 0], data_offsets=[32, 32]), b"\0" * 32), read_hf,
+        "hf"),
+    "shape against bytes": (lambda r: a_header(r, lambda h: h["b"].update(shape=[9])), read_hf, "damaged"),
+    "type against bytes": (lambda r: a_header(r, lambda h: h["b"].update(dtype="F64")), read_hf, "damaged"),
+    "name twice": (lambda r: a_header(r, lambda h: h.update(
+        raw=json.dumps(h).replace('"b"', '"a"').encode())), read_hf, "model.safetensors"),
+    "deep header": (lambda r: a_header(r, lambda h: h.update(raw=b"[" * 100_000)), read_hf, "damaged"),
+    "weights are a pipe": (lambda r: a_fifo(r / "hf/model.safetensors"), read_hf, "not a regular file"),
+    "weights are a device": (lambda r: a_link(r / "hf/model.safetensors", "/dev/zero"), read_hf, "not a regular file"),
+    "weights are a pickle": (lambda r: (r / "hf/model.safetensors").rename(r / "hf/pytorch_model.bin"), read_hf,
+                             "is a pickle, which can run code"),
+    **{f"index names {file!r}": (lambda r, file=file: an_index(r, file), read_hf, "not a file of this directory")
+       for file in ("../../etc/passwd", "/etc/passwd", "..", "", "a/../../b", 7, None, ["x"], "x\0", "x" * 999)},
+    "index names a pipe": (lambda r: (a_fifo(r / "hf/x"), an_index(r, "x")), read_hf, "x: is not a regular file"),
+    "index is a pipe": (lambda r: (an_index(r, "x"), a_fifo(r / "hf" / convert.INDEX)), read_hf, "not a regular file"),
+    "index of 64 GB": (lambda r: (an_index(r, "x"), a_sparse(r / "hf" / convert.INDEX, b"{")), read_hf, "bytes"),
+
+    **{f"config: {change}": (lambda r, change=change: a_config(r, **change), read_hf, "config.json")
+       for change in (
+           {"text": {"num_hidden_layers": 10**9}}, {"text": {"hidden_size": 10**12}}, {"text": {"hidden_size": -56}},
+           {"text": {"vocab_size": 9 * 10**7, "hidden_size": 8 * 10**6}, "vision": {"out_hidden_size": 8 * 10**6}},
+           {"text": {"num_experts": 9 * 10**7, "moe_intermediate_size": 9 * 10**7}},
+           {"text": {"rms_norm_eps": math.nan}}, {"text": {"hidden_size": "56"}}, {"text": {"num_hidden_layers": True}},
+           {"text": {"num_key_value_heads": 0}}, {"vision": {"num_heads": 10**7}},
+           {"vision": {"patch_size": 9 * 10**7}},
+           {"vision": {"spatial_merge_size": 9 * 10**7}}, {"vision": {"num_position_embeddings": 2.5}},
+           {"vision": {"deepstack_visual_indexes": [10**30]}}, {"vision": {"depth": 10**300}},
+           {"text": {"rope_parameters": {"mrope_section": [-(10**9), 10**9, 12]}}})},
+    "config nested 100,000 deep": (lambda r: (r / "hf/config.json").write_text("[" * 100_000), read_hf, "config.json"),
+    "config is a pipe": (lambda r: a_fifo(r / "hf/config.json"), read_hf, "not a regular file"),
+    "config of 64 GB": (lambda r: a_sparse(r / "hf/config.json", b"{"), read_hf, "config.json: has"),
+    "config of a number with 5,000 digits": (
+        lambda r: (r / "hf/config.json").write_text('{"x": ' + "9" * 5000 + "}"), read_hf, "config.json"),
+    "generation configuration is a pipe": (lambda r: a_fifo(r / "hf/generation_config.json"), read_hf, "regular file"),
+    **{f"preprocessor: {change}": (
+        lambda r, change=change: (r / "hf/preprocessor_config.json").write_text(json.dumps(change)), read_hf,
+        "preprocessor") for change in (
+            {"min_pixels": 10**12, "max_pixels": 10**12}, {"size": {"shortest_edge": 10**15}}, {"patch_size": 2**52},
+            {"image_std": [1e-320] * 3}, {"image_mean": [math.nan] * 3}, {"size": 7}, [7])},
+    "preprocessor is a pipe": (lambda r: a_fifo(r / "hf/preprocessor_config.json"), read_hf, "not a regular file"),
+
+    "tokenizer is a pipe": (lambda r: a_fifo(r / "hf/tokenizer.json"), read_hf, "not a regular file"),
+    "tokenizer of 64 GB": (lambda r: a_sparse(r / "hf/tokenizer.json", b"{"), read_hf, "tokenizer.json has"),
+    "tokenizer nested deep": (lambda r: (r / "hf/tokenizer.json").write_text("[" * 10**6), read_hf, "tokenizer"),
+    "tokenizer with a token beyond the vocabulary": (lambda r: a_tokenizer(r, added_tokens=[
+        {"id": 4 * 10**9, "content": "<|im_start|>", "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": True}]), read_hf, "tokenizer.json"),
+
+    "tokenizer that repeats letters": (lambda r: a_tokenizer(r, normalizer={
+        "type": "Replace", "pattern": {"String": "a"}, "content": "b" * 10**6}), read_hf, "normalizer Replace"),
+    "tokenizer with a slow expression": (lambda r: a_tokenizer(r, pre_tokenizer={
+        "type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}),
+        lambda r: read_row(r, messages=[{"role": "user", "content": "a" * 5000 + "!"},
+                                        {"role": "assistant", "content": "b"}]), "cannot be tokenized"),
+
+    "dataset is a pipe": (lambda r: a_fifo(r / "rows.json"), read_rows, "not a regular file"),
+    "dataset is a device": (lambda r: a_link(r / "rows.json", "/dev/zero"), read_rows, "not a regular file"),
+    "row of 64 GB": (lambda r: a_sparse(r / "rows.json", b'{"messages": "'), read_rows, "longer than 8 MB"),
+    "element of 100 MB": (
+        lambda r: (r / "rows.json").write_bytes(b'[{"messages": "' + b"a" * 10**8), read_rows, "longer than 8 MB"),
+    "element of 10**7 lists": (
+        lambda r: (r / "rows.json").write_bytes(b"[" + b"[" + b"[]," * 10**7), read_rows, "longer than 8 MB"),
+    "blank dataset of 64 GB": (lambda r: (
+        (r / "rows.json").write_bytes(b" " * (1 << 27) + b"x")), read_rows, "begins with"),
+
+    "picture is PostScript": (
+        lambda r: (r / "x.jpg").write_bytes(EPS), lambda r: read_row(r, images=["x.jpg"]), "x.jpg cannot be read"),
+    "picture is a pipe": (lambda r: a_fifo(r / "x.jpg"), lambda r: read_row(r, images=["x.jpg"]), "not a file"),
+    "picture of 10**9 pixels": (
+        lambda r: (r / "x.ppm").write_bytes(b"P6 40000 40000 255\n" + b"x" * 99),
+        lambda r: read_row(r, images=["x.ppm"]), "decompression bomb"),
+    "picture linked from elsewhere": (
+        lambda r: a_link(r / "x.jpg", "/etc/passwd"), lambda r: read_row(r, images=["x.jpg"]), "--confine-paths"),
+    "frames linked from elsewhere": (
+        lambda r: a_link(r / "frames/3.png", "/etc/passwd"), lambda r: read_row(r, videos=["frames"]),
+        "--confine-paths"),
+    "path out of the folder": (lambda r: None, lambda r: read_row(r, images=["../../etc/passwd"]), "--confine-paths"),
+    "absolute path": (lambda r: None, lambda r: read_row(r, videos=["/etc"]), "--confine-paths"),
+    "video is a playlist": (
+        lambda r: (r / "x.mp4").write_text("ffconcat version 1.0\nfile v.gif\n"),
+        lambda r: read_row(r, videos=["x.mp4"]), "x.mp4"),
+    "video is a list of addresses": (
+        lambda r: (r / "x.mp4").write_text("#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/x.ts\n"),
+        lambda r: read_row(r, videos=["x.mp4"]), "x.mp4"),
+}
+
+
+@pytest.mark.parametrize("case", POISONED)
+def test_poisoned_files_give_clean_errors(case: str, tmp_path):
+    make, read, named = POISONED[case]
+    make_valid(tmp_path)
+    make(tmp_path)
+    with limits():
+        peak = memory_peak()
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        try:
+            with pytest.raises(CLEAN) as caught:
+                read(tmp_path)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        more = peak()
+    assert named in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 3000
+    assert not (tmp_path / "ran").exists()
+    assert more < 400, f"{more:.0f} MB"
+
+
+def test_the_valid_files_are_read(tmp_path):
+    """What `POISONED` starts from has no fault of its own."""
+    make_valid(tmp_path)
+    for read in read_hf, read_run, lambda r: read_row(r, images=["a.png"], videos=["frames"]):
+        read(tmp_path)
+
+
+def test_a_tokenizer_neither_cuts_nor_fills_up(tmp_path):
+    make_valid(tmp_path)
+    ids = data.Processor(tmp_path / "hf").encode(ROWS[5], media_dir=tmp_path).input_ids
+    a_tokenizer(tmp_path, truncation={"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0},
+                padding={"strategy": {"Fixed": 2 * 10**9}, "direction": "Right", "pad_to_multiple_of": None,
+                         "pad_id": 0, "pad_type_id": 0, "pad_token": "x"})
+    assert data.Processor(tmp_path / "hf").encode(ROWS[5], media_dir=tmp_path).input_ids.tolist() == ids.tolist()
+
+
+def test_code_beside_a_model_is_not_run(tmp_path):
+    """The equivalent of trust_remote_code=False: `auto_map` and the files that it names mean nothing here."""
+    make_valid(tmp_path)
+    a_config(tmp_path, auto_map={"AutoConfig": "evil.Config", "AutoTokenizer": ["evil.Tokenizer", None]})
+    (tmp_path / "hf/evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    read_hf(tmp_path)
+    assert not (tmp_path / "ran").exists() and "evil" not in sys.modules
+
+
+# ---- running the damaged ones --------------------------------------------------------------------------------------
 
 
 def shares(count: int) -> int:
