@@ -19,6 +19,7 @@ import contextlib
 import glob
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -48,6 +49,7 @@ from model import Qwen3VL, Qwen3VLConfig
 from parallel import local_part
 
 PIECE_BYTES = 16 << 20
+METADATA_BYTES = 256 << 20  # of .metadata; 235B's with its optimizer has 40 MB
 HEADER_BYTES = 16 << 20  # of a safetensors file; 235B's files have a few KB
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
@@ -115,7 +117,7 @@ def _is_file_name(name: object) -> bool:
 
 def _short(name: object) -> str:
     """A stranger's name for an error's one line."""
-    return repr(str(name)[:200])
+    return str(name)[:200]
 
 
 _LAYER = re.compile(r"model\.(?:language_model\.layers|visual\.blocks|visual\.deepstack_merger_list)\.\d+")
@@ -201,7 +203,7 @@ class HuggingFaceWeights:
             raise InputError(f"{index}: has no weight_map; download it again")
         for name, file in weight_map.items():
             if not _is_file_name(file):
-                raise InputError(f"{index}: {_short(name)} is said to be in {_short(file)}, "
+                raise InputError(f"{index}: {_short(name)} is said to be in {_short(repr(file))}, "
                                  "which is not a file of this directory")
             files.setdefault(file, []).append(name)
         return files
@@ -273,6 +275,8 @@ def read_metadata(directory: Path) -> dcp_metadata.Metadata:
     try:
         if path.exists() and not path.is_file():
             raise TypeError("it is not a regular file")
+        if path.stat().st_size > METADATA_BYTES:
+            raise ValueError(f"it has more than {METADATA_BYTES} bytes")
         metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()  # in memory no length can be overstated
         if not isinstance(metadata, dcp_metadata.Metadata):
             raise TypeError(f"it holds a {type(metadata).__name__}")
@@ -281,6 +285,19 @@ def read_metadata(directory: Path) -> dcp_metadata.Metadata:
         raise InputError(f"{directory}: is not a checkpoint (it has no .metadata)") from e
     except Exception as e:  # a damaged pickle can raise nearly anything
         raise InputError(f"{path}: is damaged or not a DCP checkpoint's ({str(e)[:300]})") from e
+
+
+def _is_whole(shape: torch.Size, boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """Whether (offset, sizes), sorted, fill a tensor: all inside, as many values as it has, no two on the same place."""
+    for i, (at, sizes) in enumerate(boxes):
+        if any(a < 0 or n < 0 or a + n > whole for a, n, whole in zip(at, sizes, shape, strict=True)):
+            return False
+        for other, others in itertools.islice(boxes, i + 1, None):
+            if at and other[0] >= at[0] + sizes[0]:
+                break
+            if all(a < b + m and b < a + n for a, n, b, m in zip(at, sizes, other, others, strict=True)):
+                return False
+    return sum(math.prod(sizes) for _, sizes in boxes) == math.prod(shape)
 
 
 class CheckpointWeights:
@@ -301,12 +318,12 @@ class CheckpointWeights:
                 self._chunks[name] = [(c.offsets, c.sizes, at) for c, at in zip(tensor.chunks, places, strict=True)]
                 for _, _, info in self._chunks[name]:
                     if not _is_file_name(info.relative_path):
-                        raise ValueError(f"{_short(info.relative_path)} is not a file of this directory")
+                        raise ValueError(f"{_short(repr(info.relative_path))} is not a file of this directory")
                     lengths[info.relative_path] = max(lengths.get(info.relative_path, 0), info.offset + info.length)
-                if sum(c.sizes.numel() for c in tensor.chunks) != tensor.size.numel():
-                    raise ValueError(f"{name} {list(tensor.size)} is not whole")
+                if not _is_whole(tensor.size, sorted((c.offsets, c.sizes) for c in tensor.chunks)):
+                    raise ValueError(f"{name[:200]} {list(tensor.size)} is not whole")
         except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise InputError(f"{self.path / '.metadata'}: is damaged ({str(e)[:300]}); take another checkpoint") from e
+            raise InputError(f"{self.path / '.metadata'}: is damaged ({_short(e)}); take another checkpoint") from e
         for file, length in lengths.items():
             if not os.path.isfile(self.path / file):
                 raise InputError(f"{self.path / file}: is missing; take another checkpoint")
@@ -675,8 +692,8 @@ def _trainer_state(path: Path) -> dict:
     with open(path, "rb") as file:
         try:
             state = {**_load_plain(file, "cpu")}
-            if not isinstance(state["iteration"], int) or not isinstance(state["data"], dict):
-                raise TypeError("its iteration and data are not an int and a dict")
+            if type(state["iteration"]) is not int or state["iteration"] < 0 or not isinstance(state["data"], dict):
+                raise TypeError("its iteration and data are not a count and a dict")
         except Exception as e:  # as in `_piece`
             raise InputError(f"{path}: is damaged or not a trainer's state; take another checkpoint") from e
     return state
@@ -852,7 +869,7 @@ def _verify_one(path: Path) -> str:
     for name, record in records.items():
         fields = (record.get("bytes"), record.get("sha256")) if isinstance(record, dict) else ()
         if not _is_file_name(name) or [type(field) for field in fields] != [int, str] or not 0 <= fields[0] < 2**63:
-            raise InputError(f"{path / CHECKSUMS}: its entry {_short(name)} is damaged")
+            raise InputError(f"{path / CHECKSUMS}: its entry {_short(repr(name))} is damaged")
     unlisted = sorted({file.name for file in path.iterdir() if file.is_file()} - records.keys() - {CHECKSUMS})
     bad = [f"{name} is not in {CHECKSUMS}" for name in unlisted]
     with tqdm(total=sum(r["bytes"] for r in records.values()), desc=path.name, unit="B", unit_scale=True) as bar:

@@ -26,13 +26,13 @@ import logging
 import math
 import os
 import re
+import reprlib
 import sys
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from reprlib import repr as short
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -252,6 +252,11 @@ def _fill_placeholders(turns: list[Turn], images: list[Media], videos: list[Medi
             )
         for slot, media in zip(waiting, given, strict=True):
             slot.key, slot.spec = media.key, media.spec
+
+
+def short(value) -> str:
+    """The value for an error's one line."""
+    return reprlib.repr(value) if isinstance(value, list | dict) else repr(value)[:100]
 
 
 def _type(value) -> str:
@@ -965,7 +970,7 @@ class RowFiles:
         try:
             with open(self.paths[span.file], "rb") as stream:  # opened anew: processes would share a handle's position
                 stream.seek(span.start)
-                row = json.loads(stream.read(span.end - span.start).decode())
+                row = json.loads(stream.read(min(span.end - span.start, ROW_BYTES)).decode())
         except OSError as error:
             raise InputError(f"{source} cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
@@ -1275,6 +1280,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         states = self.resume_state if isinstance(self.resume_state, list) else [self.resume_state or {}]
+        for state in states:
+            _check_position(state, len(self.dataset.paths))
         if "waiting" in states[0] and not self.packing:
             raise InputError("the checkpoint's data was packed: give --packing, or start the data anew: --finetune")
         by_rank = {tuple(state.get("dealt", ())): state for state in states}
@@ -1410,6 +1417,23 @@ class Loader:
         for span, behind in self.dataset.stream(state, self._order_seed):
             if (behind["consumed"] - 1) % self.dp_size == self.dp_rank:
                 yield span, behind
+
+
+def _check_position(state: dict, files: int) -> None:
+    """Raises InputError for what is no `Batch.resume_state`: a checkpoint may be a stranger's."""
+    try:
+        dealt, block, waiting = state.get("dealt", [0, 1]), state.get("block", [0, 0, 0]), state.get("waiting", [])
+        numbers = [state.get(name, 0) for name in ("consumed", "epoch", "rows", "done")] + [state.get("buffer", 1)]
+        numbers += [*dealt, *block, *(number for place in waiting for number in place)]
+        good = all(type(number) is int and 0 <= number < 2**53 for number in numbers)
+        good &= (len(dealt), len(block), {len(place) for place in waiting} - {4}) == (2, 3, set())
+        good = good and (not state or "consumed" in state and "epoch" in state)
+        good = good and min(dealt[1], state.get("buffer", 1)) > 0 and all(place[0] < files for place in waiting)
+    except (AttributeError, TypeError):
+        good = False
+    if not good:
+        raise InputError("the checkpoint's position in the data is damaged: take another one, or start the data anew: "
+                         "--finetune")
 
 
 class _Map:
