@@ -288,7 +288,7 @@ def read_metadata(directory: Path) -> dcp_metadata.Metadata:
 
 
 def _is_whole(shape: torch.Size, boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
-    """Whether (offset, sizes), sorted, fill a tensor: all inside, as many values as it has, no two on the same place."""
+    """Whether (offset, sizes), sorted, fill a tensor: all inside, as many values as it has, no two on one place."""
     for i, (at, sizes) in enumerate(boxes):
         if any(a < 0 or n < 0 or a + n > whole for a, n, whole in zip(at, sizes, shape, strict=True)):
             return False

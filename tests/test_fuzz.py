@@ -199,7 +199,8 @@ def make_valid(root: Path) -> None:
     size = len(json.dumps(ROWS[5]))  # of each of the rows that TrainerState makes
     start = 1 + 3 * (size + 2)
     state = {"iteration": 3, "world": 1,
-             "data": {"consumed": 12, "epoch": 0, "rows": 30, "dealt": [0, 1], "waiting": [[0, 3, start, start + size]]},
+             "data": {"consumed": 12, "epoch": 0, "rows": 30, "dealt": [0, 1],
+                      "waiting": [[0, 3, start, start + size]]},
              "rng": {"torch": torch.get_rng_state(), "device": None, "python": list(random.getstate()[1])}}
     convert.save_checkpoint(root / "run", 3, made, None, state)
 
