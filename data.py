@@ -275,9 +275,9 @@ def resolve_path(path: str, media_dir: str | Path, confine: bool) -> Path:
         raise InputError(f"{path[:80]} is not a file on disk: download it first")
     full = Path(media_dir, path)
     if confine and not Path(os.path.realpath(full)).is_relative_to(os.path.realpath(media_dir)):
-        raise InputError(f"{path} is outside {media_dir}, which --confine-paths forbids")
+        raise InputError(f"{path[:1000]} is outside {media_dir}, which --confine-paths forbids")
     if not os.path.exists(full):
-        raise InputError(f"{full} does not exist")
+        raise InputError(f"{str(full)[:1000]} does not exist")
     return full
 
 
@@ -1158,7 +1158,7 @@ def _scan(path: Path, offset: int = 0) -> Iterator[tuple[int, int]]:
             raise InputError(f"{path} holds no rows: a dataset is a JSON list of rows or JSON lines")
 
 
-ROW_BYTES = 8 << 20  # a row's most; Python can take thirty times as much for it
+ROW_BYTES = 16 << 20  # a row's most; Python can take thirty times as much for it
 
 
 def _scan_lines(path: Path, stream: BinaryIO, end: int) -> Iterator[tuple[int, int]]:
@@ -1427,7 +1427,7 @@ def _check_position(state: dict, files: int) -> None:
         numbers += [*dealt, *block, *(number for place in waiting for number in place)]
         good = all(type(number) is int and 0 <= number < 2**53 for number in numbers)
         good &= (len(dealt), len(block), {len(place) for place in waiting} - {4}) == (2, 3, set())
-        good = good and (not state or "consumed" in state and "epoch" in state)
+        good = good and ("waiting" not in state or "consumed" in state and "epoch" in state)
         good = good and min(dealt[1], state.get("buffer", 1)) > 0 and all(place[0] < files for place in waiting)
     except (AttributeError, TypeError):
         good = False

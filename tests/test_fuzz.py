@@ -279,6 +279,9 @@ class RowFiles(Target):
                 assert expected is not None, "not a JSON list, but taken for one"
                 assert spans is not None, "a JSON list, but refused"
                 assert len(spans) == len(expected)
+        elif spans is not None:
+            lines = self.input.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+            assert len(spans) == sum(bool(line.strip()) for line in lines), "rows are not the lines"
         if spans is None:
             raise data.InputError("refused")
         assert spans == streamed, "RowDataset and RowStream differ"
@@ -815,9 +818,9 @@ POISONED = {
 
     "dataset is a pipe": (lambda r: a_fifo(r / "rows.json"), read_rows, "not a regular file"),
     "dataset is a device": (lambda r: a_link(r / "rows.json", "/dev/zero"), read_rows, "not a regular file"),
-    "row of 64 GB": (lambda r: a_sparse(r / "rows.json", b'{"messages": "'), read_rows, "longer than 8 MB"),
+    "row of 64 GB": (lambda r: a_sparse(r / "rows.json", b'{"messages": "'), read_rows, "longer than 16 MB"),
     "element of 100 MB": (
-        lambda r: (r / "rows.json").write_bytes(b'[{"messages": "' + b"a" * 10**8), read_rows, "longer than 8 MB"),
+        lambda r: (r / "rows.json").write_bytes(b'[{"messages": "' + b"a" * 10**8), read_rows, "longer than 16 MB"),
     "blank dataset of 64 GB": (lambda r: (
         (r / "rows.json").write_bytes(b" " * (1 << 27) + b"x")), read_rows, "begins with"),
 
