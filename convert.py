@@ -314,6 +314,8 @@ class CheckpointWeights:
                 if not isinstance(tensor, dcp_metadata.TensorStorageMetadata):
                     continue  # objects of other tools: they are pickles, and stay unread
                 self.tensors[name] = tensor.properties.dtype, tensor.size
+                if [type(part) for part in self.tensors[name]] != [torch.dtype, torch.Size]:
+                    raise TypeError(f"{name[:200]} has no type or no shape")
                 places = [metadata.storage_data[dcp_metadata.MetadataIndex(name, c.offsets)] for c in tensor.chunks]
                 self._chunks[name] = [(c.offsets, c.sizes, at) for c, at in zip(tensor.chunks, places, strict=True)]
                 for _, _, info in self._chunks[name]:

@@ -565,7 +565,8 @@ class Processor:
             if token_id is None:
                 raise InputError(f"{path} has no token {token}: this is not a Qwen3-VL tokenizer")
             if config.get(name, token_id) != token_id:
-                raise InputError(f"{path} gives {token} the id {token_id}, but config.json's {name} is {config[name]}")
+                raise InputError(f"{path} gives {token} the id {token_id}, but config.json's {name} is "
+                                 f"{short(config[name])}")
             setattr(self, name, token_id)
         token, token_id = max(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
         if token_id >= text.get("vocab_size", math.inf):
@@ -583,7 +584,7 @@ class Processor:
         for name in ("patch_size", "temporal_patch_size", "merge_size"):
             stated = vision.get(name.replace("merge", "spatial_merge"), DEFAULTS[name])
             if not self.image[name] == self.video[name] == stated:
-                found = f"{self.image[name]} for pictures, {self.video[name]} for videos, {stated!r}"
+                found = f"{self.image[name]} for pictures, {self.video[name]} for videos, {short(stated)}"
                 raise InputError(f"{hf_dir}: the preprocessor files and config.json disagree on {name}: {found}")
         if not (0 < video_fps < math.inf and video_maxlen >= self.temporal):
             raise InputError(f"video_fps {video_fps} must be positive and video_maxlen {video_maxlen} at least 2")
