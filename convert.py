@@ -20,19 +20,23 @@ import copy
 import glob
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
 import os
 import pickle
+import pickletools
 import re
 import shutil
 import sys
 import zlib
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -40,17 +44,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.utils import _create_file_view
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 import kernels_npu
-from kernels_npu import InputError, Parser, number, run_program
+from kernels_npu import InputError, Parser, number, read_json, run_program
 from model import Qwen3VL, Qwen3VLConfig
 from parallel import local_part
 
 PIECE_BYTES = 16 << 20
+METADATA_BYTES = 256 << 20  # of .metadata; 235B's with its optimizer has 40 MB
+HEADER_BYTES = 16 << 20  # of a safetensors file; 235B's files have a few KB
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
 INDEX = "model.safetensors.index.json"
@@ -109,6 +114,18 @@ def _fill_parameters(model: nn.Module, source: HuggingFaceWeights | CheckpointWe
 
 # ---- sources -------------------------------------------------------------------------------------------------------
 
+
+def _is_file_name(name: object) -> bool:
+    """Whether this is the name of a file of the same directory, and no path out of it."""
+    good = isinstance(name, str) and os.path.basename(name) == name not in ("", ".", "..")
+    return good and len(name) < 256 and "\0" not in name
+
+
+def _short(name: object) -> str:
+    """A stranger's name for an error's one line."""
+    return str(name)[:200]
+
+
 _LAYER = re.compile(r"model\.(?:language_model\.layers|visual\.blocks|visual\.deepstack_merger_list)\.\d+")
 
 
@@ -120,7 +137,7 @@ def _check_fit(tensors: dict[str, Stored], expected: dict[str, torch.Size], wher
     missing = [name for name in expected if name not in tensors]
     unknown = [name for name in tensors
                if name not in expected and name != "lm_head.weight" and layers.get(name) not in cut]
-    problems = [f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    problems = [f"{len(names)} {what}: {', '.join(name[:200] for name in names[:3])}{', ...' if len(names) > 3 else ''}"
                 for what, names in (("missing", missing), ("unknown", unknown)) if names]
     if problems:
         raise InputError(f"{where}: its tensors are not those of the model that config.json describes: "
@@ -149,22 +166,34 @@ class HuggingFaceWeights:
         self._published = True  # every file says so
         for file, names in self.files.items():
             try:
+                self._check_header(self.path / file)
                 handle = safe_open(self.path / file, "pt")
                 self._published &= LAYOUT.items() <= (handle.metadata() or {}).items()
                 stored = set(handle.keys())
                 names = self.files[file] = names or sorted(stored)
                 for name in names:
                     if name not in stored:
-                        raise InputError(f"{self.path / file}: lacks {name}, which {INDEX} says is there")
+                        raise InputError(f"{self.path / file}: lacks {_short(name)}, which {INDEX} says is there")
                     self._slices[name] = view = handle.get_slice(name)
                     if view.get_dtype() not in SAFETENSORS_TYPES:
                         raise InputError(f"{self.path / file}: {name} is {view.get_dtype()}; only weights in "
                                          f"{', '.join(SAFETENSORS_TYPES)} can be used, not quantised ones")
                     self.tensors[name] = SAFETENSORS_TYPES[view.get_dtype()], torch.Size(view.get_shape())
             except SafetensorError as e:  # the header must cover the file exactly, so this is where truncation shows
-                raise InputError(f"{self.path / file}: is damaged or incomplete ({e}); download it again") from e
-            except OSError as e:
+                raise InputError(f"{self.path / file}: is damaged or incomplete ({str(e)[:300]}); "
+                                 "download it again") from e
+            except (OSError, OverflowError, UnicodeError) as e:
                 raise InputError(f"{self.path / file}: cannot be read ({e}); download it again") from e
+
+    @staticmethod
+    def _check_header(path: Path) -> None:
+        """The library reads a header whatever its length, and would wait for ever for a pipe's."""
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: is not a regular file")
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > HEADER_BYTES:
+            raise InputError(f"{path}: is damaged (a header of {length} bytes); download it again")
 
     def _files(self) -> dict[str, list[str]]:
         if (self.path / "model.safetensors").exists():
@@ -175,12 +204,13 @@ class HuggingFaceWeights:
             raise InputError(f"{pickles[0]}: is a pickle, which can run code; only safetensors are read" if pickles else
                              f"{self.path}: holds no weights (neither model.safetensors nor {INDEX})")
         files: dict[str, list[str]] = {}
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index}: has no weight_map; download it again")
         for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise InputError(f"{index}: {name} is said to be in {file!r}, which is not a file of this directory")
+            if not _is_file_name(file):
+                raise InputError(f"{index}: {_short(name)} is said to be in {_short(repr(file))}, "
+                                 "which is not a file of this directory")
             files.setdefault(file, []).append(name)
         return files
 
@@ -238,7 +268,7 @@ _DCP_CLASSES = {  # all that the pickle of a DCP checkpoint's description needs
 }
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class _MetadataUnpickler(pickle._Unpickler):  # Python's own: in the C one a few bytes can take all memory for its memo
     def find_class(self, module: str, name: str):
         if name not in _DCP_CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
@@ -249,31 +279,34 @@ def read_metadata(directory: Path) -> dcp_metadata.Metadata:
     """DCP's description of a checkpoint: a pickle, read admitting only the plain classes that DCP writes into it."""
     path = directory / ".metadata"
     try:
-        with open(path, "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
+        if path.exists() and not path.is_file():
+            raise TypeError("it is not a regular file")
+        if path.stat().st_size > METADATA_BYTES:
+            raise ValueError(f"it has more than {METADATA_BYTES} bytes")
+        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()  # in memory no length can be overstated
         if not isinstance(metadata, dcp_metadata.Metadata):
             raise TypeError(f"it holds a {type(metadata).__name__}")
         return metadata
     except FileNotFoundError as e:
         raise InputError(f"{directory}: is not a checkpoint (it has no .metadata)") from e
     except Exception as e:  # a damaged pickle can raise nearly anything
-        raise _damaged(path, f"is damaged or not a DCP checkpoint's ({e})") from e
+        raise _damaged(path, f"is damaged or not a DCP checkpoint's ({str(e)[:300]})") from e
 
 
 def _checksums(directory: Path) -> dict[str, dict]:
     """What checksums.json says of each file; nothing where there is none. Raises InputError."""
-    records = _read_json(directory / CHECKSUMS) if (directory / CHECKSUMS).exists() else {}
+    records = read_json(directory / CHECKSUMS) if (directory / CHECKSUMS).exists() else {}
     for name, record in records.items():
         fields = (record.get("bytes"), record.get("sha256")) if isinstance(record, dict) else ()
-        if Path(name).name != name or [type(field) for field in fields] != [int, str]:
-            raise InputError(f"{directory / CHECKSUMS}: its entry {name!r} is damaged")
+        if not _is_file_name(name) or [type(field) for field in fields] != [int, str] or not 0 <= fields[0] < 2**63:
+            raise InputError(f"{directory / CHECKSUMS}: its entry {_short(repr(name))} is damaged")
     return records
 
 
 def _wrong_sizes(directory: Path, records: dict[str, dict]) -> Iterator[tuple[str, str]]:
     """(file, what is wrong) of the files that are not there or have another size than they were written with."""
     for name, record in records.items():
-        size = (directory / name).stat().st_size if (directory / name).exists() else None
+        size = (directory / name).stat().st_size if os.path.isfile(directory / name) else None
         if size != record["bytes"]:
             yield name, "is missing" if size is None else f"is damaged ({size} of {record['bytes']} bytes)"
 
@@ -299,6 +332,19 @@ def _check_contents(file: Path, records: dict[str, dict]) -> None:
         raise _damaged(file, "has other contents than were written")
 
 
+def _is_whole(shape: torch.Size, boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """Whether (offset, sizes), sorted, fill a tensor: all inside, as many values as it has, no two on one place."""
+    for i, (at, sizes) in enumerate(boxes):
+        if any(a < 0 or n < 0 or a + n > whole for a, n, whole in zip(at, sizes, shape, strict=True)):
+            return False
+        for other, others in itertools.islice(boxes, i + 1, None):
+            if at and other[0] >= at[0] + sizes[0]:
+                break
+            if all(a < b + m and b < a + n for a, n, b, m in zip(at, sizes, other, others, strict=True)):
+                return False
+    return sum(math.prod(sizes) for _, sizes in boxes) == math.prod(shape)
+
+
 class CheckpointWeights:
     """A DCP directory. Opening it checks that every tensor is whole, every file of its size and every piece inside."""
 
@@ -317,18 +363,20 @@ class CheckpointWeights:
                 if not isinstance(tensor, dcp_metadata.TensorStorageMetadata):
                     continue  # objects of other tools: they are pickles, and stay unread
                 self.tensors[name] = tensor.properties.dtype, tensor.size
+                if [type(part) for part in self.tensors[name]] != [torch.dtype, torch.Size]:
+                    raise TypeError(f"{name[:200]} has no type or no shape")
                 places = [metadata.storage_data[dcp_metadata.MetadataIndex(name, c.offsets)] for c in tensor.chunks]
                 self._chunks[name] = [(c.offsets, c.sizes, at) for c, at in zip(tensor.chunks, places, strict=True)]
                 for _, _, info in self._chunks[name]:
-                    if Path(info.relative_path).name != info.relative_path:
-                        raise ValueError(f"{info.relative_path!r} is not a file of this directory")
+                    if not _is_file_name(info.relative_path):
+                        raise ValueError(f"{_short(repr(info.relative_path))} is not a file of this directory")
                     lengths[info.relative_path] = max(lengths.get(info.relative_path, 0), info.offset + info.length)
-                if sum(c.sizes.numel() for c in tensor.chunks) != tensor.size.numel():
-                    raise ValueError(f"{name} {list(tensor.size)} is not whole")
+                if not _is_whole(tensor.size, sorted((c.offsets, c.sizes) for c in tensor.chunks)):
+                    raise ValueError(f"{name[:200]} {list(tensor.size)} is not whole")
         except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise _damaged(self.path / ".metadata", f"is damaged ({e})") from e
+            raise _damaged(self.path / ".metadata", f"is damaged ({_short(e)})") from e
         for file, length in lengths.items():
-            if not (self.path / file).exists():
+            if not os.path.isfile(self.path / file):
                 raise _damaged(self.path / file, "is missing")
             if (size := (self.path / file).stat().st_size) < length:
                 raise _damaged(self.path / file, f"is damaged ({size} of {length} bytes)")
@@ -357,8 +405,8 @@ class CheckpointWeights:
         path = self.path / info.relative_path
         with open(path, "rb") as file:
             try:
-                view = _create_file_view(file, info.offset, info.length)
-                form = torch.load(view, map_location="meta", weights_only=True)
+                view = _Part(file, info.offset, info.length)
+                form = _load_plain(view, "meta")
                 if (form.shape, form.dtype) != (shape, self.tensors[name][0]) or not form.is_contiguous():
                     raise ValueError(f"it holds {form.dtype} {list(form.shape)}")
                 view.seek(0)
@@ -373,6 +421,48 @@ class CheckpointWeights:
                 return (raw if start % form.itemsize == 0 else raw.clone()).view(form.dtype).view(shape)
             except Exception as e:  # nearly anything; torch's own words advise running the file's code
                 raise _damaged(path, f"the piece of {name} at byte {info.offset} is damaged") from e
+
+
+class _Part(io.RawIOBase):
+    """Some of a file's bytes as a file (DCP's own `_create_file_view` is wrong about places counted from the end)."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int):
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, offset + (0, self._at, self._length)[whence])
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        self._file.seek(self._start + self._at)
+        count = self._file.readinto(memoryview(buffer)[: max(0, self._length - self._at)])
+        self._at += count
+        return count
+
+
+def _load_plain(file: BinaryIO, device: str) -> object:
+    """torch.load of tensors in plain containers, without what can take far more memory than the file has bytes:
+    compression (torch.save does not compress) and bytearray(10**9), which weights_only admits. Raises nearly anything.
+    """
+    with zipfile.ZipFile(file) as archive:
+        for entry in archive.infolist():
+            name, is_pickle = entry.filename, entry.filename.endswith("data.pkl")
+            if entry.compress_type != zipfile.ZIP_STORED or is_pickle and entry.file_size > 1 << 20:
+                raise ValueError(f"{name} is compressed or too large")
+            for op, arg, _ in pickletools.genops(archive.read(entry)) if is_pickle else ():
+                if "GLOBAL" in op.name and not re.fullmatch(_PLAIN, str(arg)):
+                    raise ValueError(f"it names {arg}")
+    file.seek(0)
+    return torch.load(file, map_location=device, weights_only=True)
+
+
+_PLAIN = r"torch\._utils _rebuild_tensor_v2|torch \w+Storage|collections OrderedDict"
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -681,7 +771,10 @@ def find_checkpoint(load_dir: str | Path) -> tuple[Path, str]:
                 "convert it first (convert.py hf_to_dcp)" if hf_has_weights(path) else
                 "give a save directory, one of its iter_XXXXXXX, or what hf_to_dcp wrote")
         raise InputError(f"{path}: {'is not there' if not path.exists() else f'has no {TRACKER}'}: {hint}")
-    tracker = (path / TRACKER).read_text(errors="replace").strip()
+    if not (path / TRACKER).is_file():
+        raise InputError(f"{path / TRACKER}: is not a regular file")
+    with open(path / TRACKER, errors="replace") as file:
+        tracker = file.read(1000).strip()
     if tracker != "release" and not re.fullmatch(r"\d{1,12}", tracker):
         raise InputError(f"{path / TRACKER}: holds {tracker[:40]!r}, not an iteration's number or 'release'")
     name = tracker if tracker == "release" else f"iter_{int(tracker):07d}"
@@ -715,11 +808,13 @@ def load_data_positions(iteration_dir: str | Path) -> list[dict]:
 
 
 def _trainer_state(path: Path) -> dict:
+    if not path.is_file():
+        raise InputError(f"{path}: is not a regular file; take another checkpoint")
     with open(path, "rb") as file:
         try:
-            state = {**torch.load(file, map_location="cpu", weights_only=True)}
-            if not isinstance(state["iteration"], int) or not isinstance(state["data"], dict):
-                raise TypeError("its iteration and data are not an int and a dict")
+            state = {**_load_plain(file, "cpu")}
+            if type(state["iteration"]) is not int or state["iteration"] < 0 or not isinstance(state["data"], dict):
+                raise TypeError("its iteration and data are not a count and a dict")
         except Exception as e:  # as in `_piece`
             raise _damaged(path, "is damaged or not a trainer's state") from e
     _check_contents(path, _checksums(path.parent))
@@ -751,16 +846,6 @@ def _load_optimizer(source: CheckpointWeights, parameters: dict[str, nn.Paramete
 
 
 # ---- the conversions -----------------------------------------------------------------------------------------------
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read ({e})") from e
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: is not a JSON object")
-    return content
 
 
 def expected_shapes(hf_dir: str | Path) -> dict[str, torch.Size]:

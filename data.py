@@ -26,6 +26,7 @@ import logging
 import math
 import os
 import re
+import reprlib
 import sys
 import uuid
 import warnings
@@ -139,6 +140,11 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 PLACEHOLDER = re.compile("(<image>|<video>)")
 STILL_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".ppm")
 PICTURE_SUFFIXES = (*STILL_SUFFIXES, ".gif", ".webp")
+# Whatever its name says, nothing else is decoded: Pillow would start Ghostscript for a .jpg that is PostScript inside,
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# and FFmpeg would follow a playlist's addresses out of the folder and onto the network.
+VIDEO_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": "asf,avi,flv,gif,matroska,webm,mov,mp4,m4a,3gp,3g2,"
+                 "mj2,mpeg,mpegts,mpegvideo,mpegtsraw,mxf,ogg,wtv,h264,hevc,ivf,m4v,nut,yuv4mpegpipe,apng"}
 NOT_IN_PATHS = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # \udc80 to \udcff are a name's bytes beyond UTF-8
 
 
@@ -172,7 +178,8 @@ def parse_row(row: dict, for_generation: bool = False) -> list[Turn]:
     name = "messages" if "messages" in row else "conversations"
     role_key, text_key = ("role", "content") if name == "messages" else ("from", "value")
     if name not in row:
-        raise InputError(f"the row has neither 'messages' nor 'conversations'; its keys: {', '.join(row) or 'none'}")
+        keys = ", ".join(row) or "none"
+        raise InputError(f"the row has neither 'messages' nor 'conversations'; its keys: {keys[:200]}")
     if not isinstance(row[name], list) or not row[name]:
         raise InputError(f"'{name}' must be a list of turns, this is {_type(row[name])}")
 
@@ -182,8 +189,8 @@ def parse_row(row: dict, for_generation: bool = False) -> list[Turn]:
             raise InputError(f"{name}[{i}] must be an object with '{role_key}' and '{text_key}'")
         role = ROLES.get(message[role_key]) if isinstance(message[role_key], str) else None
         if role is None:
-            unknown = repr(message[role_key])[:80]
-            raise InputError(f"{name}[{i}]: unknown {role_key} {unknown}, use one of {', '.join(ROLES)}")
+            found = short(message[role_key])
+            raise InputError(f"{name}[{i}]: unknown {role_key} {found}, use one of {', '.join(ROLES)}")
         expected = "assistant" if turns and turns[-1].role == "user" else "user"
         if role != expected and not (role == "system" and i == 0):
             raise InputError(
@@ -254,6 +261,11 @@ def _fill_placeholders(turns: list[Turn], images: list[Media], videos: list[Medi
             slot.key, slot.spec = media.key, media.spec
 
 
+def short(value) -> str:
+    """The value for an error's one line."""
+    return reprlib.repr(value) if isinstance(value, list | dict) else repr(value)[:100]
+
+
 def _type(value) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number") if value or not isinstance(value, dict | list | str) else "empty"
@@ -270,9 +282,9 @@ def resolve_path(path: str, media_dir: str | Path, confine: bool) -> Path:
         raise InputError(f"{path[:80]} is not a file on disk: download it first")
     full = Path(media_dir, path)
     if confine and not Path(os.path.realpath(full)).is_relative_to(os.path.realpath(media_dir)):
-        raise InputError(f"{path} is outside {media_dir}, which --confine-paths forbids")
+        raise InputError(f"{path[:1000]} is outside {media_dir}, which --confine-paths forbids")
     if not os.path.exists(full):
-        raise InputError(f"{full} does not exist")
+        raise InputError(f"{str(full)[:1000]} does not exist")
     return full
 
 
@@ -284,7 +296,7 @@ def load_picture(path: Path, decode: bool = True) -> Image.Image:
     Without `decode` only the header is read, and only `size` means something: it may be the size before the rotation,
     which the number of tokens does not depend on, as `smart_resize` treats both sides alike.
     """
-    with _reading(path, "a picture"), Image.open(path) as image:
+    with _reading(path, "a picture"), Image.open(path, formats=FORMATS) as image:
         if not decode:
             return image
         ImageOps.exif_transpose(image, in_place=True)
@@ -303,6 +315,8 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
         raise InputError(f"{path} is not a file")
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:  # decoders raise whatever a damaged file leads them to
         raise InputError(f"{path} cannot be read as {kind}: {_one_line(error)}") from error
 
@@ -336,7 +350,7 @@ def open_video(spec: str | list | dict, media_dir: str | Path, confine: bool, de
     """
     path, fps = (spec.get("path"), spec.get("fps")) if isinstance(spec, dict) else (spec, None)
     if fps is not None and (type(fps) not in (int, float) or not 0.001 <= fps <= 1e6):
-        raise InputError(f"'fps' must be a number of frames per second, 0.001 at least, this is {fps!r}")
+        raise InputError(f"'fps' must be a number of frames per second, 0.001 at least, this is {short(fps)}")
     if isinstance(path, list):
         paths = [resolve_path(item, media_dir, confine) for item in path]
     else:
@@ -360,7 +374,7 @@ def _open_animation(path: Path, fps: float | None) -> Video:
     """An animated GIF, WebP or PNG. Transparent pixels are laid on white, as PyAV shows those of a GIF."""
 
     def frames() -> Iterator[Image.Image]:
-        with _reading(path, "an animation"), Image.open(path) as image:
+        with _reading(path, "an animation"), Image.open(path, formats=FORMATS) as image:
             for number in range(getattr(image, "n_frames", 1)):
                 image.seek(number)
                 image.load()  # only now does a WebP know a frame's duration
@@ -371,13 +385,14 @@ def _open_animation(path: Path, fps: float | None) -> Video:
             yield from [_Header(size)] * len(numbers)
             return
         wanted = set(numbers)
-        for number, image in enumerate(frames()):
-            if number in wanted:
-                yield _on_white(image) if image.has_transparency_data else image.convert("RGB")
-            if number == numbers[-1]:
-                break
+        with _reading(path, "an animation"):
+            for number, image in enumerate(frames()):
+                if number in wanted:
+                    yield _on_white(image) if image.has_transparency_data else image.convert("RGB")
+                if number == numbers[-1]:
+                    break
 
-    with _reading(path, "an animation"), Image.open(path) as image:
+    with _reading(path, "an animation"), Image.open(path, formats=FORMATS) as image:
         count, size, times = getattr(image, "n_frames", 1), image.size, None
     if fps is None:
         # In milliseconds. Browsers, too, take 0 for 100.
@@ -400,7 +415,7 @@ def _open_video_file(path: Path, fps: float | None) -> Video:
         import av
     except ImportError as error:
         raise InputError(f"{path}: reading video files needs PyAV: pip install av") from error
-    with _reading(path, "a video"), av.open(str(path)) as container:
+    with _reading(path, "a video"), av.open(f"file:{path}", options=VIDEO_OPTIONS) as container:
         if not container.streams.video:
             raise ValueError("it holds no video")
         stream = container.streams.video[0]
@@ -435,7 +450,7 @@ def _open_video_file(path: Path, fps: float | None) -> Video:
         if not decode:
             yield from [_Header(size)] * len(numbers)
             return
-        with _reading(path, "a video"), av.open(str(path)) as container:
+        with _reading(path, "a video"), av.open(f"file:{path}", options=VIDEO_OPTIONS) as container:
             stream, at = container.streams.video[0], -1
             frames = enumerate(container.decode(stream))
             for i, number in enumerate(numbers):
@@ -453,7 +468,7 @@ def _open_video_file(path: Path, fps: float | None) -> Video:
 
     def read_in_order(numbers: list[int]) -> Iterator[Image.Image]:
         at = -1
-        with av.open(str(path)) as container:
+        with av.open(f"file:{path}", options=VIDEO_OPTIONS) as container:
             for at, frame in enumerate(container.decode(video=0)):
                 if at in numbers:
                     yield frame.to_image()
@@ -505,6 +520,10 @@ DEFAULTS = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "rescal
 DEFAULTS |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 DEFAULT_PIXELS = {"image": (65536, 16777216), "video": (4096, 25165824)}
 PIXEL_KEYS = ("min_pixels", "max_pixels", "shortest_edge", "longest_edge")
+JSON_BYTES, TOKENIZER_BYTES = 1 << 20, 64 << 20  # most of a configuration and of a tokenizer; Qwen3-VL's has 11 MB
+# Sizes that ask for more than a few times the memory of the released models' largest pictures are mistakes, or worse.
+LIMITS = {"image_mean": (-1e6, 1e6), "image_std": (1e-6, 1e6), "min_pixels": (0, 2**25), "shortest_edge": (0, 2**25)}
+LIMITS |= {"patch_size": (0, 1000), "temporal_patch_size": (0, 1000), "merge_size": (0, 1000)}
 EXAMPLES = DEFAULTS | dict.fromkeys(PIXEL_KEYS, 65536) | {"vocab_size": 151936}  # what settings must look like
 CONTROL_TOKENS = {
     "im_start_token_id": "<|im_start|>",
@@ -539,11 +558,16 @@ class Processor:
         path = Path(hf_dir, "tokenizer.json")
         if not path.exists():
             raise InputError(f"{path} does not exist: the model's tokenizer is needed")
-        try:
+        _check_size(path, TOKENIZER_BYTES)
+        with _tokenizing(f"{path} cannot be read as a tokenizer"):
             self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises plain Exception
-            raise InputError(f"{path} cannot be read as a tokenizer: {_one_line(error)}") from error
+        kinds = [type(part).__name__ for part in (self.tokenizer.normalizer, self.tokenizer.decoder)]
+        if kinds[0] not in ("NFC", "NoneType") or kinds[1] not in ("ByteLevel", "NoneType"):  # others can grow a text
+            raise InputError(f"{path} has a normalizer {kinds[0]} and a decoder {kinds[1]}, Qwen3-VL's are NFC and "
+                             "ByteLevel")
         self.tokenizer.encode_special_tokens = True  # those in a text are split into ordinary tokens
+        self.tokenizer.no_padding()  # a file may ask for either: what is cut or filled up is told by this file alone
+        self.tokenizer.no_truncation()
 
         config_path = Path(hf_dir, "config.json")
         config = _read_json(config_path)
@@ -553,7 +577,8 @@ class Processor:
             if token_id is None:
                 raise InputError(f"{path} has no token {token}: this is not a Qwen3-VL tokenizer")
             if config.get(name, token_id) != token_id:
-                raise InputError(f"{path} gives {token} the id {token_id}, but config.json's {name} is {config[name]}")
+                raise InputError(f"{path} gives {token} the id {token_id}, but config.json's {name} is "
+                                 f"{short(config[name])}")
             setattr(self, name, token_id)
         token, token_id = max(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
         if token_id >= text.get("vocab_size", math.inf):
@@ -571,7 +596,7 @@ class Processor:
         for name in ("patch_size", "temporal_patch_size", "merge_size"):
             stated = vision.get(name.replace("merge", "spatial_merge"), DEFAULTS[name])
             if not self.image[name] == self.video[name] == stated:
-                found = f"{self.image[name]} for pictures, {self.video[name]} for videos, {stated!r}"
+                found = f"{self.image[name]} for pictures, {self.video[name]} for videos, {short(stated)}"
                 raise InputError(f"{hf_dir}: the preprocessor files and config.json disagree on {name}: {found}")
         if not (0 < video_fps < math.inf and video_maxlen >= self.temporal):
             raise InputError(f"video_fps {video_fps} must be positive and video_maxlen {video_maxlen} at least 2")
@@ -586,10 +611,11 @@ class Processor:
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def _encode_text(self, text: str) -> list[int]:
-        try:
-            return self.tokenizer.encode(text, add_special_tokens=False).ids
-        except TypeError as error:
-            raise InputError("a text holds half of a surrogate pair (\\ud800 to \\udfff)") from error
+        with _tokenizing("a text cannot be tokenized"):
+            try:
+                return self.tokenizer.encode(text, add_special_tokens=False).ids
+            except TypeError as error:
+                raise InputError("a text holds half of a surrogate pair (\\ud800 to \\udfff)") from error
 
     def picture(self, image: Image.Image, decode: bool = True) -> tuple[np.ndarray | None, tuple[int, int, int]]:
         """Patches [P, 1536] float32 and grid (1, rows, columns) of an RGB picture, bit for bit transformers'.
@@ -859,15 +885,38 @@ def mrope_positions(length: int, runs: list[tuple[int, int, int]]) -> np.ndarray
     return positions
 
 
+@contextlib.contextmanager
+def _tokenizing(what: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:  # tokenizers raises plain Exception, and what it did not expect as no Exception
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise InputError(f"{what}: {_one_line(error)[:300]}") from error
+        raise
+
+
 def _read_json(path: Path) -> dict:
     """The object in a configuration file; {} if there is no such file."""
     if not path.exists():
         return {}
+    _check_size(path, JSON_BYTES)
     try:
         value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {_one_line(error)}") from error
     return _section({str(path): value}, str(path))
+
+
+def _check_size(path: Path, most: int) -> None:
+    """Raises InputError for what is no regular file (reading a pipe never ends) or larger than anything published."""
+    if not path.is_file():
+        raise InputError(f"{path} is not a regular file")
+    if (size := path.stat().st_size) > most:
+        raise InputError(f"{path} has {size} bytes, {most} at most are read")
 
 
 def _section(values: dict, name: str, file: Path | None = None) -> dict:
@@ -880,10 +929,11 @@ def _section(values: dict, name: str, file: Path | None = None) -> dict:
     for key in [key for key in EXAMPLES if key in section and not (key in PIXEL_KEYS and section[key] is None)]:
         value, example = section[key], EXAMPLES[key]
         numbers, examples = (x if isinstance(x, list) and isinstance(example, list) else [x] for x in (value, example))
-        least = -1e6 if key == "image_mean" else 0
-        if [type(x) in (int, type(examples[0])) and least < x < 2**53 for x in numbers] != [True] * len(examples):
-            found = json.dumps(value)[:100]
-            raise InputError(f"{where}: {key} is {found}: it must be positive, such as {json.dumps(example)}")
+        low, high = LIMITS.get(key, (0, 1e8))
+        if [type(x) in (int, type(examples[0])) and low < x < high for x in numbers] != [True] * len(examples):
+            found = short(value) if isinstance(value, list | dict) else json.dumps(value)[:100]
+            raise InputError(f"{where}: {key} is {found}: it must be positive, such as {json.dumps(example)}, "
+                             f"and below {high:g}")
     return section
 
 
@@ -935,7 +985,7 @@ class RowFiles:
         try:
             with open(self.paths[span.file], "rb") as stream:  # opened anew: processes would share a handle's position
                 stream.seek(span.start)
-                row = json.loads(stream.read(span.end - span.start).decode())
+                row = json.loads(stream.read(min(span.end - span.start, ROW_BYTES)).decode())
         except OSError as error:
             raise InputError(f"{source} cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
@@ -1110,24 +1160,30 @@ def _scan(path: Path, offset: int = 0) -> Iterator[tuple[int, int]]:
     with _dataset(path) as stream:
         start = len(codecs.BOM_UTF8) if stream.read(3) == codecs.BOM_UTF8 else 0
         stream.seek(start)
-        while (first := stream.read(1)).isspace():
+        while (chunk := stream.read(1 << 20)).isspace():
             pass
+        first = chunk.lstrip()[:1]
         if first not in (b"[", b"{", b""):
             raise InputError(f"{path} begins with {first!r}: a dataset is a JSON list of rows or JSON lines, in UTF-8")
         begin, found = stream.seek(max(start, offset)), offset > 0
         if first == b"[":
             ranges = _scan_array(path, stream, begin, ",]" if offset else "[")
         else:
-            ranges = _scan_lines(stream, begin)
+            ranges = _scan_lines(path, stream, begin)
         for found in ranges:
             yield found
         if not found:
             raise InputError(f"{path} holds no rows: a dataset is a JSON list of rows or JSON lines")
 
 
-def _scan_lines(stream: BinaryIO, end: int) -> Iterator[tuple[int, int]]:
+ROW_BYTES = 16 << 20  # a row's most; Python can take thirty times as much for it
+
+
+def _scan_lines(path: Path, stream: BinaryIO, end: int) -> Iterator[tuple[int, int]]:
     """Byte range of each line that is not blank in `stream`, which stands at byte `end`."""
-    for line in stream:
+    while line := stream.readline(ROW_BYTES + 1):
+        if len(line) > ROW_BYTES:
+            raise InputError(f"{path}: the row at byte {end} is longer than {ROW_BYTES >> 20} MB")
         start, end = end, end + len(line)
         if not line.isspace():
             yield start, end
@@ -1148,6 +1204,8 @@ def _scan_array(path: Path, stream: BinaryIO, offset: int, expected: str) -> Ite
     def more() -> bool:
         """Drops what is done from the window and reads on; False at the end of the file."""
         nonlocal text, at, lines, read_bytes
+        if len(text) - at > ROW_BYTES:
+            raise InputError(f"{path}: the row after byte {offset} is longer than {ROW_BYTES >> 20} MB")
         chunk = stream.read(max(1 << 20, len(text) - at))  # doubles while a row outgrows the window
         read_bytes += len(chunk)
         new = decode(chunk, final=not chunk)
@@ -1239,6 +1297,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         states = self.resume_state if isinstance(self.resume_state, list) else [self.resume_state or {}]
+        for state in states:
+            _check_position(state, len(self.dataset.paths))
         if "waiting" in states[0] and not self.packing:
             raise InputError("the checkpoint's data was packed: give --packing, or start the data anew: --finetune")
         by_rank = {tuple(state.get("dealt", ())): state for state in states}
@@ -1382,6 +1442,23 @@ def fill_row(waiting: list[tuple[Span, int]], space: int) -> tuple[list, list]:
             chosen.add(i)
     row = [waiting[i] for i in sorted(chosen)]
     return row, [pair for i, pair in enumerate(waiting) if i not in chosen]
+
+
+def _check_position(state: dict, files: int) -> None:
+    """Raises InputError for what is no `Batch.resume_state`: a checkpoint may be a stranger's."""
+    try:
+        dealt, block, waiting = state.get("dealt", [0, 1]), state.get("block", [0, 0, 0]), state.get("waiting", [])
+        numbers = [state.get(name, 0) for name in ("consumed", "epoch", "rows", "done")] + [state.get("buffer", 1)]
+        numbers += [*dealt, *block, *(number for place in waiting for number in place)]
+        good = all(type(number) is int and 0 <= number < 2**53 for number in numbers)
+        good &= (len(dealt), len(block), {len(place) for place in waiting} - {4}) == (2, 3, set())
+        good = good and ("waiting" not in state or "consumed" in state and "epoch" in state)
+        good = good and min(dealt[1], state.get("buffer", 1)) > 0 and all(place[0] < files for place in waiting)
+    except (AttributeError, TypeError):
+        good = False
+    if not good:
+        raise InputError("the checkpoint's position in the data is damaged: take another one, or start the data anew: "
+                         "--finetune")
 
 
 class _Map:

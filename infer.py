@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from reprlib import repr as short
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from tqdm import tqdm
 import convert
 import data
 import kernels_npu
-from kernels_npu import InputError, Parser, UsageError, number, run_program
+from kernels_npu import InputError, Parser, UsageError, number, read_json, run_program
 from model import Qwen3VL, Qwen3VLConfig, TextModel
 
 # ---- generation ----------------------------------------------------------------------------------------------------
@@ -210,6 +211,11 @@ def load_model(hf_dir: str | Path, load: str | Path | None = None, dtype: str | 
     iteration_dir = convert.find_checkpoint(load)[0] if load else None
     with torch.device("meta"):
         model = Qwen3VL(config).to(getattr(torch, dtype))
+    shapes = {name: p.shape for name, p in model.named_parameters()}  # before memory is taken for what may not fit
+    if iteration_dir:
+        convert.CheckpointWeights(iteration_dir).fit(shapes)
+    else:
+        convert.check_hf_weights(hf_dir, shapes)
     model.to_empty(device=ops.device).requires_grad_(False)
     if iteration_dir:
         convert.load_checkpoint(iteration_dir, model)
@@ -224,14 +230,12 @@ def end_token_ids(hf_dir: str | Path, processor: data.Processor) -> set[int]:
     for path in (Path(hf_dir) / "generation_config.json", Path(hf_dir) / "config.json"):
         if not path.exists():
             continue
-        try:
-            config = json.loads(path.read_bytes())
-            ids = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
-        except (ValueError, AttributeError) as e:
-            raise InputError(f"{path}: is not a JSON object ({e})") from e
+        config = read_json(path)
+        text = config.get("text_config")
+        ids = config.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
         if not all(type(i) is int for i in ids):
-            raise InputError(f"{path}: eos_token_id is {ids}, it must be a token id or a list of them")
+            raise InputError(f"{path}: eos_token_id is {short(ids)}, it must be a token id or a list of them")
         if ids:
             return set(ids)
     return {processor.im_end_token_id}

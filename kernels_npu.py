@@ -14,6 +14,7 @@ import argparse
 import difflib
 import functools
 import importlib.util
+import json
 import math
 import os
 import re
@@ -25,6 +26,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +43,28 @@ class UsageError(Exception):
 
 class PeerError(Exception):
     """Another rank has failed, and says why."""
+
+
+JSON_BYTES = 16 << 20  # of a configuration; published ones stay below 1 MB, and Python takes twenty times as much
+
+
+def read_json(path: Path) -> dict:
+    """The object in a small JSON file, which may be a stranger's. Raises InputError."""
+    try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: is not a regular file")
+        if (size := path.stat().st_size) > JSON_BYTES:
+            raise InputError(f"{path}: has {size} bytes, {JSON_BYTES} at most are read")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from e
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+        raise InputError(f"{path}: is not valid JSON ({e})") from e
+    except ValueError as e:  # a number of thousands of digits
+        raise e if isinstance(e, InputError) else InputError(f"{path}: is not valid JSON ({e})") from e
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: is not a JSON object")
+    return content
 
 
 class Torch:

@@ -14,19 +14,19 @@ towers), `bring_features` (of the model: visual features to the rank that holds 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from reprlib import repr as short
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels_npu
-from kernels_npu import InputError
+from kernels_npu import InputError, read_json
 
 # ---- configuration -------------------------------------------------------------------------------------------------
 
@@ -95,15 +95,12 @@ class Qwen3VLConfig:
         """
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as e:
-            raise InputError(f"{path}: cannot be read ({e.strerror}): give a Hugging Face directory") from e
-        except ValueError as e:
-            raise InputError(f"{path}: is not valid JSON ({e})") from e
-        if not isinstance(raw, dict) or raw.get("model_type") not in ("qwen3_vl", "qwen3_vl_moe"):
-            found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-            raise InputError(f"{path}: model_type is {found!r}, this program trains qwen3_vl and qwen3_vl_moe")
+        if not path.exists():
+            raise InputError(f"{path}: cannot be read (No such file or directory): give a Hugging Face directory")
+        raw = read_json(path)
+        if raw.get("model_type") not in ("qwen3_vl", "qwen3_vl_moe"):
+            raise InputError(f"{path}: model_type is {short(raw.get('model_type'))}, this program trains qwen3_vl and "
+                             "qwen3_vl_moe")
         text, vision = raw.get("text_config"), raw.get("vision_config")
         if not isinstance(text, dict) or not isinstance(vision, dict):
             raise InputError(f"{path}: needs text_config and vision_config, each an object")
@@ -121,7 +118,7 @@ class Qwen3VLConfig:
         if moe and not text["num_experts"]:
             raise InputError(f"{path}: text_config.num_experts is missing")
         if rope.get("rope_type", "default") != "default":
-            raise InputError(f"{path}: rope_type {rope['rope_type']!r} is not supported, only 'default'")
+            raise InputError(f"{path}: rope_type {short(rope['rope_type'])} is not supported, only 'default'")
         config = Qwen3VLConfig(
             text=_build(TextConfig, text, f"{path}: text_config"),
             vision=_build(VisionConfig, vision, f"{path}: vision_config"),
@@ -148,6 +145,12 @@ class Qwen3VLConfig:
             "text_config.moe_intermediate_size is missing": t.num_experts > 0 and t.moe_intermediate_size < 1,
             "text_config.num_hidden_layers and vision_config.depth must be 1000 at most":
                 max(t.num_hidden_layers, v.depth) > 1000,
+            "its sizes multiply to tensors of more than 1e12 values": max(  # the largest published has 2e9
+                t.hidden_size * max(t.vocab_size, t.intermediate_size, t.num_attention_heads * t.head_dim,
+                                    t.num_experts * 2 * t.moe_intermediate_size),
+                v.hidden_size * max(v.patch_dim, v.num_position_embeddings, v.intermediate_size, 3 * v.hidden_size),
+                (v.hidden_size * v.spatial_merge_size**2) ** 2,
+                v.hidden_size * v.spatial_merge_size**2 * v.out_hidden_size) > 1e12,
             "vision_config.in_channels must be 3": v.in_channels != 3,
             "vision_config.num_heads must divide hidden_size": v.hidden_size % v.num_heads,
             "vision_config.hidden_size / num_heads must be a multiple of 4": v.hidden_size // v.num_heads % 4,
@@ -184,7 +187,7 @@ def _build(cls: type, values: dict, where: str):
         elif f.type == "list[int]":
             good = good and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
         if not good:
-            raise InputError(f"{where}.{f.name} is {value!r}, it must be {wanted}")
+            raise InputError(f"{where}.{f.name} is {short(value)}, it must be {wanted}")
         known[f.name] = value
     return cls(**known)
 

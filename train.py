@@ -615,12 +615,15 @@ def resume(
     if state is None or args.finetune:
         return 0, None
     rng = state.get("rng")
-    if rng and not args.no_load_rng and state["world"] == ranks.world:
-        torch.set_rng_state(rng["torch"])
-        random.setstate((3, tuple(rng["python"]), None))
-        np.random.set_state(("MT19937", np.array(rng["numpy"], np.uint32), 624))
-        if rng["device"] is not None:
-            kernels_npu.ops.set_rng_state(rng["device"])
+    if rng and not args.no_load_rng and state.get("world") == ranks.world:
+        try:
+            torch.set_rng_state(rng["torch"])
+            random.setstate((3, tuple(rng["python"]), None))
+            np.random.set_state(("MT19937", np.array(rng["numpy"], np.uint32), 624))
+            if rng["device"] is not None:
+                kernels_npu.ops.set_rng_state(rng["device"])
+        except Exception as e:  # the three say it in their own ways
+            raise InputError(f"{directory}: its random state is damaged ({e}): give --no-load-rng") from e
     position = state["data"]
     if position.get("dealt", [ranks.dp_rank, ranks.dp_size]) != [ranks.dp_rank, ranks.dp_size]:
         position = convert.load_data_positions(directory)  # packed rows, dealt to other ranks
