@@ -30,8 +30,8 @@ import pickletools
 import re
 import shutil
 import sys
-import zlib
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
