@@ -630,7 +630,7 @@ class Processor:
         """Patches, grid (frame pairs, rows, columns) and each pair's time in seconds of a video (see `open_video`).
 
         Sampling, sizes and times are transformers'. It resizes frames with torchvision only, Pillow's differ from those
-        by up to 2 of 255 levels, 0.01 on average (measured by `make test-slow`); frames not resized are equal.
+        by up to 2 of 255 levels, 0.02 on average at most (`make test-slow` measures); frames not resized are equal.
         Without `decode` no frame is decoded and the patches are None.
         """
         if video.num_frames < 2:

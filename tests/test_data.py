@@ -703,8 +703,8 @@ def test_measure(options, row, pictures, processor, tmp_path, monkeypatch):
     if pictures == tmp_path:
         import av
 
-        def open_for_packets(path: str):
-            container = open_(path)
+        def open_for_packets(path: str, **options):
+            container = open_(path, **options)
             packets_only = types.SimpleNamespace(streams=container.streams, demux=container.demux)
             return contextlib.nullcontext(packets_only)
 
