@@ -741,7 +741,8 @@ class Saver:
         except Exception as e:
             if error is None:
                 raise
-            logger.error("%s", e)  # beside what ends the run
+            if not kernels_npu.peer_has_failed(e):
+                logger.error("%s", e)  # beside what ends the run
         if self._thread is not None:
             self._thread.shutdown()
 
