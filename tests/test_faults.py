@@ -756,9 +756,11 @@ def test_a_hanging_step_that_was_asked_to_stop_ends(folder, tmp_path):
 def show_timeouts(argv: list[str]) -> None:
     """Makes the ranks that train.py would, and prints the timeout of each group there is."""
     args = train.parse_args(argv)
-    parallel.Ranks(kernels_npu.select("cpu"), args.distributed_timeout_minutes, cp=2, ep=2, fsdp=2)
+    ranks = parallel.Ranks(kernels_npu.select("cpu"), args.distributed_timeout_minutes, cp=2, ep=2, fsdp=2)
     for group in torch.distributed.distributed_c10d._world.pg_map:
         print("timeout:", group._get_backend(torch.device("cpu")).options._timeout.total_seconds(), flush=True)
+    torch.distributed.barrier()  # rank 0 keeps the store, and must not leave while others make groups
+    ranks.close()
 
 
 def test_every_group_has_the_timeout(folder, tmp_path):
