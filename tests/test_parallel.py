@@ -419,7 +419,7 @@ def test_an_exception_on_one_rank_ends_all(folder, tmp_path):
     assert result.returncode != 0 and time.monotonic() - began < 45
     told = [line for line in result.stderr.splitlines() if "RuntimeError: broken on purpose" in line]
     assert len(told) == 1, result.stderr[-4000:]
-    assert result.stderr.count('train.py", line') == 2, result.stderr[-4000:]  # main and train, of one traceback
+    assert result.stderr.count('train.py", line') == 3, result.stderr[-4000:]  # main, run and train, of one traceback
     assert len(read_metrics(tmp_path / "save")) == 1
 
 
@@ -566,9 +566,9 @@ def test_loading_takes_the_shards_and_a_layer(folder, tmp_path, large, kind):
         run_ranks(4, argv(folder, name, "text", save, *flags, *source), load_and_measure)
         return [json.loads((save / f"memory{rank}.json").read_text()) for rank in range(4)]
 
-    own = max(rank["peak"] - rank["shards"] for rank in measure("moe"))
+    owns = [rank["peak"] - rank["shards"] for rank in measure("moe")]  # rank 0 has had some of it before (check_save)
     for flags, share in (([], whole / 4), ([*EP2, *FSDP2], whole / 2)):
-        for rank in measure("large", *flags):
+        for rank, own in zip(measure("large", *flags), owns, strict=True):
             assert rank["shards"] == pytest.approx(share, rel=0.02)
             assert 0.9 * rank["shards"] < rank["peak"] - own < rank["shards"] + layer + 4e6, (own, layer)
 
