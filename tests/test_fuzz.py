@@ -223,14 +223,18 @@ class Target:
         self.input = content
         path.write_bytes(content)
 
+    def mutated_row(self, rng: random.Random) -> object:
+        """What a damaged row's text holds; where that is not JSON, a row of which a value is changed."""
+        self.input = mutate_json(rng.choice(ROWS), rng)
+        try:
+            return json.loads(self.input)
+        except (ValueError, RecursionError):
+            return mutate_value(rng.choice(ROWS), rng)
+
 
 class ParseRow(Target):
     def run(self, rng: random.Random) -> None:
-        self.input = mutate_json(rng.choice(ROWS), rng)
-        try:
-            row = json.loads(self.input)
-        except (ValueError, RecursionError):
-            row = mutate_value(rng.choice(ROWS), rng)
+        row = self.mutated_row(rng)
         for turn in data.parse_row(row, rng.random() < 0.3):
             assert turn.role in ("system", "user", "assistant")
             assert all(isinstance(part, str | data.Media) for part in turn.parts)
@@ -241,11 +245,7 @@ class Encode(Target):
         self.processor = data.Processor(self.root / "hf", video_maxlen=8)
 
     def run(self, rng: random.Random) -> None:
-        self.input = mutate_json(rng.choice(ROWS), rng)
-        try:
-            row = json.loads(self.input)
-        except (ValueError, RecursionError):
-            row = mutate_value(rng.choice(ROWS), rng)
+        row = self.mutated_row(rng)
         options = {"media_dir": self.root, "seq_length": rng.choice((None, 20, 4096)), "confine": rng.random() < 0.7}
         options["for_generation"] = rng.random() < 0.2
         sample = self.processor.encode(row, **options)
