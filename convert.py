@@ -104,12 +104,16 @@ def _fill(target: Tensor, source: HuggingFaceWeights | CheckpointWeights, name: 
         part.copy_(source.read(name, offset, part.shape))
 
 
-def _fill_parameters(model: nn.Module, source: HuggingFaceWeights | CheckpointWeights) -> dict[str, nn.Parameter]:
-    parameters = _parameters(model)
-    source.fit({name: p.shape for name, p in parameters.items()})
-    for name, p in parameters.items():
+def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
+    """What a source's `fit` takes: every parameter's whole shape, sharded or not."""
+    return {name: p.shape for name, p in _parameters(model).items()}
+
+
+def load_weights(model: nn.Module, source: HuggingFaceWeights | CheckpointWeights) -> None:
+    """Fills every parameter (plain or DTensor) in its own type, from a source that fits it (see `fit`); a rank reads
+    its own slices only. Raises InputError for damaged files."""
+    for name, p in _parameters(model).items():
         _fill(p, source, name)
-    return parameters
 
 
 # ---- sources -------------------------------------------------------------------------------------------------------
@@ -244,17 +248,10 @@ class HuggingFaceWeights:
         return self._slices[name][window]
 
 
-def check_hf_weights(hf_dir: str | Path, expected: dict[str, torch.Size]) -> None:
-    """Raises what `load_hf_weights` would for parameters of these names and (whole) shapes; reads the headers only."""
-    HuggingFaceWeights(hf_dir).fit(expected)
-
-
 def load_hf_weights(model: nn.Module, hf_dir: str | Path) -> None:
-    """Fills every parameter (plain or DTensor) from safetensors, in its own type; a rank reads its own slices only.
-
-    Raises InputError for missing, unknown, misshapen or ambiguous tensors and for damaged files.
-    """
-    _fill_parameters(model, HuggingFaceWeights(hf_dir))
+    """Opens a Hugging Face directory and loads it. Raises InputError, besides what `load_weights` does, for missing,
+    unknown, misshapen or ambiguous tensors."""
+    load_weights(model, HuggingFaceWeights(hf_dir).fit(shapes_of(model)))
 
 
 _DCP_CLASSES = {  # all that the pickle of a DCP checkpoint's description needs
@@ -787,17 +784,22 @@ def find_checkpoint(load_dir: str | Path) -> tuple[Path, str]:
     raise InputError(f"{path / TRACKER}: names {name}, which is {state}; {hint}")
 
 
-def load_checkpoint(iteration_dir: str | Path, model: nn.Module, optimizer: Optimizer | None = None) -> dict | None:
+def load_checkpoint(
+    iteration: str | Path | CheckpointWeights, model: nn.Module, optimizer: Optimizer | None = None
+) -> dict | None:
     """Loads weights, and the optimizer's state if given and stored, whatever layout wrote them; a rank reads its own
     slices. Parameters whose state was not saved (they were frozen) start fresh, and the log says so.
+    `iteration`: its directory, or that opened already and found to fit the model.
 
     Returns this rank's trainer state, or None (a converted checkpoint has none). A rank that the saving run did not
     have gets rank 0's. Raises InputError for damaged files, missing tensors, other shapes.
     """
-    source = CheckpointWeights(iteration_dir)
-    parameters = _fill_parameters(model, source)
+    source = iteration
+    if not isinstance(source, CheckpointWeights):
+        source = CheckpointWeights(source).fit(shapes_of(model))
+    load_weights(model, source)
     if optimizer is not None:
-        _load_optimizer(source, parameters, optimizer)
+        _load_optimizer(source, _parameters(model), optimizer)
     path = source.path / f"trainer_state_rank_{_rank():05d}.pt"
     path = path if path.exists() else source.path / "trainer_state_rank_00000.pt"
     return _trainer_state(path) if path.exists() else None
@@ -850,10 +852,9 @@ def _load_optimizer(source: CheckpointWeights, parameters: dict[str, nn.Paramete
 
 
 def expected_shapes(hf_dir: str | Path) -> dict[str, torch.Size]:
-    """The parameters that a directory's config.json implies."""
+    """`shapes_of` the model that a directory's config.json describes."""
     with torch.device("meta"):
-        model = Qwen3VL(Qwen3VLConfig.from_json(hf_dir))
-    return {name: p.shape for name, p in model.named_parameters()}
+        return shapes_of(Qwen3VL(Qwen3VLConfig.from_json(hf_dir)))
 
 
 def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, overwrite: bool = False) -> Path:

@@ -25,7 +25,7 @@ from reprlib import repr as short
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import convert
@@ -211,17 +211,22 @@ def load_model(hf_dir: str | Path, load: str | Path | None = None, dtype: str | 
     iteration_dir = convert.find_checkpoint(load)[0] if load else None
     with torch.device("meta"):
         model = Qwen3VL(config).to(getattr(torch, dtype))
-    shapes = {name: p.shape for name, p in model.named_parameters()}  # before memory is taken for what may not fit
-    if iteration_dir:
-        convert.CheckpointWeights(iteration_dir).fit(shapes)
-    else:
-        convert.check_hf_weights(hf_dir, shapes)
+    source = convert.CheckpointWeights(iteration_dir) if iteration_dir else convert.HuggingFaceWeights(hf_dir)
+    source.fit(convert.shapes_of(model))  # before memory is taken for what may not fit together
     model.to_empty(device=ops.device).requires_grad_(False)
-    if iteration_dir:
-        convert.load_checkpoint(iteration_dir, model)
-    else:
-        convert.load_hf_weights(model, hf_dir)
+    convert.load_weights(model, source)
+    if not ops.is_accelerator:
+        _store_by_columns(model)
     return model
+
+
+@torch.no_grad()
+def _store_by_columns(model: Qwen3VL) -> None:
+    """Turns the weights of linear layers in memory, not in shape: a CPU multiplies a few rows with them up to four
+    times as fast, and many rows as fast as before."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not (module is model.lm_head and model.config.tie_word_embeddings):
+            module.weight.data = module.weight.T.contiguous().T
 
 
 def end_token_ids(hf_dir: str | Path, processor: data.Processor) -> set[int]:

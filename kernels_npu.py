@@ -160,7 +160,7 @@ class Torch:
     def moe_unpermute(self, rows: Tensor, where: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of each token's k rows: rows [T*k,D], where [T*k], weights [T,k] -> [T,D]."""
         chosen = rows.index_select(0, where).unflatten(0, weights.shape)
-        return (chosen * weights.to(rows.dtype)[..., None]).sum(1)
+        return torch.bmm(weights.to(rows.dtype)[:, None], chosen)[:, 0]
 
     def grouped_matmul(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         """Row group e of x times weight[e]: x [N,K], weight [E,K,M], counts [E] adding up to N -> [N,M]."""
@@ -183,8 +183,8 @@ class Torch:
     # ---- optimizer and device --------------------------------------------------------------------------------------
 
     def adamw(self, groups: list[dict], **settings) -> torch.optim.Optimizer:
-        """AdamW (arXiv:1711.05101) over parameter groups."""
-        return torch.optim.AdamW(groups, **settings)
+        """AdamW (arXiv:1711.05101) over parameter groups, in one pass over each parameter."""
+        return torch.optim.AdamW(groups, fused=True, **settings)
 
     def memory(self) -> tuple[int | None, int | None]:
         """(most bytes allocated, most bytes reserved) on the device since start-up; None where it has no allocator."""
@@ -226,9 +226,6 @@ class Accelerator(Torch):
     def default_attention(self) -> str:
         return list(self.attention_forms())[-1]
 
-    def adamw(self, groups: list[dict], **settings) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(groups, fused=True, **settings)
-
     def memory(self) -> tuple[int | None, int | None]:
         return self.module.max_memory_allocated(), self.module.max_memory_reserved()
 
@@ -257,6 +254,9 @@ class Cuda(Accelerator):
     def attention_forms(self) -> dict[str, Callable[..., Tensor]]:
         half = self.compute_dtype in (torch.bfloat16, torch.float16)  # all that the kernel takes
         return {**super().attention_forms(), **({"flash_attention_2": self.attention_flash} if half else {})}
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return weight * F.rms_norm(x, weight.shape, eps=eps)  # float32 inside, and one kernel in newer PyTorch
 
     def attention_flash(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], causal: bool) -> Tensor:
         """FlashAttention-2 (arXiv:2307.08691) over sequences of any lengths in one call, as PyTorch ships it."""

@@ -487,7 +487,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """sum_i weights[i] * -log softmax(hidden[i] @ weight.T)[labels[i]], holding one chunk of logits at a time.
 
     1. A chunk's logits are made, reduced to its loss, and turned in place into their own gradient.
-    2. That gradient goes into grad_hidden and is added to grad_weight in float32; then the logits are dropped.
+    2. That gradient goes into grad_hidden and is added to grad_weight in float32; the next chunk takes its memory.
     3. Backward only scales what forward has made. So neither direction ever holds more than one chunk of logits.
     """
 
@@ -498,23 +498,30 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         loss = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(labels), chunk_size or max(1, len(labels))):
-            part = slice(start, start + (chunk_size or len(labels)))
-            logits = (hidden[part] @ weight.T).float()
-            log_sum = logits.logsumexp(-1)
+        chunk_size = min(chunk_size or len(labels), len(labels))
+        memory = hidden.new_empty(chunk_size, len(weight), dtype=torch.float32)  # of every chunk's logits, in turn
+        for start in range(0, len(labels), max(1, chunk_size)):
+            part = slice(start, start + chunk_size)
             target = labels[part, None]
-            loss += weights[part] @ (log_sum - logits.gather(1, target)[:, 0])
+            logits = memory[: len(target)]
+            if hidden.dtype == torch.float32:
+                torch.mm(hidden[part], weight.T, out=logits)
+            else:
+                logits.copy_(hidden[part] @ weight.T)
+            logits -= logits.amax(-1, keepdim=True)  # in place, where logsumexp would take as much again, twice
+            at_target = logits.gather(1, target)[:, 0]
+            total = logits.exp_().sum(-1)
+            loss += weights[part] @ (total.log() - at_target)
             if need_hidden or need_weight:
-                grad = logits.sub_(log_sum[:, None]).exp_()  # softmax, in the logits' own memory
-                grad.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32))
-                grad = grad.mul_(weights[part, None]).to(hidden.dtype)
+                grad = logits.mul_((weights[part] / total)[:, None])  # the softmax, weighted
+                grad = grad.scatter_add_(1, target, -weights[part, None]).to(hidden.dtype)
             if need_hidden:
                 torch.mm(grad, weight, out=grad_hidden[part])
             if need_weight and grad.dtype == torch.float32:
                 grad_weight.addmm_(grad.T, hidden[part])
             elif need_weight:
                 grad_weight += grad.T @ hidden[part]
-            logits = grad = None  # before the next chunk's are made, or two would be alive
+            grad = None  # in bf16 a copy: before the next chunk's is made, or two would be alive
         ctx.grads = grad_hidden, grad_weight
         return loss
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import itertools
 import json
 import logging
@@ -222,16 +223,30 @@ def batch_sizes(args: argparse.Namespace, dp_size: int) -> tuple[int, int]:
 # ---- what is made once ----------------------------------------------------------------------------------------------
 
 
-def build_model(args: argparse.Namespace, config: Qwen3VLConfig, ranks: parallel.Ranks, dtype: torch.dtype) -> Qwen3VL:
-    """The sharded model with its initial weights: random, or the directory's (unless --load brings them)."""
-    from_hf = args.init == "weights" and not args.load
-    if from_hf and not convert.hf_has_weights(args.init_from_hf_path):
+def open_weights(
+    args: argparse.Namespace, config: Qwen3VLConfig
+) -> convert.HuggingFaceWeights | convert.CheckpointWeights | None:
+    """What --load or the directory holds, found to fit the model before memory is taken; None for --init random."""
+    if args.load:
+        source = convert.CheckpointWeights(convert.find_checkpoint(args.load)[0])
+    elif args.init == "random":
+        return None
+    elif convert.hf_has_weights(args.init_from_hf_path):
+        source = convert.HuggingFaceWeights(args.init_from_hf_path)
+    else:
         raise InputError(f"{args.init_from_hf_path}: holds no safetensors: give a directory with weights, "
                          "--init random to train from scratch, or --load")
     with torch.device("meta"):
+        return source.fit(convert.shapes_of(Qwen3VL(config)))
+
+
+def build_model(
+    args: argparse.Namespace, config: Qwen3VLConfig, ranks: parallel.Ranks, dtype: torch.dtype,
+    source: convert.HuggingFaceWeights | convert.CheckpointWeights | None,
+) -> Qwen3VL:
+    """The sharded model with its initial weights: random, or the directory's (those of --load come by `resume`)."""
+    with torch.device("meta"):
         model = Qwen3VL(config)
-    if from_hf:  # before memory is taken for what may not fit together
-        convert.check_hf_weights(args.init_from_hf_path, {name: p.shape for name, p in model.named_parameters()})
     size = sum(p.numel() for p in model.parameters())
     if not args.init_model_with_meta_device:
         if size > 10e9:
@@ -241,10 +256,10 @@ def build_model(args: argparse.Namespace, config: Qwen3VLConfig, ranks: parallel
     prepare(args, model, ranks, dtype)
     if args.init_model_with_meta_device:
         model.to_empty(device=ranks.device)
-    if from_hf:
-        convert.load_hf_weights(model, args.init_from_hf_path)
-    elif not args.load:
+    if source is None:
         model.init_weights(args.seed, parallel.local_part)
+    elif not args.load:
+        convert.load_weights(model, source)
     return model
 
 
@@ -503,7 +518,7 @@ class Signals:
 def train(
     args: argparse.Namespace, model: Qwen3VL, optimizer: torch.optim.Optimizer, loader: data.Loader,
     eval_loader: data.Loader | None, ranks: parallel.Ranks, accumulation: int, start: int, metrics_log: MetricsLog,
-    deadline: float,
+    deadline: float, start_up: StartUp,
 ) -> None:
     """Runs iterations start + 1 to --train-iters (none after `deadline`), saving and evaluating on the way."""
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -557,6 +572,9 @@ def train(
                 data_time_s=data_time, skipped_samples=sum(totals.rows_bad), truncated_samples=totals.truncated,
                 skipped_iterations=int(not good),
             )
+            if iteration == start + 1 and ranks.rank == 0:
+                start_up.done("first step")
+                log.info("first step done %s", start_up)
             if profile:
                 profile.step()
             if args.save and (last or save or args.save_interval and iteration % args.save_interval == 0):
@@ -606,12 +624,13 @@ def save_iteration(
 
 
 def resume(
-    args: argparse.Namespace, model: Qwen3VL, optimizer: torch.optim.Optimizer, ranks: parallel.Ranks
+    args: argparse.Namespace, source: convert.CheckpointWeights, model: Qwen3VL, optimizer: torch.optim.Optimizer,
+    ranks: parallel.Ranks,
 ) -> tuple[int, dict | list[dict] | None]:
-    """Loads --load. Returns (iterations done, position in the data, or the positions of the ranks that saved it)."""
-    directory, name = convert.find_checkpoint(args.load)
+    """Loads --load, as `open_weights` gave it. Returns (iterations done, position in the data, or the positions of the
+    ranks that saved it)."""
     weights_only = args.finetune or args.no_load_optim
-    state = convert.load_checkpoint(directory, model, None if weights_only else optimizer)
+    state = convert.load_checkpoint(source, model, None if weights_only else optimizer)
     if state is None or args.finetune:
         return 0, None
     rng = state.get("rng")
@@ -623,10 +642,10 @@ def resume(
             if rng["device"] is not None:
                 kernels_npu.ops.set_rng_state(rng["device"])
         except Exception as e:  # the three say it in their own ways
-            raise InputError(f"{directory}: its random state is damaged ({e}): give --no-load-rng") from e
+            raise InputError(f"{source.path}: its random state is damaged ({e}): give --no-load-rng") from e
     position = state["data"]
     if position.get("dealt", [ranks.dp_rank, ranks.dp_size]) != [ranks.dp_rank, ranks.dp_size]:
-        position = convert.load_data_positions(directory)  # packed rows, dealt to other ranks
+        position = convert.load_data_positions(source.path)  # packed rows, dealt to other ranks
     return state["iteration"], position
 
 
@@ -647,77 +666,57 @@ def profiler(args: argparse.Namespace, ranks: parallel.Ranks):
 # ---- from the command line to the loop ------------------------------------------------------------------------------
 
 
-class RunLock:
-    """Keeps other runs out of a save directory while this one lives: a file that names its process.
+class StartUp:
+    """Where the time between the launch and the end of the first step goes, for the log."""
 
-    The system's own locks would go with the process, but not every shared file system shows them to other nodes. So a
-    dead run's file is taken over: on its host once the process is gone, from another host once nobody has touched the
-    file for `STALE` seconds. Raises InputError while another run lives.
-    """
+    def __init__(self):
+        own = _age(os.getpid())
+        torchrun = _age(os.getppid()) - own if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+        self.parts = {"torchrun": torchrun} if torchrun else {}
+        self.parts["imports"] = own
+        self.last = time.monotonic()
+        self.began = self.last - own  # of this process
 
-    NAME, STALE = "run.lock", 120
+    def done(self, part: str) -> None:
+        """The time since the last call went into this part."""
+        now = time.monotonic()
+        self.parts[part], self.last = now - self.last, now
 
-    def __init__(self, directory: Path):
-        self.path, self._ended = directory / self.NAME, threading.Event()
-        self._own = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())})
-        dead = False
-        while not self._made():
-            self._refuse_if_alive()
-            dead = True
-            self.path.unlink(missing_ok=True)
-        if dead:
-            time.sleep(1)  # in which a run that also found the dead one's file may have put its own in place of ours
-            if self.path.read_text() != self._own:
-                self._refuse_if_alive()
-
-    def _made(self) -> bool:
-        try:
-            with open(self.path, "x") as file:
-                file.write(self._own)
-            return True
-        except FileExistsError:
-            return False
-        except OSError:  # the disk is full: an empty file would keep the next run out
-            self.path.unlink(missing_ok=True)
-            raise
-
-    def _refuse_if_alive(self) -> None:
-        try:
-            text, age = self.path.read_text(), time.time() - self.path.stat().st_mtime
-        except FileNotFoundError:
-            return
-        try:
-            host, pid, started = (json.loads(text)[key] for key in ("host", "pid", "started"))
-        except (KeyError, TypeError, ValueError):  # it is being written
-            host = pid = started = None
-        here = host == socket.gethostname()
-        if _started(pid) == started if here else age < self.STALE:
-            wait = "" if here else f"; if it is dead, wait {self.STALE} s or remove {self.path}"
-            raise InputError(f"--save {self.path.parent}: another run writes there, process {pid} on {host}: end that "
-                             f"one, or give another directory{wait}")
-
-    def __enter__(self) -> RunLock:
-        threading.Thread(target=self._touch, daemon=True).start()
-        return self
-
-    def _touch(self) -> None:
-        while not self._ended.wait(self.STALE / 12):
-            with contextlib.suppress(OSError):  # the next one may succeed
-                os.utime(self.path)
-
-    def __exit__(self, *exception) -> None:
-        self._ended.set()
-        with contextlib.suppress(FileNotFoundError):
-            if self.path.read_text() == self._own:
-                self.path.unlink()
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.parts.items())
+        return f"{sum(self.parts.values()):.1f} s after the launch: {parts}"
 
 
-def _started(pid: int) -> str | None:
-    """When a process of this host was started, in the kernel's ticks; None if there is none of this number."""
+def _age(pid: int) -> float:
+    """Seconds since a process was started; 0 where the system does not say."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except OSError:
-        return None
+        return 0.0
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+RUN_LOCK = "run.lock"  # in a save directory; says which process holds it
+
+
+@contextlib.contextmanager
+def run_lock(directory: Path) -> Iterator[None]:
+    """Keeps other runs out of a save directory. The lock is the system's own, on a file that stays: it ends with the
+    process that holds it, however that ends. Raises InputError while another run lives."""
+    with open(directory / RUN_LOCK, "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as e:
+            file.seek(0)
+            raise InputError(f"--save {directory}: another run writes there, {file.read() or 'a process'}: end that "
+                             "one, or give another directory") from e
+        except OSError as e:
+            log.warning("--save %s: its file system has no locks (%s): see that no other run writes there", directory,
+                        e.strerror)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def prepare_directories(args: argparse.Namespace, ranks: parallel.Ranks) -> contextlib.AbstractContextManager:
@@ -736,7 +735,7 @@ def prepare_directories(args: argparse.Namespace, ranks: parallel.Ranks) -> cont
     try:
         save.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(RunLock(save))  # before the rest: what is said of a living run's directory is not true
+            stack.enter_context(run_lock(save))  # before the rest: what is said of a living run's directory is not true
             if not goes_on and (save / convert.TRACKER).exists():
                 raise UsageError(f"--save {save} holds another run: give --load {save} to go on, or another directory")
             log_file = save / "metrics.jsonl"
@@ -755,7 +754,7 @@ def check_save(args: argparse.Namespace, config: Qwen3VLConfig, ranks: parallel.
     if not args.save:
         return
     save = Path(args.save)
-    if not (save / RunLock.NAME).exists() or not os.access(save, os.W_OK):
+    if not (save / RUN_LOCK).exists() or not os.access(save, os.W_OK):
         raise InputError(f"--save {save}: rank {ranks.rank} on {socket.gethostname()} does not see what rank 0 wrote, "
                          "or cannot write there: it must be storage that every node shares")
     if ranks.rank > 0:
@@ -816,18 +815,19 @@ def main(argv: list[str]) -> None:
 
         return dry_run(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    started = time.monotonic()
+    start_up = StartUp()
     ops = kernels_npu.select(args.device, args.compute_dtype, args.use_npu_fused_moe)
     ranks = parallel.Ranks(ops, args.distributed_timeout_minutes, cp=args.context_parallel_size,
                            ep=args.expert_parallel_size, fsdp=args.fsdp_size)
     args.global_batch_size, accumulation = batch_sizes(args, ranks.dp_size)
+    start_up.done("ranks")
     with failures_told(ranks), ranks.together(lambda: prepare_directories(args, ranks)):
-        run(args, ranks, accumulation, started)
+        run(args, ranks, accumulation, start_up)
     ranks.close()
 
 
-def run(args: argparse.Namespace, ranks: parallel.Ranks, accumulation: int, started: float) -> None:
-    """Makes everything that training needs, and trains. `started`: of the program, by the monotonic clock."""
+def run(args: argparse.Namespace, ranks: parallel.Ranks, accumulation: int, start_up: StartUp) -> None:
+    """Makes everything that training needs, and trains."""
     ops, say = kernels_npu.ops, log.info if ranks.rank == 0 else (lambda *_: None)
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -852,6 +852,7 @@ def run(args: argparse.Namespace, ranks: parallel.Ranks, accumulation: int, star
     if args.train_iters is None:
         args.train_iters = max(1, math.ceil(round(args.train_epochs * loader.epoch_size() / args.global_batch_size, 6)))
     dtype = args.compute_dtype or ops.compute_dtype
+    start_up.done("data")
 
     say(f"device: {ops.device}, {ranks.world} rank(s) over {ops.distributed_backend}, compute in {dtype}")
     say("operations: " + ", ".join(f"{name} {owner}" for name, owner in ops.implementations().items())
@@ -859,13 +860,15 @@ def run(args: argparse.Namespace, ranks: parallel.Ranks, accumulation: int, star
         f"vision {args.vision_attn_implementation or ops.default_attention}"
         + "".join(f"; {name} {value}" for name, value in ops.settings.items()))
     ranks.together(lambda: check_save(args, config, ranks))
-    model = build_model(args, config, ranks, dtype)
+    source = ranks.together(lambda: open_weights(args, config))
+    model = build_model(args, config, ranks, dtype, source)
     for tower, (total, trainable) in parameter_table(model.named_parameters()).items():
         say(f"{tower:17} {total:15,d} parameters, {trainable:15,d} trainable")
     optimizer = make_optimizer(args, model)
     start, position = 0, None
     if args.load:  # together: damage may lie in one rank's slices
-        start, position = ranks.together(lambda: resume(args, model, optimizer, ranks))
+        start, position = ranks.together(lambda: resume(args, source, model, optimizer, ranks))
+    start_up.done("model and weights")
     if start >= args.train_iters:
         say(f"{args.load} is at iteration {start} of {args.train_iters}: nothing to do")
         return
@@ -878,10 +881,9 @@ def run(args: argparse.Namespace, ranks: parallel.Ranks, accumulation: int, star
                                   global_batch_size=args.micro_batch_size * ranks.dp_size, **layout)
     metrics_log = MetricsLog(args, ranks, start, args.global_batch_size)
     say(f"{args.train_iters} iterations of {args.global_batch_size} {'packed rows' if args.packing else 'samples'}, "
-        f"{accumulation} micro-batch(es) a rank, loss {args.loss_type}; ready after "
-        f"{time.monotonic() - started:.1f} s")
-    deadline = started + 60 * args.exit_duration_in_mins if args.exit_duration_in_mins else math.inf
-    train(args, model, optimizer, loader, eval_loader, ranks, accumulation, start, metrics_log, deadline)
+        f"{accumulation} micro-batch(es) a rank, loss {args.loss_type}")
+    deadline = start_up.began + 60 * args.exit_duration_in_mins if args.exit_duration_in_mins else math.inf
+    train(args, model, optimizer, loader, eval_loader, ranks, accumulation, start, metrics_log, deadline, start_up)
 
 
 if __name__ == "__main__":

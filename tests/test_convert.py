@@ -236,12 +236,12 @@ def test_tied_checkpoint_with_a_copy_of_the_embedding_and_cut_layers(make_hf, tm
 def test_shapes_are_checked_before_memory_is_taken(make_hf, tmp_path):
     """A model too large for any machine is compared with the files on the meta device."""
     hf = make_hf("dense, untied")
-    convert.check_hf_weights(hf, convert.expected_shapes(hf))
+    convert.HuggingFaceWeights(hf).fit(convert.expected_shapes(hf))
     raw = json.loads((hf / "config.json").read_text())
     raw["text_config"]["vocab_size"] = 99_999_999
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(InputError, match=r"embed_tokens.weight has shape .*, config.json makes it \[99999999, 56\]"):
-        convert.check_hf_weights(hf, convert.expected_shapes(tmp_path))
+        convert.HuggingFaceWeights(hf).fit(convert.expected_shapes(tmp_path))
 
 
 def cut(path: Path, size: int) -> None:

@@ -391,7 +391,7 @@ class Safetensors(HuggingFace):
             content = mutate_bytes(valid, rng, end=rng.choice((8, size, None)))
         self.damage_one("model.safetensors", content)
         read_all(convert.HuggingFaceWeights(self.dir).fit(self.expected), rng)
-        convert.check_hf_weights(self.dir, self.expected)
+        convert.HuggingFaceWeights(self.dir).fit(self.expected)
 
 
 class Index(HuggingFace):
@@ -682,7 +682,7 @@ def read_hf(root: Path) -> None:
         processor.encode(row, media_dir=root)
     infer.end_token_ids(root / "hf", processor)
     assert config.text.num_hidden_layers == 1
-    convert.check_hf_weights(root / "hf", convert.expected_shapes(root / "hf"))
+    convert.HuggingFaceWeights(root / "hf").fit(convert.expected_shapes(root / "hf"))
 
 
 def read_run(root: Path) -> None:

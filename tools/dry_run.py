@@ -232,7 +232,8 @@ def trace_step(
         "largest_all_gather": largest, "largest_all_gather_bytes": all_gathers[largest],
         "gathered_bytes": memory.most["gathered parameters"],
         "reduce_scatter_bytes": memory.most["reduce-scatter buffers"],
-        "all_to_all_bytes": memory.moved["all-to-all"] // traced * accumulation,
+        **{f"{kind.replace('-', '_')}_bytes": memory.moved[kind] // traced * accumulation
+           for kind in ("all-gather", "all-to-all")},
         "host_bytes": memory.most["host"], "peak_bytes": memory.peak,
         "peak_parts": {kind: n for kind, n in memory.at_peak.most_common() if n and kind != "host"},
     }
