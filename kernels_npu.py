@@ -248,8 +248,9 @@ class Cuda(Accelerator):
 
     distributed_backend = "nccl"
 
-    # dense bf16, NVIDIA's data sheets (their headline figures are with sparsity: half of those)
-    PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12}
+    # dense bf16, NVIDIA's data sheets (their headline figures are with sparsity: half of those); the first that fits
+    PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12,
+             "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12}
 
     def attention_forms(self) -> dict[str, Callable[..., Tensor]]:
         half = self.compute_dtype in (torch.bfloat16, torch.float16)  # all that the kernel takes

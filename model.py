@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from reprlib import repr as short
@@ -680,11 +680,15 @@ def tower_of(name: str) -> str:
     return "vision encoder" if name.startswith("model.visual.") else "text decoder"
 
 
-def step_flops(config: Qwen3VLConfig, cu_seqlens: list[int], grid_thw: Tensor, num_supervised: int) -> float:
-    """Floating point operations of forward and backward (3 times forward) of one packed row, without recompute.
+def step_flops(
+    config: Qwen3VLConfig, cu_seqlens: list[int], grid_thw: Tensor, num_supervised: int,
+    trained: Collection[str] = TOWERS,
+) -> float:
+    """Floating point operations of forward and backward of one packed row, without recompute.
 
     Matrix products only, counted from the row's own lengths and grids, causal attention at half; an unsupervised token
-    has no logits. Frozen towers are counted as if they were trained.
+    has no logits. Backward has the gradients of the weights of the `trained` towers, and those of activations in them
+    and in what comes after; so it is twice forward where all are trained.
     """
     t, v = config.text, config.vision
     q, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
@@ -692,16 +696,24 @@ def step_flops(config: Qwen3VLConfig, cu_seqlens: list[int], grid_thw: Tensor, n
     attention = t.hidden_size * (2 * q + 2 * kv) * t.num_hidden_layers
     dense = 3 * t.hidden_size * t.intermediate_size * (t.num_hidden_layers - num_moe)
     sparse = (3 * t.num_experts_per_tok * t.moe_intermediate_size + t.num_experts) * t.hidden_size * num_moe
-    macs = cu_seqlens[-1] * (attention + dense + sparse) + num_supervised * t.hidden_size * t.vocab_size
-    macs += t.num_hidden_layers * sum(q * (b - a) ** 2 for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False))
+    patches = [(frames * h * w, h * w) for frames, h, w in grid_thw.tolist()]  # of a picture or video, of one frame
+    total = sum(n for n, _ in patches)
+    block = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
     merged = v.hidden_size * v.spatial_merge_size**2
     merger = (merged * merged + merged * v.out_hidden_size) * (1 + len(v.deepstack_visual_indexes))
-    for frames, h, w in grid_thw.tolist():
-        patches = frames * h * w
-        block = patches * (4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size)
-        macs += v.depth * (block + 2 * v.hidden_size * patches * h * w)
-        macs += patches * v.patch_dim * v.hidden_size + patches // v.spatial_merge_size**2 * merger
-    return 3 * 2.0 * macs
+    towers = (  # multiply-adds of forward: with weights, of activations with each other
+        (total * v.depth * block,
+         v.depth * sum(2 * v.hidden_size * n * frame for n, frame in patches)),
+        (total // v.spatial_merge_size**2 * merger, 0),
+        (cu_seqlens[-1] * (attention + dense + sparse) + num_supervised * t.hidden_size * t.vocab_size,
+         t.num_hidden_layers * sum(q * (b - a) ** 2 for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False))),
+    )
+    backward = TOWERS[0] in trained
+    flops = 2 * total * v.patch_dim * v.hidden_size * (1 + backward)  # pixels have no gradient
+    for tower, (with_weights, of_activations) in zip(TOWERS, towers, strict=True):
+        backward |= tower in trained
+        flops += 2 * with_weights * (1 + backward + (tower in trained)) + 2 * of_activations * (1 + 2 * backward)
+    return float(flops)
 
 
 def parameter_table(named_parameters: Iterator[tuple[str, nn.Parameter]]) -> dict[str, tuple[int, int]]:

@@ -22,7 +22,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -329,7 +329,8 @@ class Totals(NamedTuple):
 
 
 def set_loss_weights(
-    batches: list[data.Batch], loss_type: str, config: Qwen3VLConfig, ranks: parallel.Ranks
+    batches: list[data.Batch], loss_type: str, config: Qwen3VLConfig, ranks: parallel.Ranks,
+    trained: Collection[str] = TOWERS,
 ) -> Totals:
     """Gives every token its weight in loss = sum_i weight_i * nll_i, over all micro-batches of all ranks of one step.
 
@@ -346,7 +347,7 @@ def set_loss_weights(
     files = len(batches[0].rows_read)
     micro_batches, with_answer, supervised, flops, *others = ranks.sum_of_rows(
         len(batches), sum(n > 0 for each in counts for n in each), sum(map(sum, counts)),
-        sum(step_flops(config, b.cu_seqlens, b.grid_thw, len(b.supervised_index)) for b in batches),
+        sum(step_flops(config, b.cu_seqlens, b.grid_thw, len(b.supervised_index), trained) for b in batches),
         sum(b.cu_seqlens[-1] for b in batches), sum(len(b.sources) for b in batches),
         sum(len(b.grid_thw) for b in batches),
         sum(b.truncated for b in batches),
@@ -522,6 +523,7 @@ def train(
 ) -> None:
     """Runs iterations start + 1 to --train-iters (none after `deadline`), saving and evaluating on the way."""
     trainable = [p for p in model.parameters() if p.requires_grad]
+    trained = {tower for tower, (_, count) in parameter_table(model.named_parameters()).items() if count}
     signals = Signals(deadline, ranks.timeout.total_seconds())
     saver = convert.Saver(args.async_save, ranks.timeout)
     skipped_in_a_row = 0
@@ -532,7 +534,7 @@ def train(
             signals.idle.clear()
             batches = ranks.together(lambda: [next(stream) for _ in range(accumulation)])
             data_time = time.perf_counter() - began
-            totals = set_loss_weights(batches, args.loss_type, model.config, ranks)
+            totals = set_loss_weights(batches, args.loss_type, model.config, ranks, trained)
             epoch = batches[-1].resume_state["epoch"]
             ranks.together(lambda: loader.judge(totals.rows_read, totals.rows_bad, epoch))  # noqa: B023
             set_learning_rates(args, optimizer, iteration - 1)

@@ -24,7 +24,7 @@ LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]
 EXPERTS = [8, 16, 32, 64, 128]
 PICTURES = [1, 2, 4, 8, 16, 32, 64]
 RANKS = [8, 16, 32, 64, 128, 256, 512, 1024]
-SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "layers": 2}
+SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "layers": 3}
 
 
 def points(case: str) -> list[tuple[int, dict, list]]:
@@ -133,7 +133,7 @@ def main() -> None:
             tables[case] = ranks_table("qwen3-vl-30b-a3b")
             continue
         print(f"\n{case:>8} {'forward, backward':>18} {'optimizer':>10} {'TFLOP':>8} {'s per TFLOP':>12} "
-              f"{'relative':>9} {'MB of a step':>13} {'MB per ' + case[:7]:>14}")
+              f"{'relative':>9} {'MB of a step':>13} {'MB of each':>11}")
         tables[case] = []
         for n, raw, rows in points(case):
             here, there = context.Pipe()
@@ -146,7 +146,7 @@ def main() -> None:
             expected = first[1] * flops / first[4]
             tables[case].append((n, compute, expected, memory / 1000, flops))
             print(f"{n:8} {compute:16.3f} s {optimize:8.3f} s {flops / 1e12:8.3f} {compute / flops * 1e12:12.2f} "
-                  f"{compute / expected:9.2f} {memory:13,.0f} {memory / n:14.3f}", flush=True)
+                  f"{compute / expected:9.2f} {memory:13,.0f} {memory / n:11.3f}", flush=True)
     if args.plot:
         plot(tables, args.plot, machine)
 

@@ -14,9 +14,20 @@ import pytest
 import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+import kernels_npu
 from kernels_npu import InputError, UsageError
-from model import LMHead, Qwen3VL, Qwen3VLConfig, load_balancing_loss, parameter_table
+from model import (
+    TOWERS,
+    LMHead,
+    Qwen3VL,
+    Qwen3VLConfig,
+    load_balancing_loss,
+    parameter_table,
+    step_flops,
+    tower_of,
+)
 
 ROWS = {
     "picture": [5, ("image", 4, 6), 9],
@@ -251,3 +262,28 @@ def test_tied_embeddings_stay_tied_off_the_meta_device(tmp_path):
     model.to(torch.bfloat16)
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     assert "lm_head.weight" not in dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("trained", [TOWERS, TOWERS[:1], TOWERS[1:2], TOWERS[2:]], ids=", ".join)
+@pytest.mark.parametrize("kind", MODELS)
+def test_flops_are_those_that_pytorch_counts(tmp_path, monkeypatch, kind, trained):
+    """Within 3 %: the product next to what is frozen is counted with a gradient that nobody needs, the weighing of
+    experts' results is not counted. PyTorch does count the causal half that the plain form computes in vain."""
+    monkeypatch.setattr(kernels_npu.Torch, "grouped_matmul", kernels_npu.Torch.grouped_matmul_loop)
+    raw = tiny.config_dict(**MODELS[kind])
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    model = Qwen3VL(Qwen3VLConfig.from_json(tmp_path))
+    model.init_weights(0)
+    model.set_attention("eager", "eager")
+    for name, p in model.named_parameters():
+        p.requires_grad_(tower_of(name) in trained)
+    samples = [tiny.row(ROWS["pictures"] + [90]), tiny.row(ROWS["text"]), tiny.row(ROWS["picture"] + [50])]
+    batch = tiny.batch_of(samples, [torch.arange(len(s.input_ids)).expand(3, -1) for s in samples])
+    with FlopCounterMode(display=False) as counter:
+        model(batch)[0].backward()
+    t = model.config.text
+    bounds = zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False)
+    half = t.num_hidden_layers * t.num_attention_heads * t.head_dim * sum((b - a) ** 2 for a, b in bounds)
+    expected = counter.get_total_flops() - 2 * 3 * half
+    found = step_flops(model.config, batch.cu_seqlens, batch.grid_thw, len(batch.supervised_index), trained)
+    assert found == pytest.approx(expected, rel=0.03)

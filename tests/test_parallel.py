@@ -256,11 +256,10 @@ PACKED = ["--packing", "--seq-length", 150, "--global-batch-size", 2]  # of two 
 
 # (model, rows, flags of one rank and many alike): [(ranks, flags of the many)]
 CASES = {
-    ("dense", "kinds"): [(2, []), (4, RECOMPUTE), (4, FSDP2), (4, [*CP2, *OFFLOAD]), (4, CP4)],
+    ("dense", "kinds"): [(2, []), (4, [*CP2, *OFFLOAD]), (4, CP4)],
     ("tied", "alone"): [(4, []), (4, [*CP2, *FSDP2])],
     ("moe", "kinds", *AUX): [
-        (2, []), (4, FSDP2), (2, CP2), (4, CP4), (2, EP2), (4, EP4), (4, EP2), (4, [*EP2, *CP2]),
-        (4, [*EP2, *FSDP2, *RECOMPUTE]), (4, [*EP2, *CP4, *FSDP2])],
+        (4, CP4), (4, [*EP2, *CP2]), (4, [*EP2, *FSDP2, *RECOMPUTE]), (4, [*EP2, *CP4, *FSDP2])],
     ("starved", "alone", *AUX): [(2, EP2), (4, [*EP4, *CP2, *OFFLOAD])],
     ("moe", "text", *EVAL): [(4, [*EP2, *CP2])],
     # accumulation 3 on four ranks, 12 on one
@@ -269,13 +268,18 @@ CASES = {
     # two samples to a micro-batch
     ("dense", "pictures", *PER_SAMPLE): [(4, [*CP4, *OFFLOAD])],
     ("moe", "kinds", *PER_SAMPLE): [(4, [*EP2, *CP2])],
-    ("moe", "pictures", "--micro-batch-size", 2): [(2, [*EP2, *CP2])],
     ("moe", "alone", *PROJECTOR_ONLY): [(4, [*EP2, *CP2, *OFFLOAD])],
     ("dense", "alone", "--freeze-vision-encoder", "--freeze-vision-projector"): [(4, [*CP2, *OFFLOAD])],
     ("moe", "kinds", "--freeze-text-decoder"): [(4, [*EP2, *RECOMPUTE])],
     ("dense", "dirty", *DIRTY): [(4, CP2)],
     ("dense", "kinds", *PACKED, "--loss-type", "per_sample"): [(2, [*CP2, *OFFLOAD])],
     ("moe", "kinds", *PACKED, "--streaming"): [(4, [*CP4, *EP4])],
+}
+# `make test-slow`: one thing at a time, which the cases above have together; it shows which of them is at fault
+ONE_AT_A_TIME = {
+    ("dense", "kinds"): [(4, RECOMPUTE), (4, FSDP2)],
+    ("moe", "kinds", *AUX): [(2, []), (4, FSDP2), (2, CP2), (2, EP2), (4, EP4), (4, EP2)],
+    ("moe", "pictures", "--micro-batch-size", 2): [(2, [*EP2, *CP2])],
 }
 
 
@@ -285,7 +289,12 @@ def case_name(case: tuple) -> str:
     return " ".join([model, rows, str(world), *short])
 
 
-@pytest.mark.parametrize("case", [(key, *each) for key, cases in CASES.items() for each in cases], ids=case_name)
+def params(cases: dict, **kwargs) -> list:
+    each = [(key, *one) for key, several in cases.items() for one in several]
+    return [pytest.param(case, id=case_name(case), **kwargs) for case in each]
+
+
+@pytest.mark.parametrize("case", [*params(CASES), *params(ONE_AT_A_TIME, marks=pytest.mark.slow)])
 def test_many_ranks_train_as_one(folder, tmp_path, one_rank, case):
     (model, rows, *flags), world, many = case
     flags = [folder / flag if flag == "text.json" else flag for flag in flags]
@@ -484,7 +493,7 @@ def test_training_goes_on_in_another_layout(folder, tmp_path, one_rank):
     assert_same_training(one_rank("moe", "kinds", *AUX), half)
 
 
-@pytest.mark.parametrize("reading", ["", "--streaming"])
+@pytest.mark.parametrize("reading", ["", pytest.param("--streaming", marks=pytest.mark.slow)])
 def test_packed_rows_are_dealt_to_other_ranks(folder, tmp_path, reading):
     """Two ranks, then two pairs, then one alone: samples and tokens up to an epoch's end are those of each row once."""
     processor, rows = data.Processor(folder / "moe"), data.RowDataset([str(folder / "kinds.json")])
