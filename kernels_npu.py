@@ -160,7 +160,7 @@ class Torch:
     def moe_unpermute(self, rows: Tensor, where: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of each token's k rows: rows [T*k,D], where [T*k], weights [T,k] -> [T,D]."""
         chosen = rows.index_select(0, where).unflatten(0, weights.shape)
-        return torch.bmm(weights.to(rows.dtype)[:, None], chosen)[:, 0]
+        return (chosen * weights.to(rows.dtype)[..., None]).sum(1)
 
     def grouped_matmul(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         """Row group e of x times weight[e]: x [N,K], weight [E,K,M], counts [E] adding up to N -> [N,M]."""
