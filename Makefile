@@ -1,8 +1,9 @@
 # make demo   trains a small Qwen3-VL-MoE from scratch and asks it about pictures it has never seen
 # make test   lints and runs the tests
+# make bench  times us beside transformers, and draws how cost grows: half an hour on an idle machine
 # make test-npu     runs the NPU's code on the real torch_npu and an emulated device: needs gcc, no NPU
 # make test-oldest  runs both with the oldest Python and torch that must work: several GB to install
-# The first three make their environment in .venv, with the first Python >= 3.10 found. PIP_FLAGS goes to every pip install.
+# All but the last make their environment in .venv, with the first Python >= 3.10 found. PIP_FLAGS goes to every pip install.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
@@ -13,7 +14,7 @@ TORCHVISION := torchvision==0.28.0
 export TOKENIZERS_PARALLELISM := false
 export PIP_FLAGS
 
-.PHONY: demo test test-npu test-oldest test-slow lint clean
+.PHONY: demo test bench test-npu test-oldest test-slow lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo
@@ -21,6 +22,13 @@ demo: .venv/.demo
 
 test: lint
 	.venv/bin/python -m pytest -q
+
+bench: .venv/.test
+	.venv/bin/python benchmarks/training.py
+	.venv/bin/python benchmarks/generation.py
+	.venv/bin/python benchmarks/preprocessing.py
+	.venv/bin/python benchmarks/options.py
+	.venv/bin/python benchmarks/growth.py --plot docs/growth.png
 
 test-npu: .venv/.test
 	npu=$$(.venv/bin/python tests/npu/stub.py) && env $$npu .venv/bin/python -m pytest -q tests/npu

@@ -707,6 +707,9 @@ def read_rows(root: Path) -> None:
 
 ITER = "run/iter_0000003"
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\n(ran) (w) file\n"
+# {(((a, a), (a, a)), ...): None}, sixty deep
+PAIRS_OF_PAIRS = b"\x80\x02}X\1\0\0\0aq\0" + b"".join(
+    b"h%c\x86q%c" % (i, i + 1) for i in range(60)) + b"Ns."
 POISONED = {
     # name: (how the file is made, who reads it, what the error names)
     "metadata runs code": (
@@ -716,6 +719,8 @@ POISONED = {
     "metadata with a text of 1 TB": (
         lambda r: (r / ITER / ".metadata").write_bytes(b"\x80\x04\x8d" + (1 << 40).to_bytes(8, "little")), read_run,
         ".metadata"),
+    "metadata with a hash that takes for ever": (
+        lambda r: (r / ITER / ".metadata").write_bytes(PAIRS_OF_PAIRS), read_run, "a nested value twice"),
     "metadata is a pipe": (lambda r: a_fifo(r / ITER / ".metadata"), read_run, ".metadata"),
     "metadata of 64 GB": (lambda r: a_sparse(r / ITER / ".metadata", b"\x80\x04"), read_run, ".metadata"),
     "shard is a pipe": (lambda r: a_fifo(r / ITER / "__0_0.distcp"), read_run, "__0_0.distcp"),
@@ -727,6 +732,9 @@ POISONED = {
         read_run, "trainer_state"),
     "trainer state is a bare pickle": (
         lambda r: (r / ITER / "trainer_state_rank_00000.pt").write_bytes(pickle.dumps(RunsCode(r), 2)), read_run,
+        "trainer_state"),
+    "trainer state with a hash that takes for ever": (
+        lambda r: (r / ITER / "trainer_state_rank_00000.pt").write_bytes(torch_zip(PAIRS_OF_PAIRS)), read_run,
         "trainer_state"),
     "trainer state asks for 2 GB": (
         lambda r: (r / ITER / "trainer_state_rank_00000.pt").write_bytes(

@@ -267,8 +267,8 @@ def test_tied_embeddings_stay_tied_off_the_meta_device(tmp_path):
 @pytest.mark.parametrize("trained", [TOWERS, TOWERS[:1], TOWERS[1:2], TOWERS[2:]], ids=", ".join)
 @pytest.mark.parametrize("kind", MODELS)
 def test_flops_are_those_that_pytorch_counts(tmp_path, monkeypatch, kind, trained):
-    """Within 3 %: the product next to what is frozen is counted with a gradient that nobody needs. PyTorch does count the
-    causal half that the plain form computes in vain."""
+    """Within 3 %: the product next to what is frozen is counted with a gradient that nobody needs. PyTorch does count
+    the causal half that the plain form computes in vain."""
     monkeypatch.setattr(kernels_npu.Torch, "grouped_matmul", kernels_npu.Torch.grouped_matmul_loop)
     raw = tiny.config_dict(**MODELS[kind])
     (tmp_path / "config.json").write_text(json.dumps(raw))
