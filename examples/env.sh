@@ -89,8 +89,9 @@ export NPU_ASD_ENABLE=${NPU_ASD_ENABLE:-0}
 export ASCEND_LAUNCH_BLOCKING=${ASCEND_LAUNCH_BLOCKING:-0}
 # hardware queues of a device: 2..32; with 1, FSDP2 could not communicate while it computes
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-2}
-# seconds from a signal until torchrun kills, in which to save: 30..86400; torch 2.7.1 always takes 30
-export TORCHELASTIC_SHUTDOWN_TIMEOUT=${TORCHELASTIC_SHUTDOWN_TIMEOUT:-3600}
+# seconds from a signal until torchrun kills, in which to save (a stopped process holds up the end of a failed run so
+# long): 30..86400; torch 2.7.1 always takes 30
+export TORCHELASTIC_SHUTDOWN_TIMEOUT=${TORCHELASTIC_SHUTDOWN_TIMEOUT:-1200}
 
 # ---- the checks ---------------------------------------------------------------------------------------------------
 
