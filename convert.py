@@ -561,6 +561,15 @@ def _begin(final: Path, family: str | None = None) -> Path:
     return partial
 
 
+def write_tracker(directory: Path, text: str) -> None:
+    """Says which iteration is the newest, or 'release'."""
+    temporary = directory / f".tmp_{TRACKER}"
+    temporary.unlink(missing_ok=True)
+    _write_bytes(temporary, text.encode(), {})
+    os.replace(temporary, directory / TRACKER)
+    _sync(directory)
+
+
 def _complete(partial: Path, final: Path, files: dict[str, dict], tracker: str | None = None) -> None:
     """The promise: a directory is complete or it is not there, whatever happens.
 
@@ -580,11 +589,7 @@ def _complete(partial: Path, final: Path, files: dict[str, dict], tracker: str |
     os.rename(partial, final)
     _sync(final.parent)
     if tracker is not None:
-        temporary = final.with_name(f".tmp_{TRACKER}")
-        temporary.unlink(missing_ok=True)
-        _write_bytes(temporary, tracker.encode(), {})
-        os.replace(temporary, final.with_name(TRACKER))
-        _sync(final.parent)
+        write_tracker(final.parent, tracker)
     shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -511,9 +511,11 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def number(
-    kind: type, low: float, high: float = float("inf"), *, above: bool = False, below: bool = False
+    kind: type, low: float, high: float | None = None, *, above: bool = False, below: bool = False
 ) -> Callable[[str], float]:
-    """An argparse type: a number of `kind` in [low, high]; without low if `above`, without high if `below`."""
+    """An argparse type: a number of `kind` in [low, high]; without low if `above`, without high if `below`. A whole
+    number ends at 1e9 by default."""
+    high = high if high is not None else 10**9 if kind is int else float("inf")
 
     def parse(text: str):
         wanted = f"{'above' if above else 'at least'} {low:g}"
@@ -561,12 +563,14 @@ def run_program(main: Callable[[list[str]], None], argv: list[str], *mistakes: t
         if "--debug" in argv:
             traceback.print_exc()
         mistake, status = e, 2 if isinstance(e, UsageError) else 1
-    if int(os.environ.get("RANK", 0)) > 0 and not getattr(mistake, "said_by_this_rank", False):
+    if os.environ.get("RANK", "0") != "0" and not getattr(mistake, "said_by_this_rank", False):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
     if isinstance(mistake, OSError) and mistake.filename is not None:
         mistake = f"{mistake.filename}: {mistake.strerror}"
-    print("error:", " ".join(str(mistake).split("\n")), file=sys.stderr, flush=True)
+    text = " ".join(str(mistake).split("\n"))[:5000]  # names in it may be a stranger's
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    print("error:", text, file=sys.stderr, flush=True)
     return status
 
 

@@ -47,7 +47,11 @@ class Ranks:
         """
         self.timeout = timeout = timedelta(minutes=timeout_minutes)
         if "RANK" in os.environ and not dist.is_initialized():
-            dist.init_process_group(ops.distributed_backend, timeout=timeout)
+            try:
+                dist.init_process_group(ops.distributed_backend, timeout=timeout)
+            except ValueError as e:
+                raise UsageError(f"the environment has RANK, and not all that torchrun sets ({e}): start this with "
+                                 "torchrun, or unset RANK") from e
         elif not dist.is_initialized():
             dist.init_process_group(
                 ops.distributed_backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1

@@ -79,7 +79,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                    "an index of their rows")
     g.add_argument("--shuffle-buffer", type=count, metavar="N", help="with --streaming, how many rows in a row are "
                    "shuffled among themselves (default: 1000)")
-    g.add_argument("--num-workers", type=number(int, 0), default=2, metavar="N", help="loader processes per rank")
+    g.add_argument("--num-workers", type=number(int, 0, 1024), default=2, metavar="N", help="loader processes per rank")
     g.add_argument("--shuffle", action=switch, default=True, help="a new order each epoch, from --seed")
     for kind in ("image", "video"):
         g.add_argument(f"--{kind}-min-pixels", type=count, metavar="N", help=f"smallest {kind} (default: the model's)")
@@ -93,7 +93,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     g = p.add_argument_group("optimization")
     length = g.add_mutually_exclusive_group()
     length.add_argument("--train-iters", type=count, metavar="N", help="optimizer steps")
-    length.add_argument("--train-epochs", type=positive, metavar="X", help="passes over the data")
+    length.add_argument("--train-epochs", type=number(float, 0, 1e6, above=True), metavar="X", help="passes over the "
+                        "data")
     g.add_argument("--micro-batch-size", type=count, default=1, metavar="N", help="samples (with --packing, packed "
                    "rows) of one forward on one rank")
     g.add_argument("--global-batch-size", type=count, metavar="N", help="samples or packed rows of one step "
@@ -160,7 +161,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     g.add_argument("--fsdp-size", type=count, metavar="N", help="ranks that parameters are sharded over, replicated "
                    "over the rest (default: all)")
     g.add_argument("--compile", action=switch, default=False, help="torch.compile each block")
-    g.add_argument("--distributed-timeout-minutes", type=positive, default=10, metavar="N",
+    g.add_argument("--distributed-timeout-minutes", type=number(float, 0.05, 1e6), default=10, metavar="N",
                    help="how long a rank waits for the others")
     g.add_argument("--exit-duration-in-mins", type=positive, metavar="N", help="save and end so long "
                    "after the program's start")
@@ -391,6 +392,9 @@ class MetricsLog:
             return
         if args.save:
             path = Path(args.save) / "metrics.jsonl"
+            if start and (path.parent / f"iter_{start:07d}").exists():
+                # else a run that went back, and died, would go on from a later iteration that it has not made
+                convert.write_tracker(path.parent, str(start))
             # After a crash the file may be ahead of the checkpoint: those iterations are about to be run again.
             kept = path.read_text(errors="replace").splitlines(keepends=True) if start and path.exists() else []
             try:
@@ -561,10 +565,12 @@ def train(
             if not good:
                 report_bad_step(iteration, loss, grad_norm, batches, skipped_in_a_row)
 
-            last = iteration == args.train_iters or bool(stop)
-            eval_loss = None
-            if eval_loader and (last or args.eval_interval and iteration % args.eval_interval == 0):
-                eval_loss = evaluate(model, eval_loader, ranks, args.eval_iters)
+            last, eval_loss, eval_error = iteration == args.train_iters, None, None
+            if eval_loader and not stop and (last or args.eval_interval and iteration % args.eval_interval == 0):
+                try:
+                    eval_loss = evaluate(model, eval_loader, ranks, args.eval_iters)
+                except (UsageError, ValueError, OSError, kernels_npu.PeerError) as e:
+                    eval_error = e  # on every rank: what was trained is saved first
             kernels_npu.ops.synchronize()
             metrics_log.write(
                 iteration=iteration, loss=loss, grad_norm=grad_norm, eval_loss=eval_loss, model_flops=totals.flops,
@@ -579,9 +585,12 @@ def train(
                 log.info("first step done %s", start_up)
             if profile:
                 profile.step()
-            if args.save and (last or save or args.save_interval and iteration % args.save_interval == 0):
+            due = last or stop or save or eval_error or args.save_interval and iteration % args.save_interval == 0
+            if args.save and due:
                 save_iteration(args, iteration, model, optimizer, ranks, batches[-1].resume_state, saver)
                 signals.save = False  # one that came to this rank a little later than to others has been answered
+            if eval_error:
+                raise eval_error
             if stop:
                 break
     metrics_log.close(iteration)
@@ -635,18 +644,19 @@ def resume(
     state = convert.load_checkpoint(source, model, None if weights_only else optimizer)
     if state is None or args.finetune:
         return 0, None
-    rng = state.get("rng")
-    if rng and not args.no_load_rng and state.get("world") == ranks.world:
-        try:
+    rng, position, mine = state.get("rng"), state["data"], [ranks.dp_rank, ranks.dp_size]
+    try:
+        if rng and not args.no_load_rng and state.get("world") == ranks.world:
             torch.set_rng_state(rng["torch"])
             random.setstate((3, tuple(rng["python"]), None))
             np.random.set_state(("MT19937", np.array(rng["numpy"], np.uint32), 624))
             if rng["device"] is not None:
                 kernels_npu.ops.set_rng_state(rng["device"])
-        except Exception as e:  # the three say it in their own ways
-            raise InputError(f"{source.path}: its random state is damaged ({e}): give --no-load-rng") from e
-    position = state["data"]
-    if position.get("dealt", [ranks.dp_rank, ranks.dp_size]) != [ranks.dp_rank, ranks.dp_size]:
+        moved = position.get("dealt", mine) != mine
+    except Exception as e:  # each of them says it in its own way
+        raise InputError(f"{source.path}: its random state is damaged ({e}): give --no-load-rng, or take another "
+                         "checkpoint") from e
+    if moved:
         position = convert.load_data_positions(source.path)  # packed rows, dealt to other ranks
     return state["iteration"], position
 
@@ -737,8 +747,13 @@ def prepare_directories(args: argparse.Namespace, ranks: parallel.Ranks) -> cont
     try:
         save.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
+            for name in (RUN_LOCK, "args.json", "metrics.jsonl", ".tmp_metrics.jsonl"):
+                if (save / name).is_symlink() or (save / name).exists() and not (save / name).is_file():
+                    raise InputError(f"--save {save}: {name} is no file of its own, and would be written to: remove it")
             stack.enter_context(run_lock(save))  # before the rest: what is said of a living run's directory is not true
-            if not goes_on and (save / convert.TRACKER).exists():
+            if (save / ".metadata").exists():
+                raise UsageError(f"--save {save} is an iteration: give the directory that it is in, or another")
+            if not goes_on and (any(save.glob("iter_*")) or (save / convert.TRACKER).exists()):
                 raise UsageError(f"--save {save} holds another run: give --load {save} to go on, or another directory")
             log_file = save / "metrics.jsonl"
             if not goes_on and log_file.exists() and log_file.stat().st_size:
@@ -817,6 +832,7 @@ def main(argv: list[str]) -> None:
 
         return dry_run(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to save
     start_up = StartUp()
     ops = kernels_npu.select(args.device, args.compute_dtype, args.use_npu_fused_moe)
     ranks = parallel.Ranks(ops, args.distributed_timeout_minutes, cp=args.context_parallel_size,
@@ -870,6 +886,8 @@ def run(args: argparse.Namespace, ranks: parallel.Ranks, accumulation: int, star
     start, position = 0, None
     if args.load:  # together: damage may lie in one rank's slices
         start, position = ranks.together(lambda: resume(args, source, model, optimizer, ranks))
+        if ranks.sum(start) != [ranks.world * start]:
+            raise InputError(f"{source.path}: its trainer states are of several iterations: take another checkpoint")
     start_up.done("model and weights")
     if start >= args.train_iters:
         say(f"{args.load} is at iteration {start} of {args.train_iters}: nothing to do")

@@ -473,6 +473,56 @@ def run_quietly(argv: list[str]) -> tuple[int, str]:
     return status, words.getvalue()
 
 
+# ---- what was trained is saved before anything else can fail --------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_held_out_rows_that_are_bad_do_not_lose_what_was_trained(folder, tmp_path, world):
+    rows = [json.loads((folder / "rows.json").read_text())[0]] * 2 + [{"messages": "none"}]
+    (tmp_path / "held_out.json").write_text(json.dumps(rows))
+    job = Job(flags(folder, tmp_path / "save", "--eval-dataset", tmp_path / "held_out.json", iters=3), world)
+    assert 1 in job.end()
+    assert "held_out.json" in lines_of(job.words(), "error: ")[0] and "Traceback" not in job.words()
+    assert complete(tmp_path / "save") == [3] and len(read_metrics(tmp_path / "save")) == 3
+
+
+def test_an_evaluation_does_not_come_between_a_signal_and_the_save(folder, tmp_path):
+    row = json.loads((folder / "rows.json").read_text())[0]
+    (tmp_path / "held_out.json").write_text(json.dumps([row] * 100_000))
+    job = Job(flags(folder, tmp_path / "save", "--eval-dataset", tmp_path / "held_out.json", iters=100_000))
+    job.wait_for(2)
+    job.kill(signal.SIGTERM)
+    assert job.end(20) == [0], job.words()
+    assert complete(tmp_path / "save") == [len(read_metrics(tmp_path / "save"))]
+
+
+def test_a_run_that_went_back_does_not_go_on_from_what_it_left_behind(folder, tmp_path, whole):
+    """To iteration 4 of 8, killed at 5, resumed: 4 comes next, not the 8 of the run before."""
+    save = tmp_path / "save"
+    argv = flags(folder, save, "--save-interval", 4, iters=8)
+    assert Job(argv).end() == [0]
+    job = Job([*argv, "--load", str(save / "iter_0000004")], main=dies_in_its_first_step)
+    assert job.end() == [-signal.SIGKILL]
+    assert find_checkpoint(save)[0].name == "iter_0000004"
+    assert Job([*flags(folder, save, "--save-interval", 4), "--load", str(save)]).end() == [0]
+    assert [m["iteration"] for m in read_metrics(save)] == list(range(1, 13))
+    assert_same_run(whole(1, 12), save, 12)
+
+
+def dies_in_its_first_step(argv: list[str]) -> None:
+    parallel.clip_grad_norm = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+    train.main(argv)
+
+
+@pytest.mark.parametrize("name", ["args.json", train.RUN_LOCK, "metrics.jsonl"])
+def test_a_strangers_save_directory_writes_nowhere_else(folder, tmp_path, name):
+    (tmp_path / "save").mkdir()
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "save" / name).symlink_to(tmp_path / "mine")
+    status, words = run_quietly(flags(folder, tmp_path / "save"))
+    assert status == 1 and f"{name} is no file of its own" in words and (tmp_path / "mine").read_text() == "precious"
+
+
 # ---- two runs at one directory --------------------------------------------------------------------------------------
 
 

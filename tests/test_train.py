@@ -383,6 +383,9 @@ def test_not_finite_is_not_applied_and_ends_the_run(folder, tmp_path, monkeypatc
 
 ERRORS = [
     (["--train-iters", 0], 2, r"--train-iters: '0' is not a whole number at least 1"),
+    (["--eval-iters", 10**30], 2, r"--eval-iters: '1000.*' is not a whole number at least 1 and at most 1e\+09"),
+    (["--distributed-timeout-minutes", 1e300], 2, "--distributed-timeout-minutes: .* at most 1e"),
+    (["--dataset", "a\x1b[2Jb.json"], 1, r"a\\x1b\[2Jb.json"),  # a terminal would obey
     (["--lr", "fast"], 2, r"--lr: 'fast' is not a number"),
     (["--lr", "nan"], 2, r"--lr: 'nan'"),
     (["--adam-beta1", 1.5], 2, r"--adam-beta1: '1.5' .* below 1"),
