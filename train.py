@@ -568,7 +568,7 @@ def train(
             last, eval_loss, eval_error = iteration == args.train_iters, None, None
             if eval_loader and not stop and (last or args.eval_interval and iteration % args.eval_interval == 0):
                 try:
-                    eval_loss = evaluate(model, eval_loader, ranks, args.eval_iters)
+                    eval_loss = evaluate(model, eval_loader, ranks, args.eval_iters, signals)
                 except (UsageError, ValueError, OSError, kernels_npu.PeerError) as e:
                     eval_error = e  # on every rank: what was trained is saved first
             kernels_npu.ops.synchronize()
@@ -606,11 +606,17 @@ def report_bad_step(iteration: int, loss: float, grad_norm: float, batches: list
 
 
 @torch.no_grad()
-def evaluate(model: Qwen3VL, loader: data.Loader, ranks: parallel.Ranks, iters: int | None) -> float:
-    """Mean negative log-likelihood of the supervised held-out tokens, of `iters` micro-batches a rank (None: all)."""
+def evaluate(
+    model: Qwen3VL, loader: data.Loader, ranks: parallel.Ranks, iters: int | None, signals: Signals
+) -> float | None:
+    """Mean negative log-likelihood of the supervised held-out tokens, of `iters` micro-batches a rank (None: all).
+    None if a signal asks for the end meanwhile."""
     total, count = torch.zeros((), device=ranks.device), 0
     stream = itertools.islice(loader, iters)
     while (batch := ranks.together(lambda: next(stream, None))) is not None:
+        if ranks.sum(signals.stop) != [0]:
+            parallel.reshard(model)
+            return None
         batch.loss_weights = torch.ones(len(batch.input_ids))
         batch = ranks.take(batch)
         total += model(batch)[0]  # its aux_weight is 0

@@ -486,13 +486,17 @@ def test_held_out_rows_that_are_bad_do_not_lose_what_was_trained(folder, tmp_pat
     assert complete(tmp_path / "save") == [3] and len(read_metrics(tmp_path / "save")) == 3
 
 
-def test_an_evaluation_does_not_come_between_a_signal_and_the_save(folder, tmp_path):
+@pytest.mark.parametrize("world, more, seconds", [(1, [], 0), (2, ["--eval-interval", 2], 2)])
+def test_a_signal_does_not_wait_for_an_evaluation(folder, tmp_path, world, more, seconds):
+    """Neither for one at the end of the run, nor in one: of 100,000 rows."""
     row = json.loads((folder / "rows.json").read_text())[0]
     (tmp_path / "held_out.json").write_text(json.dumps([row] * 100_000))
-    job = Job(flags(folder, tmp_path / "save", "--eval-dataset", tmp_path / "held_out.json", iters=100_000))
-    job.wait_for(2)
+    argv = flags(folder, tmp_path / "save", "--eval-dataset", tmp_path / "held_out.json", *more, iters=100_000)
+    job = Job(argv, world)
+    job.wait_for(1)
+    time.sleep(seconds)
     job.kill(signal.SIGTERM)
-    assert job.end(20) == [0], job.words()
+    assert job.end(20) == [0] * world, job.words()
     assert complete(tmp_path / "save") == [len(read_metrics(tmp_path / "save"))]
 
 
