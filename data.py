@@ -140,7 +140,7 @@ def collate(
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 PLACEHOLDER = re.compile("(<image>|<video>)")
-MOST_CHARACTERS, MOST_MEDIA = 4_000_000, 4096  # of a row; 262,144 tokens hold no more of the smallest pictures
+MOST_CHARACTERS, MOST_MEDIA = 2_000_000, 4096  # of a row; 262,144 tokens hold no more of either, by far of texts
 STILL_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".ppm")
 PICTURE_SUFFIXES = (*STILL_SUFFIXES, ".gif", ".webp")
 # Whatever its name says, nothing else is decoded: Pillow would start Ghostscript for a .jpg that is PostScript inside,
