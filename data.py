@@ -43,8 +43,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 logger = logging.getLogger(__name__)
-# The limit on a picture's size is Pillow's error, its warning at half of that is noise. (Filters that change for each
-# picture would make Python forget which warnings it has shown.)
+# Pillow refuses pictures of more than twice as many pixels as this: of 90 million, of which a file of a few kilobytes
+# may consist, each copy takes 360 MB. Its warning at half of that is noise. (Filters that change for each picture would
+# make Python forget which warnings it has shown.)
+Image.MAX_IMAGE_PIXELS = 45_000_000
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 IGNORE = -100  # the label of a token that is not supervised
@@ -138,6 +140,7 @@ def collate(
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 PLACEHOLDER = re.compile("(<image>|<video>)")
+MOST_CHARACTERS, MOST_MEDIA = 2_000_000, 4096  # of a row; 262,144 tokens hold no more of either, by far of texts
 STILL_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".ppm")
 PICTURE_SUFFIXES = (*STILL_SUFFIXES, ".gif", ".webp")
 # Whatever its name says, nothing else is decoded: Pillow would start Ghostscript for a .jpg that is PostScript inside,
@@ -205,6 +208,11 @@ def parse_row(row: dict, for_generation: bool = False) -> list[Turn]:
     if turns[-1].role != last:
         raise InputError(f"'{name}' must end with a turn of the {last}: there is no {lacking}")
     _fill_placeholders(turns, _list_media(row, "image"), _list_media(row, "video"))
+    texts = [part for turn in turns for part in turn.parts if isinstance(part, str)]
+    characters, media = sum(map(len, texts)), sum(len(turn.parts) for turn in turns) - len(texts)
+    if characters > MOST_CHARACTERS or media > MOST_MEDIA:
+        raise InputError(f"the row has {characters} characters of text and {media} pictures and videos, "
+                         f"{MOST_CHARACTERS} and {MOST_MEDIA} at most are read: split it")
     return turns
 
 
@@ -301,7 +309,12 @@ def load_picture(path: Path, decode: bool = True) -> Image.Image:
             return image
         ImageOps.exif_transpose(image, in_place=True)
         image = image.convert("RGB")
-        return _on_white(image) if image.info.get("transparency") is not None else image
+        if image.info.get("transparency") is None:
+            return image
+        opaque = image.convert("RGBA").getchannel("A")  # 0 or 255: as `_on_white`, in less memory
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=opaque)
+        return white
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -370,6 +383,9 @@ def open_video(spec: str | list | dict, media_dir: str | Path, confine: bool, de
     )
 
 
+ANIMATION_PIXELS = 2 * 10**9  # all of them are decoded, in a dozen seconds, to find how long each frame stays
+
+
 def _open_animation(path: Path, fps: float | None) -> Video:
     """An animated GIF, WebP or PNG. Transparent pixels are laid on white, as PyAV shows those of a GIF."""
 
@@ -394,6 +410,9 @@ def _open_animation(path: Path, fps: float | None) -> Video:
 
     with _reading(path, "an animation"), Image.open(path, formats=FORMATS) as image:
         count, size, times = getattr(image, "n_frames", 1), image.size, None
+        if count * size[0] * size[1] > ANIMATION_PIXELS:
+            raise InputError(f"{path} has {count} frames of {size[0]}x{size[1]} pixels, {ANIMATION_PIXELS:.0e} pixels "
+                             "in all at most are read: make it shorter or smaller")
     if fps is None:
         # In milliseconds. Browsers, too, take 0 for 100.
         times = np.cumsum([0] + [image.info.get("duration") or 100 for image in frames()]) / 1000
@@ -523,7 +542,7 @@ PIXEL_KEYS = ("min_pixels", "max_pixels", "shortest_edge", "longest_edge")
 JSON_BYTES, TOKENIZER_BYTES = 1 << 20, 64 << 20  # most of a configuration and of a tokenizer; Qwen3-VL's has 11 MB
 # Sizes that ask for more than a few times the memory of the released models' largest pictures are mistakes, or worse.
 LIMITS = {"image_mean": (-1e6, 1e6), "image_std": (1e-6, 1e6), "min_pixels": (0, 2**25), "shortest_edge": (0, 2**25)}
-LIMITS |= {"patch_size": (0, 1000), "temporal_patch_size": (0, 1000), "merge_size": (0, 1000)}
+LIMITS |= {"patch_size": (0, 65), "temporal_patch_size": (0, 9), "merge_size": (0, 9)}
 EXAMPLES = DEFAULTS | dict.fromkeys(PIXEL_KEYS, 65536) | {"vocab_size": 151936}  # what settings must look like
 CONTROL_TOKENS = {
     "im_start_token_id": "<|im_start|>",
@@ -565,6 +584,13 @@ class Processor:
         if kinds[0] not in ("NFC", "NoneType") or kinds[1] not in ("ByteLevel", "NoneType"):  # others can grow a text
             raise InputError(f"{path} has a normalizer {kinds[0]} and a decoder {kinds[1]}, Qwen3-VL's are NFC and "
                              "ByteLevel")
+        split = self.tokenizer.pre_tokenizer
+        split = {"type": "None"} if split is None else json.loads(split.__getstate__())
+        splits = [part["type"] for part in split.get("pretokenizers", [split])]
+        if set(splits) - {"Split", "ByteLevel", "None"} or splits.count("ByteLevel") > 1:  # each can double the bytes
+            raise InputError(f"{path} has the pre_tokenizers {short(splits)}, Qwen3-VL's are Split and ByteLevel")
+        if dropout := getattr(self.tokenizer.model, "dropout", None):
+            raise InputError(f"{path} has a dropout of {dropout}, which makes a text's tokens random: set it to null")
         self.tokenizer.encode_special_tokens = True  # those in a text are split into ordinary tokens
         self.tokenizer.no_padding()  # a file may ask for either: what is cut or filled up is told by this file alone
         self.tokenizer.no_truncation()
@@ -598,8 +624,9 @@ class Processor:
             if not self.image[name] == self.video[name] == stated:
                 found = f"{self.image[name]} for pictures, {self.video[name]} for videos, {short(stated)}"
                 raise InputError(f"{hf_dir}: the preprocessor files and config.json disagree on {name}: {found}")
-        if not (0 < video_fps < math.inf and video_maxlen >= self.temporal):
-            raise InputError(f"video_fps {video_fps} must be positive and video_maxlen {video_maxlen} at least 2")
+        if not (0.001 <= video_fps <= 1e6 and video_maxlen >= self.temporal):
+            raise InputError(f"video_fps {video_fps} must be between 0.001 and 1e6, and video_maxlen {video_maxlen} at "
+                             f"least {self.temporal}")
         self.video_fps, self.video_maxlen = video_fps, video_maxlen
 
     def __setstate__(self, state: dict) -> None:
@@ -793,7 +820,7 @@ class Processor:
         limit = seq_length or sys.maxsize
         chunks, length = [], 0
         for turn in turns:
-            chunks.append(self._encode_turn(turn, media_dir, confine, decode))
+            chunks.append(self._encode_turn(turn, media_dir, confine, decode, limit - length))
             length += len(chunks[-1].ids)
             if length > limit and turn.role == "assistant" and not for_generation:
                 break
@@ -815,7 +842,7 @@ class Processor:
         del chunks[-1].ids[limit - length :]
         return chunks, True
 
-    def _encode_turn(self, turn: Turn, media_dir: str | Path, confine: bool, decode: bool) -> _Chunk:
+    def _encode_turn(self, turn: Turn, media_dir: str | Path, confine: bool, decode: bool, space: int) -> _Chunk:
         """<|im_start|>role\\n...<|im_end|>\\n, as chat_template.jinja renders a message.
 
         Text between control tokens is tokenized in one piece, as merges may cross the newline after the role. (A token
@@ -828,6 +855,7 @@ class Processor:
             if isinstance(part, str):
                 text += part
                 continue
+            decode = decode and len(chunk.ids) <= space  # a question that does not fit is left out, or an error
             try:
                 if part.kind == "image":
                     path = resolve_path(part.spec, media_dir, confine)
@@ -1304,6 +1332,10 @@ class Loader:
         by_rank = {tuple(state.get("dealt", ())): state for state in states}
         own = by_rank.get((self.dp_rank, self.dp_size))
         self._states = [own] if own else list(by_rank.values())
+        ranks, consumed = len(by_rank), [state.get("consumed", 0) for state in self._states]
+        if (not own and set(by_rank) not in ({()}, {(rank, ranks) for rank in range(ranks)})  # one is missing, or
+                or max(consumed) - min(consumed) > 1_000_000):  # ahead by so much that it takes minutes to walk there
+            raise InputError(DAMAGED_POSITION)
         items = self._packed() if self.packing else self._micro_batches()
         batches = self._in_workers(self._load, items, self.num_workers)
         logged = set()
@@ -1444,21 +1476,26 @@ def fill_row(waiting: list[tuple[Span, int]], space: int) -> tuple[list, list]:
     return row, [pair for i, pair in enumerate(waiting) if i not in chosen]
 
 
+DAMAGED_POSITION = ("the checkpoint's position in the data is damaged: take another one, or start the data anew: "
+                    "--finetune")
+
+
 def _check_position(state: dict, files: int) -> None:
     """Raises InputError for what is no `Batch.resume_state`: a checkpoint may be a stranger's."""
     try:
         dealt, block, waiting = state.get("dealt", [0, 1]), state.get("block", [0, 0, 0]), state.get("waiting", [])
         numbers = [state.get(name, 0) for name in ("consumed", "epoch", "rows", "done")] + [state.get("buffer", 1)]
-        numbers += [*dealt, *block, *(number for place in waiting for number in place)]
+        numbers += [*dealt, *block, *state.get("bytes", []), *(number for place in waiting for number in place)]
         good = all(type(number) is int and 0 <= number < 2**53 for number in numbers)
         good &= (len(dealt), len(block), {len(place) for place in waiting} - {4}) == (2, 3, set())
         good = good and ("waiting" not in state or "consumed" in state and "epoch" in state)
-        good = good and min(dealt[1], state.get("buffer", 1)) > 0 and all(place[0] < files for place in waiting)
+        good = good and ("block" not in state or "bytes" in state) and len(waiting) <= PACKING_WINDOW
+        good = good and min(dealt[1], state.get("buffer", 1)) > 0 and all(
+            place[0] < files and place[2] <= place[3] for place in waiting)
     except (AttributeError, TypeError):
         good = False
     if not good:
-        raise InputError("the checkpoint's position in the data is damaged: take another one, or start the data anew: "
-                         "--finetune")
+        raise InputError(DAMAGED_POSITION)
 
 
 class _Map:

@@ -172,6 +172,8 @@ class Generator:
             x = x[[end - 1 for end in batch.cu_seqlens[1:]]]
             for left in reversed(range(max_new_tokens)):
                 logits = self.model.lm_head(x)
+                if not logits.isfinite().all():
+                    raise InputError("the logits are not finite: look for damaged weights, or try another --dtype")
                 if temperature == 0:
                     token_ids = logits.argmax(-1)
                 else:
@@ -369,6 +371,8 @@ def resume(output: Path, rows: data.RowDataset) -> int:
     """
     if not output.exists():
         return 0
+    if not output.is_file():  # a device may be read without end
+        raise InputError(f"{output} is not a regular file: name another --output")
     done = end = 0
     with open(output, "r+b") as file:
         for line in file:
@@ -384,6 +388,16 @@ def resume(output: Path, rows: data.RowDataset) -> int:
     return done
 
 
+def append(output: str, line: bytes) -> None:
+    """Adds to the file. Raises InputError."""
+    try:
+        with open(output, "ab") as file:
+            file.write(line)
+    except OSError as e:
+        raise InputError(f"{output}: {e.strerror}; with that mended, the same command goes on where this one "
+                         "ended") from e
+
+
 def answer_rows(args: argparse.Namespace, answer: Answerer) -> None:
     """Answers --input into --output, a line for each row; a bad row ends it after the rows before it are answered."""
     rows = data.RowDataset([args.input], args.dataset_dir)
@@ -391,7 +405,8 @@ def answer_rows(args: argparse.Namespace, answer: Answerer) -> None:
     if done == len(rows):
         print(f"{args.output} already has the answers to all {done} rows", file=sys.stderr)
         return
-    with open(args.output, "ab") as output, tqdm(total=len(rows), initial=done, desc="answering", unit="row") as bar:
+    append(args.output, b"")  # what cannot be written is told before the weights are read
+    with tqdm(total=len(rows), initial=done, desc="answering", unit="row") as bar:
         while done < len(rows):
             todo, samples, mistake = [], [], None
             for i in range(done, min(done + args.batch_size, len(rows))):
@@ -404,8 +419,7 @@ def answer_rows(args: argparse.Namespace, answer: Answerer) -> None:
                     break
                 todo.append(row)
             for row, ids in zip(todo, answer(samples, done) if samples else (), strict=True):
-                output.write(output_line(row, answer.processor.decode(ids)))
-                output.flush()
+                append(args.output, output_line(row, answer.processor.decode(ids)))
                 bar.update()
             if mistake:
                 raise mistake

@@ -151,6 +151,8 @@ class Qwen3VLConfig:
                 v.hidden_size * max(v.patch_dim, v.num_position_embeddings, v.intermediate_size, 3 * v.hidden_size),
                 (v.hidden_size * v.spatial_merge_size**2) ** 2,
                 v.hidden_size * v.spatial_merge_size**2 * v.out_hidden_size) > 1e12,
+            "vision_config.patch_size must be 64 at most, spatial_merge_size and temporal_patch_size 8":
+                v.patch_size > 64 or max(v.spatial_merge_size, v.temporal_patch_size) > 8,
             "vision_config.in_channels must be 3": v.in_channels != 3,
             "vision_config.num_heads must divide hidden_size": v.hidden_size % v.num_heads,
             "vision_config.hidden_size / num_heads must be a multiple of 4": v.hidden_size // v.num_heads % 4,

@@ -564,6 +564,9 @@ def test_varying_rate(name, processor, tmp_path):
 
 
 def test_video_options(processor, qwen_dir, tmp_path):
+    for fps in (0, 1e-320, math.nan):
+        with pytest.raises(InputError, match=f"video_fps {fps} must be between 0.001 and 1e6"):
+            Processor(qwen_dir, video_fps=fps)
     write_video(tmp_path / "a.mp4", 60, 10)
 
     def grid(processor):
@@ -1043,7 +1046,7 @@ def bad_media(pictures) -> Path:
         content = (pictures / whole).read_bytes()
         (pictures / name).write_bytes(content[: len(content) // 2])
     Image.new("RGB", (6030, 30)).save(pictures / "6030x30.png")
-    Image.new("1", (20000, 20000)).save(pictures / "bomb.png")
+    Image.new("1", (9500, 9500)).save(pictures / "bomb.png")
     return pictures
 
 
@@ -1060,6 +1063,14 @@ def test_bad_row(row, message, bad_media, processor, tmp_path):
     with pytest.raises(InputError, match=f"^{path} row 2{named}: .*{message}") as caught:
         next(stream)
     assert "\n" not in str(caught.value)
+
+
+def test_pictures_beyond_the_length_are_not_decoded(bad_media, processor):
+    row = chat("x", "y", images=["rgb.png", "cut.png"])  # the second has a header
+    with pytest.raises(InputError, match="tokens do not fit in a sequence length of 10"):
+        processor.encode(row, media_dir=bad_media, seq_length=10)
+    with pytest.raises(InputError, match=r"images\[1\]: .*cut.png cannot be read"):
+        processor.encode(row, media_dir=bad_media, seq_length=4096)
 
 
 def test_confined_paths(bad_media, processor, tmp_path):
@@ -1086,11 +1097,11 @@ def test_confined_paths(bad_media, processor, tmp_path):
 
 def test_large_picture_is_read_in_silence(tmp_path):
     """In a fresh process, as pytest has warnings its own way: Pillow warns from half of the size that it refuses."""
-    Image.new("1", (9500, 9500)).save(tmp_path / "large.png")
+    Image.new("1", (9400, 9400)).save(tmp_path / "large.png")
     code = "import sys, data; print(data.load_picture(data.Path(sys.argv[1])).size)"
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "large.png"], capture_output=True, text=True,
         cwd=Path(data.__file__).parent)
-    assert (done.stdout, done.stderr) == ("(9500, 9500)\n", "")
+    assert (done.stdout, done.stderr) == ("(9400, 9400)\n", "")
 
 
 # ------------------------------------------------------------------------------------------------------- files of rows
@@ -1506,6 +1517,24 @@ def test_a_position_of_another_kind(files, caplog, processor):
     walk(RowStream(files), 1, streamed)
     walk(RowDataset(files), 1, state)
     assert ["rows may be lost" in caplog.messages[0], "the order is new" in caplog.messages[1]] == [True, True]
+
+
+@pytest.mark.parametrize("changes", [
+    [{"bytes": None}],
+    [{"bytes": [[1, 2]]}],
+    [{"consumed": -1}],
+    [{"waiting": [[0, 0, 0, 9]] * 200_000}],
+    [{"waiting": [[0, 0, 1, 0]]}],
+    [{"waiting": [[9, 0, 0, 1]]}],
+    [{"dealt": [0, 3]}, {"dealt": [2, 3]}],  # a rank is missing
+    [{"dealt": [0, 2]}, {"dealt": None}],
+    [{"dealt": [0, 2]}, {"dealt": [1, 2], "consumed": 2**52}],
+], ids=lambda changes: str(changes)[:60])
+def test_a_damaged_position(changes, files, processor):
+    good = walk(RowStream(files), 3)[1][-1] | {"dealt": [0, 1], "waiting": []}
+    states = [{key: value for key, value in (good | change).items() if value is not None} for change in changes]
+    with pytest.raises(InputError, match="position in the data is damaged: take another one.*--finetune"):
+        take(pack(RowStream(files), processor, resume_state=states), 1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -19,6 +19,7 @@ import random
 import resource
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import time
@@ -797,7 +798,8 @@ POISONED = {
            {"text": {"num_experts": 9 * 10**7, "moe_intermediate_size": 9 * 10**7}},
            {"text": {"rms_norm_eps": math.nan}}, {"text": {"hidden_size": "56"}}, {"text": {"num_hidden_layers": True}},
            {"text": {"num_key_value_heads": 0}}, {"vision": {"num_heads": 10**7}},
-           {"vision": {"patch_size": 9 * 10**7}},
+           {"vision": {"patch_size": 9 * 10**7}}, {"vision": {"patch_size": 99}},
+           {"vision": {"spatial_merge_size": 9}}, {"vision": {"temporal_patch_size": 9}},
            {"vision": {"spatial_merge_size": 9 * 10**7}}, {"vision": {"num_position_embeddings": 2.5}},
            {"vision": {"deepstack_visual_indexes": [10**30]}}, {"vision": {"depth": 10**300}},
            {"text": {"rope_parameters": {"mrope_section": [-(10**9), 10**9, 12]}}})},
@@ -811,6 +813,7 @@ POISONED = {
         lambda r, change=change: (r / "hf/preprocessor_config.json").write_text(json.dumps(change)), read_hf,
         "preprocessor") for change in (
             {"min_pixels": 10**12, "max_pixels": 10**12}, {"size": {"shortest_edge": 10**15}}, {"patch_size": 2**52},
+            {"patch_size": 99, "merge_size": 10}, {"merge_size": 9}, {"temporal_patch_size": 9},
             {"image_std": [1e-320] * 3}, {"image_mean": [math.nan] * 3}, {"size": 7}, [7])},
     "preprocessor is a pipe": (lambda r: a_fifo(r / "hf/preprocessor_config.json"), read_hf, "not a regular file"),
 
@@ -827,12 +830,21 @@ POISONED = {
         "type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}),
         lambda r: read_row(r, messages=[{"role": "user", "content": "a" * 5000 + "!"},
                                         {"role": "assistant", "content": "b"}]), "cannot be tokenized"),
+    "tokenizer that doubles bytes": (lambda r: a_tokenizer(r, pre_tokenizer={"type": "Sequence", "pretokenizers": [
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}] * 24}), read_hf,
+        "the pre_tokenizers ['ByteLevel'"),
+    "tokenizer that draws lots": (lambda r: a_tokenizer(r, model=json.loads(
+        (r / "hf/tokenizer.json").read_text())["model"] | {"dropout": 0.5}), read_hf, "dropout of 0.5"),
 
     "dataset is a pipe": (lambda r: a_fifo(r / "rows.json"), read_rows, "not a regular file"),
     "dataset is a device": (lambda r: a_link(r / "rows.json", "/dev/zero"), read_rows, "not a regular file"),
     "row of 64 GB": (lambda r: a_sparse(r / "rows.json", b'{"messages": "'), read_rows, "longer than 16 MB"),
     "element of 100 MB": (
         lambda r: (r / "rows.json").write_bytes(b'[{"messages": "' + b"a" * 10**8), read_rows, "longer than 16 MB"),
+    "row of 5 million characters": (lambda r: None, lambda r: read_row(r, messages=[
+        {"role": "user", "content": "a" * 5 * 10**6}, {"role": "assistant", "content": "b"}]),
+        "5000001 characters of text"),
+    "row of 5,000 pictures": (lambda r: None, lambda r: read_row(r, images=["a.png"] * 5000), "5000 pictures"),
     "blank dataset of 64 GB": (lambda r: (
         (r / "rows.json").write_bytes(b" " * (1 << 27) + b"x")), read_rows, "begins with"),
 
@@ -842,6 +854,10 @@ POISONED = {
     "picture of 10**9 pixels": (
         lambda r: (r / "x.ppm").write_bytes(b"P6 40000 40000 255\n" + b"x" * 99),
         lambda r: read_row(r, images=["x.ppm"]), "decompression bomb"),
+    "animation of 10**10 pixels": (
+        lambda r: (r / "x.gif").write_bytes(b"GIF89a" + struct.pack("<HH", 9000, 9000) + b"\0\0\0" + 125 * (
+            b"\x2c\0\0\0\0\x01\0\x01\0\0\x02\x02\x44\x01\0") + b";"),
+        lambda r: read_row(r, videos=["x.gif"]), "125 frames of 9000x9000 pixels"),
     "picture linked from elsewhere": (
         lambda r: a_link(r / "x.jpg", "/etc/passwd"), lambda r: read_row(r, images=["x.jpg"]), "--confine-paths"),
     "frames linked from elsewhere": (

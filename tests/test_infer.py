@@ -1,9 +1,11 @@
 """infer.py against transformers' generate, token for token, and the answering program's promises."""
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -399,10 +401,30 @@ def test_answer_is_printed_as_it_is_made(world, monkeypatch):
     (["--input", "gone.json", "--output", "o"], 1, "gone.json"),
     (["--input", "rows.jsonl", "--output", "gone/o"], 1, "gone/o: No such file or directory"),
     (["--input", "rows.jsonl", "--output", "o", "--dataset-dir", "gone"], 1, "--dataset-dir"),
+    (["--input", "rows.jsonl", "--output", "/dev/zero"], 1, "/dev/zero is not a regular file: name another --output"),
+    (["--prompt", "x", "--video", ".", "--video-fps", "1e-320"], 1, "video_fps 1e-320 must be between"),
 ])
 def test_mistakes_are_one_line(run, argv, status, message):
     got, out, err = run(*argv)
     assert (got, out) == (status, "") and err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_the_disk_is_full(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(InputError, match="out: File too large; with that mended, the same command goes on"):
+            infer.append(str(tmp_path / "out"), b"x" * 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_weights_that_are_not_finite(pair):
+    hf, ours = pair
+    ours = copy.deepcopy(ours)
+    ours.model.language_model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(InputError, match="the logits are not finite"):
+        infer.Generator(ours, NEVER).generate(make_batch(hf, ["text"])[1])
 
 
 def test_as_a_process(world, tmp_path):
