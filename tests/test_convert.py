@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import random
 import resource
 import shutil
 import subprocess
@@ -530,6 +531,39 @@ def test_find_checkpoint(make_hf, tmp_path):
     (run / convert.TRACKER).unlink()
     with pytest.raises(InputError, match=r"name one of its iterations \(iter_0000005\)"):
         find_checkpoint(run)
+
+
+def test_pieces_fill_a_tensor_or_do_not():
+    """Against counting every value's pieces; and soon, however many pieces lie side by side."""
+    rng, seen = random.Random(0), {True: 0, False: 0}
+    for _ in range(3000):
+        shape = [rng.randint(1, 4) for _ in range(rng.randint(0, 3))]
+        boxes = [([0] * len(shape), shape)]
+        for _ in range(rng.randrange(5) if shape else 0):  # cuts one in two
+            at, sizes = boxes.pop(rng.randrange(len(boxes)))
+            k = rng.randrange(len(shape))
+            first = rng.randint(0, sizes[k])
+            boxes.append((at, [*sizes[:k], first, *sizes[k + 1 :]]))
+            boxes.append(([*at[:k], at[k] + first, *at[k + 1 :]], [*sizes[:k], sizes[k] - first, *sizes[k + 1 :]]))
+        if rng.random() < 0.5:  # moves, grows or shrinks one, or has it twice
+            at, sizes = rng.choice(boxes)
+            changed = [*at], [*sizes]
+            if shape:
+                rng.choice(changed)[rng.randrange(len(shape))] += rng.choice((-1, 0, 1))
+            boxes[rng.randrange(len(boxes))] = changed
+        count = torch.zeros([n + 8 for n in shape], dtype=torch.int64)
+        for at, sizes in boxes:
+            count[convert._window((a + 4 for a in at), (max(n, 0) for n in sizes))] += 1
+        expected = torch.zeros_like(count)
+        expected[convert._window([4] * len(shape), shape)] = 1
+        whole = torch.equal(count, expected) and all(n >= 0 for _, sizes in boxes for n in sizes)
+        assert convert._is_whole(shape, boxes) == whole, (shape, boxes)
+        seen[whole] += 1
+    assert min(seen.values()) > 500
+    columns = [((0, i), (1, 1)) for i in range(20_000)]
+    began = time.process_time()
+    assert convert._is_whole((1, 20_000), columns) and not convert._is_whole((1, 20_000), columns[1:] + columns[1:2])
+    assert time.process_time() - began < 10  # comparing each with each takes minutes
 
 
 def test_a_checkpoint_of_nothing_is_not_right(tmp_path):
