@@ -288,13 +288,15 @@ class _MetadataUnpickler(pickle._Unpickler):  # Python's own: in the C one a few
         return super().find_class(module, name)
 
     def check(self, code: int) -> None:
-        """Before an operation: attributes set on a class would change this process, hashes of tuples in tuples can
-        overflow its stack, and keys of one hash take for ever."""
+        """Before an operation: attributes set on a class would change this process, and a function in the place of a
+        method would be called; hashes of tuples in tuples can overflow the stack, and keys of one hash take for ever.
+        """
         first, last = self.stack[-2:] if code != pickle.SETITEMS[0] else (None, None)
-        bad = code == pickle.BUILD[0] and type(first) not in _DCP_DATA
-        if code in (pickle.BUILD[0], pickle.REDUCE[0], pickle.NEWOBJ[0]) and first is not torch.Size:
-            arguments = last if isinstance(last, tuple) else (last,)
-            bad = bad or any(isinstance(part, (tuple, dcp_metadata.MetadataIndex)) for part in arguments)
+        bad = False
+        if code == pickle.BUILD[0] and type(first) is not dcp_metadata.TensorProperties:
+            bad = type(first) not in _DCP_DATA or type(last) is not dict or any(map(callable, last.values()))
+        elif code in (pickle.REDUCE[0], pickle.NEWOBJ[0]) and first is not torch.Size:
+            bad = any(isinstance(part, (tuple, dcp_metadata.MetadataIndex)) for part in last)
         for key in self.stack[::2] if code == pickle.SETITEMS[0] else [first] if code == pickle.SETITEM[0] else ():
             if type(key) is not str:
                 bad = (bad or type(key) is not dcp_metadata.MetadataIndex or type(key.fqn) is not str
