@@ -29,6 +29,7 @@ import os
 import pickle
 import pickletools
 import re
+import reprlib
 import shutil
 import sys
 import zipfile
@@ -57,6 +58,7 @@ from parallel import local_part
 PIECE_BYTES = 16 << 20
 METADATA_BYTES = 256 << 20  # of .metadata; 235B's with its optimizer has 40 MB
 HEADER_BYTES = 16 << 20  # of a safetensors file; 235B's files have a few KB
+ASSET_BYTES = 64 << 20  # of a tokenizer, say, which has 11 MB
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
 INDEX = "model.safetensors.index.json"
@@ -151,7 +153,8 @@ def _check_fit(tensors: dict[str, Stored], expected: dict[str, torch.Size], wher
         logger.warning("%s: %d layers are not in config.json and stay unread", where, len(cut))
     for name, shape in expected.items():
         if tensors[name][1] != shape:
-            raise InputError(f"{where}: {name} has shape {list(tensors[name][1])}, config.json makes it {list(shape)}")
+            raise InputError(f"{where}: {name} has shape {_short(list(tensors[name][1]))}, "
+                             f"config.json makes it {list(shape)}")
 
 
 def hf_has_weights(hf_dir: str | Path) -> bool:
@@ -181,8 +184,9 @@ class HuggingFaceWeights:
                         raise InputError(f"{self.path / file}: lacks {_short(name)}, which {INDEX} says is there")
                     self._slices[name] = view = handle.get_slice(name)
                     if view.get_dtype() not in SAFETENSORS_TYPES:
-                        raise InputError(f"{self.path / file}: {name} is {view.get_dtype()}; only weights in "
-                                         f"{', '.join(SAFETENSORS_TYPES)} can be used, not quantised ones")
+                        raise InputError(
+                            f"{self.path / file}: {_short(name)} is {view.get_dtype()}; only weights in "
+                            f"{', '.join(SAFETENSORS_TYPES)} can be used, not quantised ones")
                     self.tensors[name] = SAFETENSORS_TYPES[view.get_dtype()], torch.Size(view.get_shape())
             except SafetensorError as e:  # the header must cover the file exactly, so this is where truncation shows
                 raise InputError(f"{self.path / file}: is damaged or incomplete ({str(e)[:300]}); "
@@ -266,24 +270,56 @@ _DCP_CLASSES = {  # all that the pickle of a DCP checkpoint's description needs
 }
 
 
+_DCP_DATA = (dcp_metadata.BytesStorageMetadata, dcp_metadata.ChunkStorageMetadata, dcp_metadata.Metadata, _StorageInfo,
+             dcp_metadata.MetadataIndex, dcp_metadata.StorageMeta, dcp_metadata.TensorProperties,
+             dcp_metadata.TensorStorageMetadata)
+
+
 class _MetadataUnpickler(pickle._Unpickler):  # Python's own: in the C one a few bytes can take all memory for its memo
     dispatch = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, file: BinaryIO):
+        super().__init__(file)
+        self.hashes: set[int] = set()
 
     def find_class(self, module: str, name: str):
         if name not in _DCP_CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)
 
+    def check(self, code: int) -> None:
+        """Before an operation: attributes set on a class would change this process, and a function in the place of a
+        method would be called; hashes of tuples in tuples can overflow the stack, and keys of one hash take for ever.
+        """
+        first, last = self.stack[-2:] if code != pickle.SETITEMS[0] else (None, None)
+        bad = False
+        if code == pickle.BUILD[0] and type(first) is not dcp_metadata.TensorProperties:
+            bad = type(first) not in _DCP_DATA or type(last) is not dict or any(map(callable, last.values()))
+        elif code in (pickle.REDUCE[0], pickle.NEWOBJ[0]) and first is not torch.Size:
+            bad = any(isinstance(part, (tuple, dcp_metadata.MetadataIndex)) for part in last)
+        for key in self.stack[::2] if code == pickle.SETITEMS[0] else [first] if code == pickle.SETITEM[0] else ():
+            if type(key) is not str:
+                bad = (bad or type(key) is not dcp_metadata.MetadataIndex or type(key.fqn) is not str
+                       or type(key.offset) not in (torch.Size, type(None)) or hash(key) in self.hashes)
+                self.hashes.add(0 if bad else hash(key))
+        if bad:
+            raise pickle.UnpicklingError("it changes a class or has keys that no checkpoint needs")
+        pickle._Unpickler.dispatch[code](self)
+
     def load_again(self, code: int) -> None:
         """Brings something a second time. Pairs of pairs of pairs made so have hashes that take for ever."""
         pickle._Unpickler.dispatch[code](self)
-        again, nested = self.stack[-1], (tuple, dcp_metadata.MetadataIndex)
-        if isinstance(again, nested[1]) or isinstance(again, tuple) and (
+        again, nested = self.stack[-1], (tuple, list, dict, *_DCP_DATA)
+        if isinstance(again, nested[1:]) or isinstance(again, tuple) and (
                 len(again) > 64 or any(isinstance(part, nested) for part in again)):
             raise pickle.UnpicklingError("it has a nested value twice, which no checkpoint needs")
 
     for _op in (pickle.GET, pickle.BINGET, pickle.LONG_BINGET, pickle.DUP):
         dispatch[_op[0]] = functools.partial(lambda code, self: self.load_again(code), _op[0])
+    for _op in (pickle.BUILD, pickle.REDUCE, pickle.NEWOBJ, pickle.SETITEM, pickle.SETITEMS):
+        dispatch[_op[0]] = functools.partial(lambda code, self: self.check(code), _op[0])
+    for _op in (pickle.DICT, pickle.EMPTY_SET, pickle.FROZENSET, pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX):
+        del dispatch[_op[0]]  # which no checkpoint needs
 
 
 def read_metadata(directory: Path) -> dcp_metadata.Metadata:
@@ -344,16 +380,23 @@ def _check_contents(file: Path, records: dict[str, dict]) -> None:
 
 
 def _is_whole(shape: torch.Size, boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
-    """Whether (offset, sizes), sorted, fill a tensor: all inside, as many values as it has, no two on one place."""
-    for i, (at, sizes) in enumerate(boxes):
-        if any(a < 0 or n < 0 or a + n > whole for a, n, whole in zip(at, sizes, shape, strict=True)):
-            return False
-        for other, others in itertools.islice(boxes, i + 1, None):
-            if at and other[0] >= at[0] + sizes[0]:
-                break
-            if all(a < b + m and b < a + n for a, n, b, m in zip(at, sizes, other, others, strict=True)):
-                return False
-    return sum(math.prod(sizes) for _, sizes in boxes) == math.prod(shape)
+    """Whether (offset, sizes) fill a tensor, no two on one place. They do if the corners of the boxes, with signs that
+    change along each edge, sum at every point to the corners of the whole. They are sorted, not in a dict: hashes of
+    tuples can be made equal. At most three dimensions may be cut: there are 2**dimensions corners."""
+    if any({len(at), len(sizes)} != {len(shape)} or any(n < 0 for n in sizes) for at, sizes in boxes):
+        return False
+    if 0 in shape:
+        return all(0 in sizes for _, sizes in boxes)
+    cut = [i for i, whole in enumerate(shape) if any((at[i], sizes[i]) != (0, whole) for at, sizes in boxes)]
+    if len(cut) > 3:
+        return False
+    corners = []
+    for sign, at, sizes in [(-1, [0] * len(shape), shape), *((1, *box) for box in boxes)]:
+        for ends in itertools.product((0, 1), repeat=len(cut)):
+            point = tuple(at[i] + sizes[i] * end for i, end in zip(cut, ends, strict=True))
+            corners.append((point, sign * (-1) ** sum(ends)))
+    corners.sort()
+    return not any(sum(sign for _, sign in same) for _, same in itertools.groupby(corners, key=lambda c: c[0]))
 
 
 class CheckpointWeights:
@@ -376,13 +419,15 @@ class CheckpointWeights:
                 self.tensors[name] = tensor.properties.dtype, tensor.size
                 if [type(part) for part in self.tensors[name]] != [torch.dtype, torch.Size]:
                     raise TypeError(f"{name[:200]} has no type or no shape")
+                if any(type(part) is not torch.Size for c in tensor.chunks for part in (c.offsets, c.sizes)):
+                    raise TypeError(f"{name[:200]} has pieces without a place")
                 places = [metadata.storage_data[dcp_metadata.MetadataIndex(name, c.offsets)] for c in tensor.chunks]
                 self._chunks[name] = [(c.offsets, c.sizes, at) for c, at in zip(tensor.chunks, places, strict=True)]
                 for _, _, info in self._chunks[name]:
                     if not _is_file_name(info.relative_path):
-                        raise ValueError(f"{_short(repr(info.relative_path))} is not a file of this directory")
+                        raise ValueError(f"{reprlib.repr(info.relative_path)} is not a file of this directory")
                     lengths[info.relative_path] = max(lengths.get(info.relative_path, 0), info.offset + info.length)
-                if not _is_whole(tensor.size, sorted((c.offsets, c.sizes) for c in tensor.chunks)):
+                if not _is_whole(tensor.size, [(c.offsets, c.sizes) for c in tensor.chunks]):
                     raise ValueError(f"{name[:200]} {list(tensor.size)} is not whole")
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise _damaged(self.path / ".metadata", f"is damaged ({_short(e)})") from e
@@ -547,15 +592,20 @@ def _sync(directory: Path) -> None:
         os.close(descriptor)
 
 
+def _remove(path: Path) -> None:
+    """A directory with all in it; of a link, the link alone."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
 def _begin(final: Path, family: str | None = None) -> Path:
     """An empty directory to write `final` in. Clears up after killed writers of it (or of all that match `family`)."""
     final.parent.mkdir(parents=True, exist_ok=True)
     family = family or glob.escape(final.name)
     for left in final.parent.glob(f".tmp_{family}"):
-        shutil.rmtree(left)
+        _remove(left)
     for aside in final.parent.glob(f".old_{family}"):
         replaced = aside.with_name(aside.name.removeprefix(".old_"))
-        shutil.rmtree(aside) if replaced.exists() else os.rename(aside, replaced)
+        _remove(aside) if os.path.lexists(replaced) else os.rename(aside, replaced)
     partial = final.with_name(f".tmp_{final.name}")
     partial.mkdir()
     return partial
@@ -584,13 +634,14 @@ def _complete(partial: Path, final: Path, files: dict[str, dict], tracker: str |
     _write_bytes(partial / CHECKSUMS, json.dumps(files, indent=1, sort_keys=True).encode(), {})
     _sync(partial)
     aside = final.with_name(f".old_{final.name}")
-    if final.exists():
+    if os.path.lexists(final):
         os.rename(final, aside)  # find_checkpoint takes it from there if we die before the next line
     os.rename(partial, final)
     _sync(final.parent)
     if tracker is not None:
         write_tracker(final.parent, tracker)
-    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        _remove(aside)
 
 
 @contextlib.contextmanager
@@ -778,7 +829,7 @@ def _prune(save_dir: Path, newest: int, retain: int) -> None:
     for directory in [d for i, d in _iterations(save_dir).items() if i <= newest][:-retain]:
         doomed = directory.with_name(f".tmp_{directory.name}")
         os.rename(directory, doomed)  # first the name: half a removal must not look like an iteration
-        shutil.rmtree(doomed)
+        _remove(doomed)
 
 
 def find_checkpoint(load_dir: str | Path) -> tuple[Path, str]:
@@ -841,7 +892,8 @@ def _trainer_state(path: Path) -> dict:
     with open(path, "rb") as file:
         try:
             state = {**_load_plain(file, "cpu")}
-            if type(state["iteration"]) is not int or state["iteration"] < 0 or not isinstance(state["data"], dict):
+            counts, dicts = (state["iteration"], state.get("world", 1)), (state["data"], state.get("rng", {}))
+            if any(type(n) is not int or n < 0 for n in counts) or not all(isinstance(d, dict) for d in dicts):
                 raise TypeError("its iteration and data are not a count and a dict")
         except Exception as e:  # as in `_piece`
             raise _damaged(path, "is damaged or not a trainer's state") from e
@@ -864,7 +916,7 @@ def _load_optimizer(source: CheckpointWeights, parameters: dict[str, nn.Paramete
             continue
         for key, value in state.items():
             if stored[key][1] != value.shape:
-                raise InputError(f"{source.path}: optimizer.{key}.{name} has shape {list(stored[key][1])}, "
+                raise InputError(f"{source.path}: optimizer.{key}.{name} has shape {_short(list(stored[key][1]))}, "
                                  f"the model's is {list(value.shape)}")
             _fill(value, source, f"optimizer.{key}.{name}")
         optimizer.state[p] = state
@@ -919,6 +971,11 @@ def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str 
     `dtype` ('bfloat16', ...) defaults to the one that the assets' config.json names, else to what is stored.
     """
     assets = Path(model_assets_dir)
+    copied = [path for path in sorted(assets.glob("*"))
+              if path.is_file() and _ASSET.fullmatch(path.name) and path.name != CHECKSUMS]
+    for path in copied:
+        if path.stat().st_size > ASSET_BYTES:
+            raise InputError(f"{path}: has more than {ASSET_BYTES} bytes; take it out of --model_assets_dir")
     expected = expected_shapes(assets)
     source = CheckpointWeights(find_checkpoint(load_dir)[0]).fit(expected)
     final = Path(save_dir).resolve()
@@ -936,6 +993,9 @@ def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str 
     if any(name.endswith(EXPERTS) and shape[1] == shape[2] for name, shape in expected.items()):
         logger.warning("the experts are square: transformers 5 will take them for its own transposed layout")
     types = {name: target or source.tensors[name][0] for name in expected}
+    for name, kind in types.items():
+        if kind not in SAFETENSORS_TYPES.values():
+            raise InputError(f"{source.path}: {name} is {kind}, which is not a weight's type; give --dtype bfloat16")
     nbytes = {name: types[name].itemsize * shape.numel() for name, shape in expected.items()}
     shards: list[list[str]] = [[]]
     for name in expected:
@@ -952,12 +1012,11 @@ def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str 
                 _write_safetensors(output, names, types, source, bar)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_bytes(partial / INDEX, json.dumps(index, indent=2).encode(), files)
-        for path in sorted(assets.iterdir()):
-            if path.is_file() and _ASSET.fullmatch(path.name) and path.name != CHECKSUMS:
-                data = path.read_bytes()
-                if path.name == "config.json" and target is not None:
-                    data = _config_with_dtype(data, named)
-                _write_bytes(partial / path.name, data, files)
+        for path in copied:
+            data = path.read_bytes()
+            if path.name == "config.json" and target is not None:
+                data = _config_with_dtype(data, named)
+            _write_bytes(partial / path.name, data, files)
     return final
 
 
@@ -1012,6 +1071,8 @@ def verify(directory: str | Path) -> list[str]:
 def _verify_one(path: Path) -> str:
     if not (path / CHECKSUMS).exists():
         source = CheckpointWeights(path) if (path / ".metadata").exists() else HuggingFaceWeights(path)
+        if not source.tensors:
+            raise InputError(f"{path}: holds no tensors; take another checkpoint")
         return (f"{path}: {len(source.tensors)} tensors, sizes are right "
                 f"(there is no {CHECKSUMS}: contents cannot be checked)")
     records = _checksums(path)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import random
 import resource
 import shutil
 import subprocess
@@ -173,6 +174,7 @@ def test_transformers_4_loads_the_result(make_hf, tmp_path, kind):
     assert (torch.load(tmp_path / "logits.pt") - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_dtype_is_the_assets_or_the_one_asked_for(make_hf, tmp_path):
     hf = make_hf("dense, tied", torch.float32)
     convert.hf_to_dcp(hf, tmp_path / "dcp")
@@ -186,6 +188,39 @@ def test_dtype_is_the_assets_or_the_one_asked_for(make_hf, tmp_path):
     (silent / "config.json").write_text(json.dumps(tiny.config_dict(tied=True)))  # names no type
     convert.dcp_to_hf(tmp_path / "dcp", tmp_path / "as stored", silent)
     assert same(contents(tmp_path / "as stored"), contents(hf))
+    wide = {name: value.double() for name, value in published(hf).items()}
+    dcp.save(wide, checkpoint_id=tmp_path / "wide", no_dist=True)
+    with pytest.raises(InputError, match="wide: model.* is torch.float64, .* give --dtype bfloat16"):
+        convert.dcp_to_hf(tmp_path / "wide", tmp_path / "wide out", silent)
+    convert.dcp_to_hf(tmp_path / "wide", tmp_path / "wide out", silent, dtype="float32")
+    assert same(contents(tmp_path / "wide out"), contents(tmp_path / "as stored"))
+
+
+def test_assets_may_be_links_but_not_huge(make_hf, tmp_path):
+    hf, assets = make_hf("dense, tied"), tmp_path / "assets"
+    convert.hf_to_dcp(hf, tmp_path / "dcp")
+    assets.mkdir()
+    (assets / "config.json").symlink_to(hf / "config.json")
+    notes = assets / "notes.txt"
+    notes.write_text("x")
+    convert.dcp_to_hf(tmp_path / "dcp", tmp_path / "out", assets)
+    assert {f.name for f in tmp_path.glob("out/*.*") if not f.is_symlink()} >= {"config.json", "notes.txt"}
+    os.truncate(notes, 1 << 32)
+    with pytest.raises(InputError, match="notes.txt: has more than"):
+        convert.dcp_to_hf(tmp_path / "dcp", tmp_path / "out", assets, overwrite=True)
+
+
+def test_errors_are_short(make_hf, tmp_path):
+    shutil.copytree(make_hf("dense, tied"), tmp_path / "hf")
+    for name, shape, kind in (("x" * 5_000_000, (1,), torch.int8), (NORM, (1,) * 300_000, torch.float32)):
+        header = {name: {"dtype": {torch.int8: "I8"}.get(kind, "F32"), "shape": shape,
+                         "data_offsets": [0, kind.itemsize]}}
+        encoded = json.dumps(header).encode()
+        content = len(encoded).to_bytes(8, "little") + encoded + b"\0" * kind.itemsize
+        (tmp_path / "hf/model.safetensors").write_bytes(content)
+        with pytest.raises(InputError, match="is I8|has shape") as error:
+            convert.HuggingFaceWeights(tmp_path / "hf").fit({NORM: torch.Size([56])})
+        assert len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize("width", [28, 56], ids=["2I == D", "I == D"])
@@ -399,13 +434,13 @@ def test_save_and_load_are_exact(make_hf, tmp_path, monkeypatch, kind):
     load_hf_weights(model, hf)
     optimizer = torch.optim.AdamW([{"params": [p]} for p in model.parameters()])
     train(model, optimizer, steps=2, seed=0)
-    state = {"iteration": 2, "rng": torch.get_rng_state(), "data": {"position": [1, {"epoch": 0}]}}
+    state = {"iteration": 2, "rng": {"torch": torch.get_rng_state()}, "data": {"position": [1, {"epoch": 0}]}}
     saved = save_checkpoint(tmp_path / "run", 2, model, optimizer, state)
     assert saved == tmp_path / "run/iter_0000002" and find_checkpoint(tmp_path / "run") == (saved, "2")
     again = build(hf)
     resumed = torch.optim.AdamW(again.parameters())
     loaded = load_checkpoint(saved, again, resumed)
-    assert torch.equal(loaded.pop("rng"), state.pop("rng")) and loaded == state
+    assert torch.equal(loaded.pop("rng")["torch"], state.pop("rng")["torch"]) and loaded == state
     assert same(everything(again, resumed), everything(model, optimizer))
     train(model, optimizer, steps=2, seed=1)
     train(again, resumed, steps=2, seed=1)
@@ -450,6 +485,25 @@ def test_retain_keeps_the_newest_up_to_this_one(tmp_path):
     assert find_checkpoint(tmp_path)[1] == "40"
 
 
+def test_links_and_files_in_the_place_of_iterations(tmp_path):
+    """They go as directories do, and what links point to stays."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    model = nn.Linear(2, 2)
+    save_checkpoint(run, 1, model)
+    (run / "iter_0000001").rename(elsewhere)
+    there = {f.name for f in elsewhere.iterdir()}
+    for name in ("iter_0000001", ".tmp_iter_0000008", ".old_iter_0000002"):
+        (run / name).symlink_to(elsewhere)
+    for name in ("iter_0000000", ".tmp_iter_0000009"):
+        (run / name).write_text("x")
+    (run / "iter_0000003").symlink_to("nowhere")
+    for iteration in (2, 3):
+        save_checkpoint(run, iteration, model, retain=1)
+        assert {f.name for f in run.glob("iter_*") if f.name <= f"iter_{iteration:07d}"} == {f"iter_{iteration:07d}"}
+    assert {f.name for f in run.iterdir()} == {"iter_0000003", convert.TRACKER}
+    assert {f.name for f in elsewhere.iterdir()} == there
+
+
 def test_unloadable_trainer_state_is_refused_when_saved(tmp_path):
     with pytest.raises(InputError, match="iter_0000001: was not saved"):
         save_checkpoint(tmp_path, 1, nn.Linear(2, 2), trainer_state={"path": Path("/")})
@@ -477,6 +531,45 @@ def test_find_checkpoint(make_hf, tmp_path):
     (run / convert.TRACKER).unlink()
     with pytest.raises(InputError, match=r"name one of its iterations \(iter_0000005\)"):
         find_checkpoint(run)
+
+
+def test_pieces_fill_a_tensor_or_do_not():
+    """Against counting every value's pieces; and soon, however many pieces lie side by side."""
+    rng, seen = random.Random(0), {True: 0, False: 0}
+    for _ in range(3000):
+        shape = [rng.randint(1, 4) for _ in range(rng.randint(0, 3))]
+        boxes = [([0] * len(shape), shape)]
+        for _ in range(rng.randrange(5) if shape else 0):  # cuts one in two
+            at, sizes = boxes.pop(rng.randrange(len(boxes)))
+            k = rng.randrange(len(shape))
+            first = rng.randint(0, sizes[k])
+            boxes.append((at, [*sizes[:k], first, *sizes[k + 1 :]]))
+            boxes.append(([*at[:k], at[k] + first, *at[k + 1 :]], [*sizes[:k], sizes[k] - first, *sizes[k + 1 :]]))
+        if rng.random() < 0.5:  # moves, grows or shrinks one, or has it twice
+            at, sizes = rng.choice(boxes)
+            changed = [*at], [*sizes]
+            if shape:
+                rng.choice(changed)[rng.randrange(len(shape))] += rng.choice((-1, 0, 1))
+            boxes[rng.randrange(len(boxes))] = changed
+        count = torch.zeros([n + 8 for n in shape], dtype=torch.int64)
+        for at, sizes in boxes:
+            count[convert._window((a + 4 for a in at), (max(n, 0) for n in sizes))] += 1
+        expected = torch.zeros_like(count)
+        expected[convert._window([4] * len(shape), shape)] = 1
+        whole = torch.equal(count, expected) and all(n >= 0 for _, sizes in boxes for n in sizes)
+        assert convert._is_whole(shape, boxes) == whole, (shape, boxes)
+        seen[whole] += 1
+    assert min(seen.values()) > 500
+    columns = [((0, i), (1, 1)) for i in range(20_000)]
+    began = time.process_time()
+    assert convert._is_whole((1, 20_000), columns) and not convert._is_whole((1, 20_000), columns[1:] + columns[1:2])
+    assert time.process_time() - began < 10  # comparing each with each takes minutes
+
+
+def test_a_checkpoint_of_nothing_is_not_right(tmp_path):
+    convert._write_metadata(tmp_path, [], {})
+    with pytest.raises(InputError, match="holds no tensors"):
+        convert.verify(tmp_path)
 
 
 def test_damaged_checkpoints(tmp_path, capfd):
