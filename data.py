@@ -43,10 +43,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 logger = logging.getLogger(__name__)
-# Pillow refuses pictures of more than twice as many pixels as this: of 90 million, of which a file of a few kilobytes
-# may consist, each copy takes 360 MB. Its warning at half of that is noise. (Filters that change for each picture would
+# Pillow refuses pictures of more than twice as many pixels as this: of 120 million (the largest cameras' have 108), of
+# which a file of a few kilobytes may consist, each copy takes 360 to 480 MB. Its warning at half of that is noise. (Filters that change for each picture would
 # make Python forget which warnings it has shown.)
-Image.MAX_IMAGE_PIXELS = 45_000_000
+Image.MAX_IMAGE_PIXELS = 60_000_000
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 IGNORE = -100  # the label of a token that is not supervised
@@ -1422,12 +1422,14 @@ class Loader:
 
         Lengths are measured ahead, in a worker if there are any. The samples that wait belong to the position.
         """
+        left, state = self._left_over()
+        rows = itertools.chain(((span, state) for span in left), self._own_rows(state))
         waiting: list[tuple[Span, int]] = []
         position: dict = {}
-        for span, behind, length in self._in_workers(self._measure, self._dealt(), min(1, self.num_workers)):
+        for taken, (span, behind, length) in enumerate(self._in_workers(self._measure, rows, min(1, self.num_workers))):
             while len(waiting) == PACKING_WINDOW or waiting and behind["epoch"] != position["epoch"]:
                 row, waiting = fill_row(waiting, self.encode_options["seq_length"])
-                places = [list(span) for span, _ in waiting]
+                places = [list(place) for place in [*(span for span, _ in waiting), *left[taken:]]]
                 yield [span for span, _ in row], position | {"dealt": [self.dp_rank, self.dp_size], "waiting": places}
             waiting.append((span, length))
             position = behind
@@ -1440,8 +1442,8 @@ class Loader:
         except InputError:
             return *item, 0
 
-    def _dealt(self) -> Iterator[tuple[Span, dict]]:
-        """The rows to pack on this rank, each with the position behind it; first those that waited at a checkpoint.
+    def _left_over(self) -> tuple[list[Span], dict]:
+        """The rows that waited at a checkpoint and are this rank's to pack now, and the position that all go on from.
 
         Ranks fill their rows at different speeds, so each has a position of its own. Where other ranks left off than go
         on now, what any of them had waiting or had not come to is dealt anew, and all go on from the foremost position.
@@ -1456,8 +1458,10 @@ class Loader:
                 if behind["consumed"] > done[(behind["consumed"] - 1) % state["dealt"][1]]:
                     waiting.append(span)
             waiting = waiting[self.dp_rank :: self.dp_size]
-        for span in waiting:
-            yield span, state
+        return waiting, {name: value for name, value in state.items() if name != "waiting"}
+
+    def _own_rows(self, state: dict) -> Iterator[tuple[Span, dict]]:
+        """The rows behind a position that are this rank's to pack, each with the position behind it."""
         for span, behind in self.dataset.stream(state, self._order_seed):
             if (behind["consumed"] - 1) % self.dp_size == self.dp_rank:
                 yield span, behind
@@ -1489,7 +1493,7 @@ def _check_position(state: dict, files: int) -> None:
         good = all(type(number) is int and 0 <= number < 2**53 for number in numbers)
         good &= (len(dealt), len(block), {len(place) for place in waiting} - {4}) == (2, 3, set())
         good = good and ("waiting" not in state or "consumed" in state and "epoch" in state)
-        good = good and ("block" not in state or "bytes" in state) and len(waiting) <= PACKING_WINDOW
+        good = good and ("block" not in state or "bytes" in state) and len(waiting) <= 1_000_000
         good = good and min(dealt[1], state.get("buffer", 1)) > 0 and all(
             place[0] < files and place[2] <= place[3] for place in waiting)
     except (AttributeError, TypeError):

@@ -172,13 +172,13 @@ class Generator:
             x = x[[end - 1 for end in batch.cu_seqlens[1:]]]
             for left in reversed(range(max_new_tokens)):
                 logits = self.model.lm_head(x)
-                if not logits.isfinite().all():
-                    raise InputError("the logits are not finite: look for damaged weights, or try another --dtype")
                 if temperature == 0:
                     token_ids = logits.argmax(-1)
                 else:
                     uniform = torch.tensor([1 - random[s].random() for s in running], device=logits.device)
                     token_ids = sample(logits, uniform, temperature, top_k, top_p)
+                if not logits.gather(1, token_ids[:, None]).isfinite().all():  # NaN counts as the largest
+                    raise InputError("the logits are not finite: look for damaged weights, or try another --dtype")
                 stay = []
                 for b, token in enumerate(token_ids.tolist()):
                     if token not in self.end_token_ids:
