@@ -43,9 +43,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 logger = logging.getLogger(__name__)
-# Pillow refuses pictures of more than twice as many pixels as this: of 120 million (the largest cameras' have 108), of
-# which a file of a few kilobytes may consist, each copy takes 360 to 480 MB. Its warning at half of that is noise. (Filters that change for each picture would
-# make Python forget which warnings it has shown.)
+# Pillow refuses pictures of more than twice as many pixels as this: of 120 million (the largest cameras' have 108). A
+# file of a few kilobytes can have as many; each copy takes 360 to 480 MB. Its warning at half of that is noise.
+# (Filters that change for each picture would make Python forget which warnings it has shown.)
 Image.MAX_IMAGE_PIXELS = 60_000_000
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
