@@ -217,15 +217,15 @@ def load_model(hf_dir: str | Path, load: str | Path | None = None, dtype: str | 
     source.fit(convert.shapes_of(model))  # before memory is taken for what may not fit together
     model.to_empty(device=ops.device).requires_grad_(False)
     convert.load_weights(model, source)
-    if not ops.is_accelerator:
+    if not ops.is_accelerator and dtype == "float32":
         _store_by_columns(model)
     return model
 
 
 @torch.no_grad()
 def _store_by_columns(model: Qwen3VL) -> None:
-    """Turns the weights of linear layers in memory, not in shape: a CPU multiplies a few rows with them up to four
-    times as fast, and many rows as fast as before."""
+    """Turns the weights of linear layers in memory, not in shape: in float32 a CPU multiplies a few rows with them up to
+    four times as fast, and many rows as fast as before."""
     for module in model.modules():
         if isinstance(module, nn.Linear) and not (module is model.lm_head and model.config.tie_word_embeddings):
             module.weight.data = module.weight.T.contiguous().T
