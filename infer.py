@@ -224,8 +224,8 @@ def load_model(hf_dir: str | Path, load: str | Path | None = None, dtype: str | 
 
 @torch.no_grad()
 def _store_by_columns(model: Qwen3VL) -> None:
-    """Turns the weights of linear layers in memory, not in shape: in float32 a CPU multiplies a few rows with them up to
-    four times as fast, and many rows as fast as before."""
+    """Turns the weights of linear layers in memory, not in shape: in float32 a CPU multiplies a few rows with them up
+    to four times as fast, and many rows as fast as before."""
     for module in model.modules():
         if isinstance(module, nn.Linear) and not (module is model.lm_head and model.config.tie_word_embeddings):
             module.weight.data = module.weight.T.contiguous().T
