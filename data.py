@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import gc
 import hashlib
 import itertools
 import json
@@ -1377,6 +1378,8 @@ class Loader:
 
     def _in_workers(self, function: Callable, items: Iterator, workers: int) -> Iterator:
         """What `function` makes of each item, in order."""
+        if workers:  # which would crash if they cleared away an earlier run's process groups: a fork lacks their threads
+            gc.collect()
         return iter(
             DataLoader(
                 _Map(function),
