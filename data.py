@@ -1378,7 +1378,7 @@ class Loader:
 
     def _in_workers(self, function: Callable, items: Iterator, workers: int) -> Iterator:
         """What `function` makes of each item, in order."""
-        if workers:  # which would crash if they cleared away an earlier run's process groups: a fork lacks their threads
+        if workers:  # they would crash on clearing away an earlier run's process groups: a fork lacks their threads
             gc.collect()
         return iter(
             DataLoader(
