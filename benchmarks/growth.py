@@ -109,6 +109,8 @@ def plot(tables: dict[str, list[tuple]], path: Path, machine: str) -> None:
         for (label, column), style in zip(series.items(), ("o-", "k:", "s-"), strict=True):
             panel.plot(at, [row[column] for row in rows], style, label=label, markersize=4)
         panel.set(xscale="log", yscale="log", xlabel=labels[case])
+        low, high = panel.get_ylim()
+        panel.set_ylim(low / 2, high * 6)  # room for the legend
         panel.set_xticks(at, [f"{n:,}" for n in at], rotation=45, fontsize=7)
         panel.minorticks_off()
         panel.grid(alpha=0.25)
