@@ -1,6 +1,6 @@
 # make demo   trains a small Qwen3-VL-MoE from scratch and asks it about pictures it has never seen
 # make test   lints and runs the tests
-# make bench  times us beside transformers, and draws how cost grows: half an hour on an idle machine
+# make bench  times us beside transformers, and draws how cost grows: a quarter of an hour on an idle machine
 # make test-npu     runs the NPU's code on the real torch_npu and an emulated device: needs gcc, no NPU
 # make test-oldest  runs both with the oldest Python and torch that must work: several GB to install
 # All but the last make their environment in .venv, with the first Python >= 3.10 found. PIP_FLAGS goes to every pip install.
