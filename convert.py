@@ -270,9 +270,8 @@ _DCP_CLASSES = {  # all that the pickle of a DCP checkpoint's description needs
 }
 
 
-_DCP_DATA = (dcp_metadata.BytesStorageMetadata, dcp_metadata.ChunkStorageMetadata, dcp_metadata.Metadata, _StorageInfo,
-             dcp_metadata.MetadataIndex, dcp_metadata.StorageMeta, dcp_metadata.TensorProperties,
-             dcp_metadata.TensorStorageMetadata)
+_DCP_DATA = (_StorageInfo, *(getattr(dcp_metadata, name) for name in _DCP_CLASSES[dcp_metadata.__name__]
+                             if name != "_MEM_FORMAT_ENCODING"))
 
 
 class _MetadataUnpickler(pickle._Unpickler):  # Python's own: in the C one a few bytes can take all memory for its memo

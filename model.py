@@ -725,3 +725,8 @@ def parameter_table(named_parameters: Iterator[tuple[str, nn.Parameter]]) -> dic
         total, trainable = table[tower_of(name)]
         table[tower_of(name)] = total + p.numel(), trainable + p.numel() * p.requires_grad
     return table
+
+
+def trained_towers(model: Qwen3VL) -> set[str]:
+    """The towers that are not frozen."""
+    return {tower for tower, (_, trainable) in parameter_table(model.named_parameters()).items() if trainable}

@@ -34,7 +34,7 @@ import data
 import kernels_npu
 import parallel
 from kernels_npu import InputError, Parser, UsageError, number
-from model import TOWERS, Qwen3VL, Qwen3VLConfig, parameter_table, step_flops, tower_of
+from model import TOWERS, Qwen3VL, Qwen3VLConfig, parameter_table, step_flops, tower_of, trained_towers
 
 log = logging.getLogger("train")
 
@@ -225,7 +225,7 @@ def batch_sizes(args: argparse.Namespace, dp_size: int) -> tuple[int, int]:
 
 
 def open_weights(
-    args: argparse.Namespace, config: Qwen3VLConfig
+    args: argparse.Namespace, model: Qwen3VL
 ) -> convert.HuggingFaceWeights | convert.CheckpointWeights | None:
     """What --load or the directory holds, found to fit the model before memory is taken; None for --init random."""
     if args.load:
@@ -237,23 +237,21 @@ def open_weights(
     else:
         raise InputError(f"{args.init_from_hf_path}: holds no safetensors: give a directory with weights, "
                          "--init random to train from scratch, or --load")
-    with torch.device("meta"):
-        return source.fit(convert.shapes_of(Qwen3VL(config)))
+    return source.fit(convert.shapes_of(model))
 
 
 def build_model(
-    args: argparse.Namespace, config: Qwen3VLConfig, ranks: parallel.Ranks, dtype: torch.dtype,
+    args: argparse.Namespace, model: Qwen3VL, ranks: parallel.Ranks, dtype: torch.dtype,
     source: convert.HuggingFaceWeights | convert.CheckpointWeights | None,
 ) -> Qwen3VL:
-    """The sharded model with its initial weights: random, or the directory's (those of --load come by `resume`)."""
-    with torch.device("meta"):
-        model = Qwen3VL(config)
+    """Of the model on the meta device the sharded one with its initial weights: random, or the directory's (those of
+    --load come by `resume`)."""
     size = sum(p.numel() for p in model.parameters())
     if not args.init_model_with_meta_device:
         if size > 10e9:
             raise UsageError(f"--no-init-model-with-meta-device: every process would hold all "
                              f"{size / 1e9:.0f}B parameters of the model; leave it out above 10B")
-        model = Qwen3VL(config)
+        model = Qwen3VL(model.config)
     prepare(args, model, ranks, dtype)
     if args.init_model_with_meta_device:
         model.to_empty(device=ranks.device)
@@ -527,7 +525,7 @@ def train(
 ) -> None:
     """Runs iterations start + 1 to --train-iters (none after `deadline`), saving and evaluating on the way."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    trained = {tower for tower, (_, count) in parameter_table(model.named_parameters()).items() if count}
+    trained = trained_towers(model)
     signals = Signals(deadline, ranks.timeout.total_seconds())
     saver = convert.Saver(args.async_save, ranks.timeout)
     skipped_in_a_row = 0
@@ -771,7 +769,7 @@ def prepare_directories(args: argparse.Namespace, ranks: parallel.Ranks) -> cont
         raise InputError(f"--save {save}: {e.filename or save} cannot be written ({e.strerror})") from e
 
 
-def check_save(args: argparse.Namespace, config: Qwen3VLConfig, ranks: parallel.Ranks) -> None:
+def check_save(args: argparse.Namespace, model: Qwen3VL, ranks: parallel.Ranks) -> None:
     """Before time goes into loading: whether this rank can write to --save, and there is room for what will be written.
     Raises InputError without room for one checkpoint; with too little for all that will be there at once, warns."""
     if not args.save:
@@ -782,8 +780,6 @@ def check_save(args: argparse.Namespace, config: Qwen3VLConfig, ranks: parallel.
                          "or cannot write there: it must be storage that every node shares")
     if ranks.rank > 0:
         return
-    with torch.device("meta"):
-        model = Qwen3VL(config)
     freeze(args, model)
     nbytes = sum(4 * p.numel() * (3 if p.requires_grad and not args.no_save_optim else 1) for p in model.parameters())
     planned = math.ceil(args.train_iters / args.save_interval) if args.save_interval else 1
@@ -883,9 +879,11 @@ def run(args: argparse.Namespace, ranks: parallel.Ranks, accumulation: int, star
         + f"; attention: text {args.text_attn_implementation or ops.default_attention}, "
         f"vision {args.vision_attn_implementation or ops.default_attention}"
         + "".join(f"; {name} {value}" for name, value in ops.settings.items()))
-    ranks.together(lambda: check_save(args, config, ranks))
-    source = ranks.together(lambda: open_weights(args, config))
-    model = build_model(args, config, ranks, dtype, source)
+    with torch.device("meta"):
+        model = Qwen3VL(config)
+    ranks.together(lambda: check_save(args, model, ranks))
+    source = ranks.together(lambda: open_weights(args, model))
+    model = build_model(args, model, ranks, dtype, source)
     for tower, (total, trainable) in parameter_table(model.named_parameters()).items():
         say(f"{tower:17} {total:15,d} parameters, {trainable:15,d} trainable")
     optimizer = make_optimizer(args, model)

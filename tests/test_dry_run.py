@@ -68,7 +68,9 @@ def real_step(argv: list[str]) -> None:
     ops = kernels_npu.ops = EvenRouting(torch.device("cpu"))
     ranks = parallel.Ranks(ops, 1, cp=args.context_parallel_size, ep=args.expert_parallel_size, fsdp=args.fsdp_size)
     config = train.Qwen3VLConfig.from_json(args.init_from_hf_path)
-    model = train.build_model(args, config, ranks, torch.float32, None)
+    with torch.device("meta"):
+        model = train.Qwen3VL(config)
+    model = train.build_model(args, model, ranks, torch.float32, None)
     optimizer = train.make_optimizer(args, model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     _, accumulation = train.batch_sizes(args, ranks.dp_size)

@@ -23,7 +23,7 @@ import data
 import kernels_npu
 import parallel
 from kernels_npu import InputError, UsageError
-from model import Qwen3VL, Qwen3VLConfig, call, parameter_table
+from model import Qwen3VL, Qwen3VLConfig, call, trained_towers
 from train import batch_sizes, make_optimizer, prepare, set_loss_weights
 
 
@@ -264,8 +264,7 @@ def dry_run(args: argparse.Namespace) -> None:
     dtype = args.compute_dtype or ops.compute_dtype
     prepare(args, model, ranks, dtype)
     batch = imagined_batch(args, config)
-    trained = {tower for tower, (_, count) in parameter_table(model.named_parameters()).items() if count}
-    flops = set_loss_weights([batch] * accumulation, args.loss_type, config, ranks, trained).flops
+    flops = set_loss_weights([batch] * accumulation, args.loss_type, config, ranks, trained_towers(model)).flops
     report = {
         "rank": ranks.rank, "world_size": ranks.world, "context_parallel_size": ranks.cp_size,
         "expert_parallel_size": ranks.ep_size, "fsdp_size": ranks.world // ranks.replicas,
