@@ -2,7 +2,7 @@
 and offload, FSDP2, gradient clipping.
 
 Nothing here is called by `model.py`: the seams that it documents are replaced, and FSDP2 hooks onto its modules, so
-that the same forward runs on one process and on many. A world of one goes the same way as a large one.
+that the same forward runs on one process and on many.
 
 The grid: neighbouring ranks share a sample (context parallel) and a layer's experts (expert parallel); the two overlap.
 Every rank holds a shard of every other parameter, or, with a smaller --fsdp-size, each run of that many ranks does.
@@ -406,6 +406,9 @@ def parallelize(
         for block in (*visual.blocks, *text.layers):
             block.compile()
 
+    if ranks.world == 1 and compute_dtype == torch.float32:
+        return  # nothing to cut and nothing to cast: FSDP2 would copy all parameters and gradients, a fifth of a step
+
     # cast_forward_inputs would turn loss weights and rotary tables into bf16
     policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
     shard = functools.partial(fully_shard, mesh=ranks.mesh, mp_policy=policy)
@@ -469,6 +472,11 @@ def reshard(model: nn.Module) -> None:
         module.reshard()
 
 
+def to_local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def local_part(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """This rank's part of a DTensor, or all of a plain tensor, detached, and where it begins in the whole."""
     if not isinstance(tensor, DTensor):
@@ -484,7 +492,7 @@ def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float, ranks: Ranks
     Whatever its mesh, every element of a gradient lies on one rank (of each replica), so the ranks' sums of squares, in
     float64, add up to the whole norm.
     """
-    grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
+    grads = [to_local(p.grad) for p in parameters if p.grad is not None]
     # none at all where all that trains is the vision encoder, and the step had no picture
     norms = torch.stack(torch._foreach_norm(grads)).cpu().double() if grads else torch.zeros(1)
     (total,) = ranks.sum((norms**2).sum() / ranks.replicas)

@@ -285,8 +285,9 @@ def make_optimizer(args: argparse.Namespace, model: Qwen3VL) -> torch.optim.Opti
     groups = []
     for tower in TOWERS:
         params = [p for name, p in model.named_parameters() if tower_of(name) == tower and p.requires_grad]
-        for mesh in dict.fromkeys(p.device_mesh for p in params):  # torch 2.7.1's fused AdamW takes one mesh at a time
-            same = [p for p in params if p.device_mesh == mesh]
+        meshes = [getattr(p, "device_mesh", None) for p in params]
+        for mesh in dict.fromkeys(meshes):  # torch 2.7.1's fused AdamW takes one mesh at a time
+            same = [p for p, its_mesh in zip(params, meshes, strict=True) if its_mesh == mesh]
             groups.append({"params": same, "max_lr": args.lr if peaks[tower] is None else peaks[tower]})
     if not groups:
         raise UsageError("every tower is frozen: leave out one of the --freeze flags")

@@ -62,6 +62,7 @@ class EvenRouting(kernels_npu.Torch):
 def real_step(argv: list[str]) -> None:
     """A rank of train.py's second step with the batch of a dry run, watched; its numbers go to the file argv[0]."""
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType
+    from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
     from torch.utils._python_dispatch import _disable_current_modes
 
     args = train.parse_args(["--dataset", "none", "--train-iters", "1", "--init", "random", "--fp32", *argv[1:]])
@@ -72,7 +73,7 @@ def real_step(argv: list[str]) -> None:
         model = train.Qwen3VL(config)
     model = train.build_model(args, model, ranks, torch.float32, None)
     optimizer = train.make_optimizer(args, model)
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable, sharded = [p for p in model.parameters() if p.requires_grad], bool(parallel.fsdp_modules(model))
     _, accumulation = train.batch_sizes(args, ranks.dp_size)
     batch = imagined_batch(args, config)
     batch.pixel_values = torch.zeros(batch.pixel_values.shape)
@@ -81,7 +82,7 @@ def real_step(argv: list[str]) -> None:
     for owner, name in ((parallel._Input, "__init__"), (parallel.Offload, "_copy")):  # the host's memory does not count
         setattr(owner, name, _disable_current_modes()(getattr(owner, name)))
 
-    def step(tracker: FSDPMemTracker | None = None) -> tuple[int, int]:
+    def step(tracker: MemTracker | None = None) -> tuple[int, int]:
         """-> (bytes of activations after forward, bytes of gradients after backward)."""
         kept = 0
         for _ in range(accumulation):
@@ -89,18 +90,22 @@ def real_step(argv: list[str]) -> None:
                 tracker.reset_mod_stats()
             loss, _ = model(batch)
             if tracker:
-                kept = tracker.get_tracker_snapshot()[cpu][_FSDPRefType.ACT]
+                kept = tracker.get_tracker_snapshot()[cpu][(_FSDPRefType if sharded else _MemRefType).ACT]
             loss.backward()
             del loss
         parallel.clip_grad_norm(trainable, args.clip_grad, ranks)
-        grads = sum(p.grad.to_local().nbytes for p in trainable)
+        grads = sum(parallel.to_local(p.grad).nbytes for p in trainable)
         optimizer.step()
         optimizer.zero_grad()
         return kept, grads
 
     step()
-    tracker = FSDPMemTracker(model, optimizer)
-    tracker.track_inputs((batch.pixel_values, batch.input_ids, batch.labels, batch.position_ids))
+    inputs = batch.pixel_values, batch.input_ids, batch.labels, batch.position_ids
+    tracker = FSDPMemTracker(model, optimizer) if sharded else MemTracker()
+    if sharded:
+        tracker.track_inputs(inputs)
+    else:
+        tracker.track_external(model, optimizer, *inputs)
     with tracker:
         kept, grads = step(tracker)
     peak = tracker.get_tracker_snapshot("peak")[cpu]
@@ -109,8 +114,8 @@ def real_step(argv: list[str]) -> None:
         made_by_loss = 4 * supervised * config.text.hidden_size + 4 * weight.numel() * weight.requires_grad
         states = [t for state in optimizer.state.values() for t in state.values()]
         Path(argv[0]).write_text(json.dumps({
-            "parameter_bytes": sum(p.to_local().nbytes for p in model.parameters()), "gradient_bytes": grads,
-            "optimizer_bytes": sum(getattr(t, "_local_tensor", t).nbytes for t in states),
+            "parameter_bytes": sum(parallel.to_local(p).nbytes for p in model.parameters()), "gradient_bytes": grads,
+            "optimizer_bytes": sum(parallel.to_local(t).nbytes for t in states),
             "activation_bytes": kept - made_by_loss, "peak_bytes": peak["Total"],
         }))
     ranks.close()
@@ -118,6 +123,7 @@ def real_step(argv: list[str]) -> None:
 
 # ranks, model, flags: each setting of recompute, each kind of parallelism, accumulation, a frozen tower
 LAYOUTS = {
+    "one rank": (1, "moe", "--recompute", "full"),  # without FSDP2
     "fsdp 2": (2, "dense", "--recompute", "none", "--global-batch-size", 4),
     "tied": (2, "tied", "--recompute", "full", "--micro-batch-size", 2),
     "hybrid": (4, "dense", "--activation-offload", "--fsdp-size", 2, "--freeze-vision-encoder"),

@@ -180,7 +180,7 @@ def trace_step(
             optimizer.step()
             optimizer.zero_grad()
         for p in trainable:
-            p.register_post_accumulate_grad_hook(lambda p: memory.count(p.grad.to_local(), "gradients"))
+            p.register_post_accumulate_grad_hook(lambda p: memory.count(parallel.to_local(p.grad), "gradients"))
         for name, module in model.named_modules():
             if isinstance(module, parallel.FSDPModule):
                 memory.reset()
@@ -214,22 +214,22 @@ def trace_step(
             with memory.of("backward"):
                 loss.backward()
             del loss
-        shards = [p.to_local() for p in model.parameters()]
-        gradients = sum(p.grad.to_local().nbytes for p in trainable)
+        shards = [parallel.to_local(p) for p in model.parameters()]
+        gradients = sum(parallel.to_local(p.grad).nbytes for p in trainable)
         parallel.clip_grad_norm(trainable, args.clip_grad, ranks)
         with memory.of("optimizer step"):
             optimizer.step()
     supervised = len(batch.supervised_index)
     logits = min(args.loss_chunk_size or supervised, supervised)
-    largest = max(all_gathers, key=all_gathers.get)
+    largest = max(all_gathers, key=all_gathers.get, default="none")  # on one rank there may be no FSDP2
     states = [t for state in optimizer.state.values() for t in state.values()]
     return {
         "parameters": sum(p.numel() for p in shards), "parameter_bytes": sum(p.nbytes for p in shards),
         "gradient_bytes": gradients, "logits_bytes": logits * model.config.text.vocab_size * 4,
-        "optimizer_bytes": sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in states),
+        "optimizer_bytes": sum(parallel.to_local(t).nbytes for t in states),
         "activation_setting": setting, "activation_bytes": activations,
         "backward_bytes": memory.most["backward"], "loss_bytes": memory.most["loss"],
-        "largest_all_gather": largest, "largest_all_gather_bytes": all_gathers[largest],
+        "largest_all_gather": largest, "largest_all_gather_bytes": all_gathers.get(largest, 0),
         "gathered_bytes": memory.most["gathered parameters"],
         "reduce_scatter_bytes": memory.most["reduce-scatter buffers"],
         **{f"{kind.replace('-', '_')}_bytes": memory.moved[kind] // traced * accumulation
