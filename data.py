@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import functools
 import gc
 import hashlib
 import itertools
@@ -555,6 +556,16 @@ CONTROL_TOKENS = {
 }
 
 
+@functools.cache
+def _pair_tables(rescale_factor: float, means: tuple, stds: tuple) -> np.ndarray:
+    """[3, 65536] float64, each two float32 side by side: what the two bytes of a uint16 become in each channel, with
+    transformers' roundings: rescaled in float64, normalised in float32."""
+    levels = (np.arange(256, dtype=np.float64) * rescale_factor).astype(np.float32)
+    tables = (levels - np.array(means, np.float32)[:, None]) / np.array(stds, np.float32)[:, None]  # [3, 256]
+    both = np.arange(65536, dtype=np.uint16).view(np.uint8).reshape(-1, 2)  # in the machine's own order of bytes
+    return np.ascontiguousarray(tables[:, both]).view(np.float64)[..., 0]
+
+
 class Processor:
     """Tokenizer, chat template, pictures, videos and positions of one model, from its Hugging Face directory.
 
@@ -625,6 +636,9 @@ class Processor:
             if not self.image[name] == self.video[name] == stated:
                 found = f"{self.image[name]} for pictures, {self.video[name]} for videos, {short(stated)}"
                 raise InputError(f"{hf_dir}: the preprocessor files and config.json disagree on {name}: {found}")
+        if self.patch * self.merge % 2:
+            raise InputError(f"{hf_dir}: patch_size {self.patch} and merge_size {self.merge} are both odd: pixels are "
+                             "taken in pairs, so one of them must be even")
         if not (0.001 <= video_fps <= 1e6 and video_maxlen >= self.temporal):
             raise InputError(f"video_fps {video_fps} must be between 0.001 and 1e6, and video_maxlen {video_maxlen} at "
                              f"least {self.temporal}")
@@ -708,25 +722,24 @@ class Processor:
         """`count` images, resized to the grid, cut into patches [t * h * w, channel * temporal * patch * patch] whose
         order is that of merge blocks.
 
-        The last image is repeated to fill a patch. Values are looked up in a table of the 256 possible ones, made with
-        transformers' roundings: rescaled in float64, normalised in float32. One row of blocks at a time, as whole
-        pictures do not fit in a processor's cache.
+        The last image is repeated to fill a patch. Values are looked up, two neighbours at once (see `_pair_tables`);
+        one row of blocks at a time, as whole pictures do not fit in a processor's cache.
         """
         (t, h, w), m, p = grid, self.merge, self.patch
-        levels = (np.arange(256, dtype=np.float64) * settings["rescale_factor"]).astype(np.float32)
-        means, stds = (np.array(settings[name], np.float32)[:, None] for name in ("image_mean", "image_std"))
-        tables = (levels - means) / stds  # [3, 256]
+        tables = _pair_tables(settings["rescale_factor"], *map(tuple, (settings["image_mean"], settings["image_std"])))
         patches = np.empty((t, h // m, w // m, m, m, 3, self.temporal, p, p), np.float32)
         for i, image in enumerate(images):
             if settings is self.video:  # as torchvision: the width first. Pillow's order depends on the sizes
                 image = image.resize((w * p, image.height), Image.Resampling.BICUBIC)
-            resized = np.asarray(image.resize((w * p, h * p), Image.Resampling.BICUBIC))
-            rows = resized.reshape(h // m, m, p, w // m, m, p, 3).transpose(0, 6, 3, 1, 4, 2, 5)
+            image = image.resize((w * p, h * p), Image.Resampling.BICUBIC)
             first = i % self.temporal
             to = patches[i // self.temporal, ..., first : None if i == count - 1 else first + 1, :, :]
-            for row, blocks in enumerate(rows):
-                for channel in range(3):
-                    to[row, :, :, :, channel] = np.take(tables[channel], blocks[channel])[..., None, :, :]
+            for channel, plane in enumerate(image.split()):
+                lines = np.asarray(plane).view(f"V{p}")  # a patch's line as one element
+                for row, blocks in enumerate(lines.reshape(h // m, m, p, w // m, m).transpose(0, 3, 1, 4, 2)):
+                    pairs = np.ascontiguousarray(blocks).view(np.uint16)
+                    values = np.take(tables[channel], pairs).view(np.float32)
+                    to[row, :, :, :, channel] = values.reshape(w // m, m, m, 1, p, p)
         return patches.reshape(t * h * w, -1)
 
     def encode(
