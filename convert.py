@@ -625,11 +625,8 @@ def _complete(partial: Path, final: Path, files: dict[str, dict], tracker: str |
     The files are already on the disk (`_HashedFile`). Their sizes are checked, the checksums written, the names
     flushed; only then is the directory renamed to its real name, and only then does the tracker point to it.
     """
-    for name, record in files.items():
-        size = (partial / name).stat().st_size if (partial / name).exists() else 0
-        if size != record["bytes"]:
-            raise InputError(f"{partial / name}: {size} bytes are there, {record['bytes']} were written: it must be on "
-                             "storage that every node shares")
+    for name, what in _wrong_sizes(partial, files):
+        raise InputError(f"{partial / name}: {what}: it must be on storage that every node shares")
     _write_bytes(partial / CHECKSUMS, json.dumps(files, indent=1, sort_keys=True).encode(), {})
     _sync(partial)
     aside = final.with_name(f".old_{final.name}")
@@ -789,7 +786,7 @@ class Saver:
         self._saving = self._thread.submit(_save, final, pieces, copy.deepcopy(trainer_state), retain, self._group)
 
     def _copy(self, key: tuple, values: Tensor) -> Tensor:
-        pinned = kernels_npu.ops.is_accelerator and values.device.type != "cpu"
+        pinned = not values.is_cpu  # then it is on the accelerator
         if key not in self._copies:
             self._copies[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=pinned)
         return self._copies[key].copy_(values, non_blocking=pinned)
@@ -831,13 +828,12 @@ def _prune(save_dir: Path, newest: int, retain: int) -> None:
         _remove(doomed)
 
 
-def find_checkpoint(load_dir: str | Path) -> tuple[Path, str]:
-    """(directory, its name in a tracker: '100' or 'release') of a run's save directory (its latest complete
-    iteration), of one `iter_XXXXXXX`, or of a converted directory. Raises InputError if there is none."""
+def find_checkpoint(load_dir: str | Path) -> Path:
+    """The checkpoint's directory in a run's save directory (its latest complete iteration) or a converted one; one
+    that is named itself. Raises InputError if there is none."""
     path = Path(load_dir)
     if (path / ".metadata").exists():
-        name = path.resolve().name
-        return path, str(int(name[5:])) if re.fullmatch(r"iter_\d+", name) else name
+        return path
     complete = ", ".join(d.name for d in _iterations(path).values() if (d / ".metadata").exists())
     if not (path / TRACKER).exists():
         hint = (f"name one of its iterations ({complete})" if complete else
@@ -853,7 +849,7 @@ def find_checkpoint(load_dir: str | Path) -> tuple[Path, str]:
     name = tracker if tracker == "release" else f"iter_{int(tracker):07d}"
     for directory in (path / name, path / f".old_{name}"):  # the second: a save that replaced it was killed
         if (directory / ".metadata").exists():
-            return directory, tracker
+            return directory
     state = "incomplete (it has no .metadata)" if (path / name).exists() else "not there"
     hint = f"name another one of {complete}" if complete else "no complete one is there"
     raise InputError(f"{path / TRACKER}: names {name}, which is {state}; {hint}")
@@ -976,7 +972,7 @@ def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str 
         if path.stat().st_size > ASSET_BYTES:
             raise InputError(f"{path}: has more than {ASSET_BYTES} bytes; take it out of --model_assets_dir")
     expected = expected_shapes(assets)
-    source = CheckpointWeights(find_checkpoint(load_dir)[0]).fit(expected)
+    source = CheckpointWeights(find_checkpoint(load_dir)).fit(expected)
     final = Path(save_dir).resolve()
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         if not overwrite:
@@ -996,10 +992,13 @@ def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str 
         if kind not in SAFETENSORS_TYPES.values():
             raise InputError(f"{source.path}: {name} is {kind}, which is not a weight's type; give --dtype bfloat16")
     nbytes = {name: types[name].itemsize * shape.numel() for name, shape in expected.items()}
-    shards: list[list[str]] = [[]]
+    shards: list[list[str]] = []
+    room = 0.0
     for name in expected:
-        if shards[-1] and sum(nbytes[n] for n in shards[-1]) + nbytes[name] > max_shard_gb * 1e9:
+        room -= nbytes[name]
+        if room < 0 or not shards:
             shards.append([])
+            room = max_shard_gb * 1e9 - nbytes[name]
         shards[-1].append(name)
     total = sum(nbytes.values())
     with _building(final, total) as (partial, files, bar):
@@ -1112,7 +1111,7 @@ def main(argv: list[str]) -> None:
     to_hf.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
                        help="of the weights written (default: the assets' configuration's, else as stored)")
     to_hf.add_argument("--max-shard-size", type=number(float, 0, above=True), default=5.0, metavar="GB",
-                       help="of one safetensors file (default 5)")
+                       help="of one safetensors file")
     for command in (to_dcp, to_hf):
         command.add_argument("--overwrite", action="store_true", help="replace an earlier output")
     verifier = commands.add_parser("verify", help="checks a directory's files against their checksums")

@@ -99,11 +99,11 @@ class Batch:
     visual_tokens: slice = field(default_factory=lambda: slice(None))  # whose patches pixel_values holds, of all
     visual_moves: tuple[list[int], list[int]] | None = None  # visual tokens to send to, and to get from, each rank
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
+    def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`; `grid_thw` and the lists stay on the host."""
         names = ("input_ids", "labels", "position_ids", "pixel_values", "visual_index", "supervised_index")
         names += ("loss_weights",) if self.loss_weights is not None else ()
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names})
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 def collate(
@@ -370,10 +370,9 @@ def open_video(spec: str | list | dict, media_dir: str | Path, confine: bool, de
         paths = [resolve_path(item, media_dir, confine) for item in path]
     else:
         full = resolve_path(path, media_dir, confine)
-        if full.suffix.lower() in (*PICTURE_SUFFIXES, ".apng") and not full.is_dir():
-            return _open_animation(full, fps)
         if not full.is_dir():
-            return _open_video_file(full, fps)
+            animated = full.suffix.lower() in (*PICTURE_SUFFIXES, ".apng")
+            return _open_animation(full, fps) if animated else _open_video_file(full, fps)
         names = [name for name in os.listdir(full) if name.lower().endswith(PICTURE_SUFFIXES) and name[0] != "."]
         names.sort(key=lambda name: [int(s) if s.isdecimal() else s for s in re.split("([0-9]+)", name)])
         paths = [resolve_path(os.path.join(path, name), media_dir, confine) for name in names]
@@ -659,6 +658,14 @@ class Processor:
             except TypeError as error:
                 raise InputError("a text holds half of a surrogate pair (\\ud800 to \\udfff)") from error
 
+    @functools.cached_property
+    def _newline(self) -> list[int]:
+        return self._encode_text("\n")
+
+    @functools.cached_property
+    def _answer_begins(self) -> list[int]:
+        return self._encode_text("assistant\n")
+
     def picture(self, image: Image.Image, decode: bool = True) -> tuple[np.ndarray | None, tuple[int, int, int]]:
         """Patches [P, 1536] float32 and grid (1, rows, columns) of an RGB picture, bit for bit transformers'.
 
@@ -812,49 +819,37 @@ class Processor:
         for_generation: bool = False,
         confine: bool = False,
     ) -> tuple[list[_Chunk], bool]:
-        """The turns that fit in `seq_length`, and whether that is not all. Without `decode` they lack the pixels."""
+        """The turns that fit in `seq_length`, and whether that is not all. Without `decode` they lack the pixels.
+        Media of turns beyond the length are not read."""
         try:
             if train_on_prompt and mask_history:
                 raise InputError("train_on_prompt and mask_history exclude each other")
-            turns = parse_row(row, for_generation)
-            return self._encode_turns(turns, media_dir, seq_length, for_generation, confine, decode)
+            limit = seq_length or sys.maxsize
+            chunks, length = [], 0
+            for turn in parse_row(row, for_generation):
+                chunks.append(self._encode_turn(turn, media_dir, confine, decode, limit - length))
+                length += len(chunks[-1].ids)
+                if length > limit and turn.role == "assistant" and not for_generation:
+                    break
+            if for_generation:
+                chunks.append(_Chunk([self.im_start_token_id, *self._answer_begins]))
+                length += len(chunks[-1].ids)
+            if length <= limit:
+                return chunks, False
+            if sum(chunk.answer is not None for chunk in chunks) > 1 and not for_generation:
+                return chunks[:-2], True  # without the last exchange it fitted
+            answer = chunks[-1].answer or 0
+            prompt = length - len(chunks[-1].ids) + answer
+            if for_generation or prompt >= limit:
+                media = sum(h * w for chunk in chunks for _, h, w in chunk.runs)
+                raise InputError(
+                    f"{length} tokens do not fit in a sequence length of {limit}: {prompt} of them, {media} of "
+                    "pictures or videos, come before the first answer; raise --seq-length, or lower --image-max-pixels"
+                )
+            del chunks[-1].ids[limit - length :]
+            return chunks, True
         except InputError as error:
             raise InputError(f"{source}: {_one_line(error)}" if source else _one_line(error)) from error
-
-    def _encode_turns(
-        self,
-        turns: list[Turn],
-        media_dir: str | Path,
-        seq_length: int | None,
-        for_generation: bool,
-        confine: bool,
-        decode: bool,
-    ) -> tuple[list[_Chunk], bool]:
-        """What `_encode_row` returns. Media of turns beyond the length are not read."""
-        limit = seq_length or sys.maxsize
-        chunks, length = [], 0
-        for turn in turns:
-            chunks.append(self._encode_turn(turn, media_dir, confine, decode, limit - length))
-            length += len(chunks[-1].ids)
-            if length > limit and turn.role == "assistant" and not for_generation:
-                break
-        if for_generation:
-            chunks.append(_Chunk([self.im_start_token_id, *self._encode_text("assistant\n")]))
-            length += len(chunks[-1].ids)
-        if length <= limit:
-            return chunks, False
-        if sum(chunk.answer is not None for chunk in chunks) > 1 and not for_generation:
-            return chunks[:-2], True  # without the last exchange it fitted
-        answer = chunks[-1].answer or 0
-        prompt = length - len(chunks[-1].ids) + answer
-        if for_generation or prompt >= limit:
-            media = sum(h * w for chunk in chunks for _, h, w in chunk.runs)
-            raise InputError(
-                f"{length} tokens do not fit in a sequence length of {limit}: {prompt} of them, {media} of pictures or "
-                "videos, come before the first answer; raise --seq-length, or lower --image-max-pixels"
-            )
-        del chunks[-1].ids[limit - length :]
-        return chunks, True
 
     def _encode_turn(self, turn: Turn, media_dir: str | Path, confine: bool, decode: bool, space: int) -> _Chunk:
         """<|im_start|>role\\n...<|im_end|>\\n, as chat_template.jinja renders a message.
@@ -889,9 +884,9 @@ class Processor:
                 chunk.runs.append((len(chunk.ids), rows, columns))
                 chunk.ids += [pad] * (rows * columns) + [self.vision_end_token_id]
                 text = ""
-        chunk.ids += [*self._encode_text(text), self.im_end_token_id, *self._encode_text("\n")]
+        chunk.ids += [*self._encode_text(text), self.im_end_token_id, *self._newline]
         if turn.role == "assistant":
-            chunk.answer = 1 + len(self._encode_text("assistant\n"))
+            chunk.answer = 1 + len(self._answer_begins)
         return chunk
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import signal
@@ -31,7 +32,16 @@ from tqdm import tqdm
 import convert
 import data
 import kernels_npu
-from kernels_npu import InputError, Parser, UsageError, number, read_json, run_program
+from kernels_npu import (
+    InputError,
+    Parser,
+    UsageError,
+    add_media_flags,
+    media_limits,
+    number,
+    read_json,
+    run_program,
+)
 from model import Qwen3VL, Qwen3VLConfig, TextModel
 
 # ---- generation ----------------------------------------------------------------------------------------------------
@@ -48,7 +58,7 @@ class KVCache:
         """For the prompts in `cu_seqlens` with their position_ids [3, T]; `room`: new tokens to make place for at
         first, after which the place doubles."""
         self.decoder, self.layers = decoder, [layer.self_attn for layer in decoder.layers]
-        lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+        lengths = [end - start for start, end in itertools.pairwise(cu_seqlens)]
         self.length = max(lengths)  # columns in use
         self.starts = torch.tensor([self.length - n for n in lengths], device=position_ids.device)
         # a new token's position is one above the largest so far, the same on all three axes
@@ -89,7 +99,7 @@ class KVCache:
         for buffers, new in ((self.keys, k), (self.values, v)):
             # zeros: a masked score is exactly 0, but 0 times what empty memory may hold can be NaN
             buffers[i] = new.new_zeros(len(self.starts), new.shape[1], self.capacity, new.shape[2])
-            for b, (start, end) in enumerate(zip(cu_seqlens, cu_seqlens[1:], strict=False)):
+            for b, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
                 buffers[i][b, :, self.length - (end - start) : self.length] = new[start:end].transpose(0, 1)
         self.layers[i].attention = functools.partial(self.decode, i)
         return attention(q, k, v, cu_seqlens, causal=causal)
@@ -210,10 +220,9 @@ def load_model(hf_dir: str | Path, load: str | Path | None = None, dtype: str | 
     dtype = dtype or "float32"
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"{Path(hf_dir) / 'config.json'}: dtype is {dtype!r}: choose one with --dtype")
-    iteration_dir = convert.find_checkpoint(load)[0] if load else None
+    source = convert.CheckpointWeights(convert.find_checkpoint(load)) if load else convert.HuggingFaceWeights(hf_dir)
     with torch.device("meta"):
         model = Qwen3VL(config).to(getattr(torch, dtype))
-    source = convert.CheckpointWeights(iteration_dir) if iteration_dir else convert.HuggingFaceWeights(hf_dir)
     source.fit(convert.shapes_of(model))  # before memory is taken for what may not fit together
     model.to_empty(device=ops.device).requires_grad_(False)
     convert.load_weights(model, source)
@@ -272,15 +281,12 @@ class Answerer:
     """The processor and, loaded when first needed, the model that the command line names."""
 
     def __init__(self, args: argparse.Namespace):
-        limits = {name: getattr(args, name) for kind in ("image", "video")
-                  for name in (f"{kind}_min_pixels", f"{kind}_max_pixels")}
         Qwen3VLConfig.from_json(args.model)  # its mistakes are told first
         self.args = args
-        self.processor = data.Processor(args.model, video_fps=args.video_fps, video_maxlen=args.video_maxlen, **limits)
+        self.processor = data.Processor(args.model, **media_limits(args))
         self.end_token_ids = end_token_ids(args.model, self.processor)
         for name in (args.text_attn_implementation, args.vision_attn_implementation):
-            if name:
-                kernels_npu.ops.attention(name)  # what is not available is told before the weights are read
+            kernels_npu.ops.attention(name)  # what is not available is told before the weights are read
 
     @functools.cached_property
     def generator(self) -> Generator:
@@ -429,7 +435,7 @@ def answer_rows(args: argparse.Namespace, answer: Answerer) -> None:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The command line, checked as far as it can be without reading a file. Raises UsageError."""
     p = Parser(prog="infer.py", description=__doc__.split("\n\n")[0])
-    count, implementations = number(int, 1), ("eager", "sdpa", "flash_attention_2")
+    count = number(int, 1)
 
     g = p.add_argument_group("model")
     g.add_argument("--model", required=True, metavar="DIR", help="Hugging Face directory")
@@ -438,10 +444,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     g.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights and the computation "
                    "(default: the configuration's on an accelerator, float32 on a CPU)")
     g.add_argument("--device", choices=kernels_npu.DEVICES, default="auto", help="where to run")
-    g.add_argument("--text-attn-implementation", choices=implementations, help="attention of the text decoder on the "
-                   "prompt; new tokens use sdpa with the cache (default: the device's fastest)")
-    g.add_argument("--vision-attn-implementation", choices=implementations, help="attention of the vision encoder "
-                   "(default: the device's fastest)")
+    g.add_argument("--text-attn-implementation", choices=kernels_npu.ATTENTION, help="attention of the text decoder on "
+                   "the prompt; new tokens use sdpa with the cache (default: the device's fastest)")
+    g.add_argument("--vision-attn-implementation", choices=kernels_npu.ATTENTION, help="attention of the vision "
+                   "encoder (default: the device's fastest)")
 
     g = p.add_argument_group("one question, or a conversation")
     g.add_argument("--prompt", metavar="TEXT", help="the question; <image> and <video> place the media, else they come "
@@ -462,23 +468,16 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     g.add_argument("--batch-size", type=count, metavar="N", help="rows answered at a time (default: 1)")
 
     g = p.add_argument_group("answers")
-    g.add_argument("--max-new-tokens", type=count, default=128, metavar="N", help="longest answer (default: 128)")
+    g.add_argument("--max-new-tokens", type=count, default=128, metavar="N", help="longest answer")
     g.add_argument("--temperature", type=number(float, 0), default=0.0, metavar="X", help="0: always the likeliest "
-                   "token (default); above: draw, more freely the higher")
-    g.add_argument("--top-k", type=number(int, 0), default=0, metavar="N", help="draw from the N likeliest tokens only "
-                   "(default: 0, all)")
+                   "token; above: draw, more freely the higher")
+    g.add_argument("--top-k", type=number(int, 0), default=0, metavar="N", help="draw from the N likeliest tokens "
+                   "only; 0: all")
     g.add_argument("--top-p", type=number(float, 0, 1, above=True), default=1.0, metavar="X", help="draw from the "
-                   "fewest tokens that have this share of the probability (default: 1, all)")
-    g.add_argument("--seed", type=number(int, 0), default=42, metavar="N", help="of the draws (default: 42)")
+                   "fewest tokens that have this share of the probability; 1: all")
+    g.add_argument("--seed", type=number(int, 0), default=42, metavar="N", help="of the draws")
 
-    g = p.add_argument_group("pictures and videos")
-    for kind in ("image", "video"):
-        for bound in ("min", "max"):
-            g.add_argument(f"--{kind}-{bound}-pixels", type=count, metavar="N", help="default: the preprocessor's")
-    g.add_argument("--video-fps", type=number(float, 0, above=True), default=2.0, metavar="X", help="frames taken of a "
-                   "second (default: 2)")
-    g.add_argument("--video-maxlen", type=number(int, 2), default=64, metavar="N", help="most frames of a video "
-                   "(default: 64)")
+    add_media_flags(p.add_argument_group("pictures and videos"))
 
     p.add_argument("--verbose", action="store_true", help="figures on standard error")
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -496,10 +495,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         if getattr(args, name):
             have = "without --input" if args.input is None else "with --input, whose rows bring their own"
             raise UsageError(f"--{name.replace('_', '-')} has no effect {have}: leave it out")
-    for kind in ("image", "video"):
-        low, high = getattr(args, f"{kind}_min_pixels"), getattr(args, f"{kind}_max_pixels")
-        if low and high and low > high:
-            raise UsageError(f"--{kind}-min-pixels {low} is above --{kind}-max-pixels {high}: give a smaller one")
+    media_limits(args)
     args.batch_size = args.batch_size or 1
     return args
 

@@ -2,7 +2,7 @@
 
 `Torch` is the reference: plain PyTorch that runs anywhere, and the judge of every faster form. A device's class
 inherits from it and overrides what that device does better, so that inheritance is the fallback. `select(device)`
-chooses the class once, at start-up; nothing outside this file compares device names.
+chooses the class once, at start-up; no forward compares device names.
 
     python kernels_npu.py [--device npu]    checks every operation on this machine's device against `Torch`
 
@@ -14,6 +14,7 @@ import argparse
 import difflib
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -81,20 +82,21 @@ class Torch:
 
     # ---- attention -------------------------------------------------------------------------------------------------
 
-    @property
-    def default_attention(self) -> str:
-        return "sdpa"
-
     def attention_forms(self) -> dict[str, Callable[..., Tensor]]:
-        """The attention implementations of this device, by the names that flags give them."""
+        """The attention implementations of this device, by the names that flags give them; the fastest is the last."""
         return {"eager": self.attention_eager, "sdpa": self.attention_sdpa}
 
-    def attention(self, implementation: str) -> Callable[..., Tensor]:
-        """The attention named so: a callable (q [T,H,d], k [T,K,d], v [T,K,d], cu_seqlens, causal) -> [T,H,d].
+    @property
+    def default_attention(self) -> str:
+        return list(self.attention_forms())[-1]
+
+    def attention(self, implementation: str | None = None) -> Callable[..., Tensor]:
+        """The attention named so (None: the default): a callable
+        (q [T,H,d], k [T,K,d], v [T,K,d], cu_seqlens, causal) -> [T,H,d].
 
         `cu_seqlens` is a host list [0, ..., T]: every sequence attends to itself alone. The scale is d ** -0.5.
         """
-        forms = self.attention_forms()
+        implementation, forms = implementation or self.default_attention, self.attention_forms()
         if implementation not in forms:
             raise UsageError(f"attention implementation {implementation!r} is not available on {self.device.type} in "
                              f"{self.compute_dtype}: take one of {', '.join(forms)}")
@@ -227,10 +229,6 @@ class Accelerator(Torch):
         super().__init__(device, compute_dtype)
         self.module = torch.get_device_module(device)
 
-    @property
-    def default_attention(self) -> str:
-        return list(self.attention_forms())[-1]
-
     def memory(self) -> tuple[int | None, int | None]:
         return self.module.max_memory_allocated(), self.module.max_memory_reserved()
 
@@ -269,7 +267,7 @@ class Cuda(Accelerator):
         if q.dtype == torch.float32:
             raise UsageError("flash_attention_2 takes bf16 or float16: give sdpa for float32")
         bounds = _on_device(tuple(cu_seqlens), q.device)
-        longest = max(b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False))
+        longest = max(b - a for a, b in itertools.pairwise(cu_seqlens))
         # the operation under torch.nn.attention.varlen, which torch 2.7.1 has not
         return torch.ops.aten._flash_attention_forward(
             q.contiguous(), k.contiguous(), v.contiguous(), bounds, bounds, longest, longest, 0.0, causal, False,
@@ -426,7 +424,7 @@ def _per_sequence(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor
     of one length, else one after the other."""
     if q.shape[1] != k.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-    lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+    lengths = [end - start for start, end in itertools.pairwise(cu_seqlens)]
     if len(set(lengths)) == 1:
         batched = [t.unflatten(0, (-1, lengths[0])).transpose(1, 2) for t in (q, k, v)]  # [N, H, L, d]
         return attend(*batched).transpose(1, 2).flatten(0, 1)
@@ -511,7 +509,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Adds the default to a flag's help, where there is one that says something."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        says_nothing = action.default is None or isinstance(action.default, bool)
+        says_nothing = action.default in (None, []) or isinstance(action.default, bool)
         return action.help if says_nothing else super()._get_help_string(action)
 
 
@@ -536,6 +534,32 @@ def number(
         return value
 
     return parse
+
+
+ATTENTION = ("eager", "sdpa", "flash_attention_2")  # what flags offer; `Torch.attention` says what a device has
+
+MEDIA_LIMITS = ("image_min_pixels", "image_max_pixels", "video_min_pixels", "video_max_pixels", "video_fps",
+                "video_maxlen")
+
+
+def add_media_flags(group: argparse._ArgumentGroup) -> None:
+    """The flags of MEDIA_LIMITS, which several programs have."""
+    for kind in ("image", "video"):
+        for end, size in (("min", "smallest"), ("max", "largest")):
+            group.add_argument(f"--{kind}-{end}-pixels", type=number(int, 1), metavar="N",
+                               help=f"{size} {kind} (default: the model's)")
+    group.add_argument("--video-fps", type=number(float, 0, above=True), default=2.0, metavar="X",
+                       help="frames taken per second of video")
+    group.add_argument("--video-maxlen", type=number(int, 2), default=64, metavar="N", help="most frames of a video")
+
+
+def media_limits(args: argparse.Namespace) -> dict[str, float | None]:
+    """Those flags as `data.Processor` takes them. Raises UsageError where a minimum is above its maximum."""
+    for kind in ("image", "video"):
+        low, high = getattr(args, f"{kind}_min_pixels"), getattr(args, f"{kind}_max_pixels")
+        if low and high and low > high:
+            raise UsageError(f"--{kind}-min-pixels {low} is above --{kind}-max-pixels {high}: give a smaller one")
+    return {name: getattr(args, name) for name in MEDIA_LIMITS}
 
 
 asked_to_stop = threading.Event()  # set by a program that handles SIGTERM itself
@@ -644,14 +668,13 @@ def cases(ops: Torch) -> Iterator[tuple[str, str, Callable[..., Tensor], list[Te
 
 def run_case(ops: Torch, call: Callable[..., Tensor], arguments: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The result and the gradients of its arguments, in float32 on the CPU."""
-    floats = [a.is_floating_point() for a in arguments]
-    arguments = [a.to(ops.device, dtype if f else a.dtype).requires_grad_(f)
-                 for a, f in zip(arguments, floats, strict=True)]
+    arguments = [a.to(ops.device, dtype).requires_grad_() if a.is_floating_point() else a.to(ops.device)
+                 for a in arguments]
     out = call(ops, *arguments)
     results = [out]
     if out.requires_grad:
         weights = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out)
-        wanted = [a for a, f in zip(arguments, floats, strict=True) if f]
+        wanted = [a for a in arguments if a.requires_grad]
         results += [g for g in torch.autograd.grad(out, wanted, weights, allow_unused=True) if g is not None]
     return [r.detach().float().cpu() for r in results]
 

@@ -217,7 +217,7 @@ class VisionAttention(nn.Module):
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.attention: Callable = kernels_npu.ops.attention(kernels_npu.ops.default_attention)
+        self.attention: Callable = kernels_npu.ops.attention()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: list[int]) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # [P, heads, d] each
@@ -308,8 +308,7 @@ class VisionModel(nn.Module):
         for i, block in enumerate(self.blocks):
             x = self.run_block(block, x, cos, sin, cu_seqlens)
             if i in self.config.deepstack_visual_indexes:
-                merger = self.deepstack_merger_list[self.config.deepstack_visual_indexes.index(i)]
-                deepstack.append(self.run_block(merger, x))
+                deepstack.append(self.run_block(self.deepstack_merger_list[len(deepstack)], x))
         return self.run_block(self.merger, x), deepstack
 
     def rotary_tables(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -342,8 +341,7 @@ def patch_positions(grid_thw: Tensor, config: VisionConfig) -> tuple[Tensor, Ten
         corners = torch.stack((top * side + left, top * side + right, bottom * side + left, bottom * side + right), -1)
         shares = torch.stack(((1 - dy) * (1 - dx), (1 - dy) * dx, dy * (1 - dx), dy * dx), -1)
         parts.append((y, x, corners, shares))
-    rows, columns, corners, shares = (torch.cat(p) for p in zip(*parts, strict=True))
-    return rows, columns, corners, shares
+    return tuple(torch.cat(p) for p in zip(*parts, strict=True))
 
 
 # ---- text decoder --------------------------------------------------------------------------------------------------
@@ -371,7 +369,7 @@ class TextAttention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.attention: Callable = kernels_npu.ops.attention(kernels_npu.ops.default_attention)
+        self.attention: Callable = kernels_npu.ops.attention()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: list[int]) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -599,12 +597,11 @@ class Qwen3VL(nn.Module):
 
     def set_attention(self, text: str | None = None, vision: str | None = None) -> None:
         """Chooses the attention implementation of each tower ('eager', 'sdpa', ...; None: the device's default)."""
-        ops = kernels_npu.ops
         for module in self.modules():
             if isinstance(module, TextAttention):
-                module.attention = ops.attention(text or ops.default_attention)
+                module.attention = kernels_npu.ops.attention(text)
             elif isinstance(module, VisionAttention):
-                module.attention = ops.attention(vision or ops.default_attention)
+                module.attention = kernels_npu.ops.attention(vision)
 
     def embed(self, batch) -> list[Tensor]:
         """Token embeddings with pictures and videos in their places, then the DeepStack features, [T, D] each."""
@@ -708,7 +705,7 @@ def step_flops(
          v.depth * sum(2 * v.hidden_size * n * frame for n, frame in patches)),
         (total // v.spatial_merge_size**2 * merger, 0),
         (cu_seqlens[-1] * (attention + dense + sparse) + num_supervised * t.hidden_size * t.vocab_size,
-         t.num_hidden_layers * sum(q * (b - a) ** 2 for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False))),
+         t.num_hidden_layers * sum(q * (b - a) ** 2 for a, b in itertools.pairwise(cu_seqlens))),
     )
     backward = TOWERS[0] in trained
     flops = 2 * total * v.patch_dim * v.hidden_size * (1 + backward)  # pixels have no gradient

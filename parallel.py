@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -172,8 +173,7 @@ def _bounds(total: int, ranks: int) -> list[int]:
 
 def _overlaps(run: slice, bounds: list[int]) -> list[int]:
     """How much of a run lies in each rank's."""
-    pairs = zip(bounds, bounds[1:], strict=False)
-    return [max(0, min(run.stop, end) - max(run.start, begin)) for begin, end in pairs]
+    return [max(0, min(run.stop, end) - max(run.start, begin)) for begin, end in itertools.pairwise(bounds)]
 
 
 class AllToAll(torch.autograd.Function):
@@ -205,7 +205,7 @@ def ulysses(attention: Callable[..., Tensor], unit: int, ranks: Ranks) -> Callab
 
     def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], causal: bool) -> Tensor:
         bounds = _bounds(cu_seqlens[-1] // unit, size)
-        everyones = [unit * (end - begin) for begin, end in zip(bounds, bounds[1:], strict=False)]
+        everyones = [unit * (end - begin) for begin, end in itertools.pairwise(bounds)]
         mine = [len(q)] * size
         if k.shape[1] < size:
             k, v = (t.repeat_interleave(size // k.shape[1], dim=1) for t in (k, v))
@@ -429,7 +429,7 @@ def parallelize(
         shard(module, reshard_after_forward=not last, shard_placement_fn=functools.partial(_expert_shard, ranks))
         group += experts
     shard(model, reshard_after_forward=False)
-    for (module, *_), following in zip(order, order[1:], strict=False):
+    for (module, *_), following in itertools.pairwise(order):
         module.set_modules_to_forward_prefetch(following)
 
     # FSDP2 averages over the ranks of a parameter's mesh. The loss's weights carry the number of all ranks, so that the

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 8 train.py --init-from-hf-path DIR --dataset rows.json --save OUT --train-iters 1000
 
-The loop is `train`, the loss's weights are `set_loss_weights`; everything before the loop is made once by `main`.
+The loop is `train`, the loss's weights are `set_loss_weights`; everything before the loop is made once by `run`.
 """
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     g.add_argument("--init-model-with-meta-device", action=switch, default=True,
                    help="build without memory, then load each rank's slices; off: build on the CPU first (up to 10B "
                    "parameters)")
-    g.add_argument("--text-attn-implementation", choices=("eager", "sdpa", "flash_attention_2"),
+    g.add_argument("--text-attn-implementation", choices=kernels_npu.ATTENTION,
                    help="attention of the text decoder (default: the device's fastest)")
-    g.add_argument("--vision-attn-implementation", choices=("eager", "sdpa", "flash_attention_2"),
+    g.add_argument("--vision-attn-implementation", choices=kernels_npu.ATTENTION,
                    help="attention of the vision encoder (default: the device's fastest)")
     g.add_argument("--use-npu-fused-moe", action=switch, help="torch_npu's fused mixture of experts (default: where "
                    "the device has it)")
@@ -81,11 +81,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                    "shuffled among themselves (default: 1000)")
     g.add_argument("--num-workers", type=number(int, 0, 1024), default=2, metavar="N", help="loader processes per rank")
     g.add_argument("--shuffle", action=switch, default=True, help="a new order each epoch, from --seed")
-    for kind in ("image", "video"):
-        g.add_argument(f"--{kind}-min-pixels", type=count, metavar="N", help=f"smallest {kind} (default: the model's)")
-        g.add_argument(f"--{kind}-max-pixels", type=count, metavar="N", help=f"largest {kind} (default: the model's)")
-    g.add_argument("--video-fps", type=positive, default=2.0, metavar="X", help="frames taken per second of video")
-    g.add_argument("--video-maxlen", type=number(int, 2), default=64, metavar="N", help="most frames of a video")
+    kernels_npu.add_media_flags(g)
     g.add_argument("--train-on-prompt", action=switch, default=False, help="supervise everything but media tokens")
     g.add_argument("--mask-history", action=switch, default=False, help="supervise the last answer only")
     g.add_argument("--on-bad-sample", choices=("error", "skip"), default="error", help="skip: log it, count it, go on")
@@ -203,10 +199,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for flag in ("dataset_dir", "cache_dir", "load", "save", "eval_dataset", "tensorboard_dir", "profile_dir"):
         if getattr(args, flag) == "":
             raise UsageError(f"--{flag.replace('_', '-')} is empty: give a path, or leave it out")
-    for kind in ("image", "video"):
-        low, high = getattr(args, f"{kind}_min_pixels"), getattr(args, f"{kind}_max_pixels")
-        if low and high and low > high:
-            raise UsageError(f"--{kind}-min-pixels {low} is above --{kind}-max-pixels {high}: give a smaller one")
+    kernels_npu.media_limits(args)
     return args
 
 
@@ -229,7 +222,7 @@ def open_weights(
 ) -> convert.HuggingFaceWeights | convert.CheckpointWeights | None:
     """What --load or the directory holds, found to fit the model before memory is taken; None for --init random."""
     if args.load:
-        source = convert.CheckpointWeights(convert.find_checkpoint(args.load)[0])
+        source = convert.CheckpointWeights(convert.find_checkpoint(args.load))
     elif args.init == "random":
         return None
     elif convert.hf_has_weights(args.init_from_hf_path):
@@ -251,10 +244,9 @@ def build_model(
         if size > 10e9:
             raise UsageError(f"--no-init-model-with-meta-device: every process would hold all "
                              f"{size / 1e9:.0f}B parameters of the model; leave it out above 10B")
-        model = Qwen3VL(model.config)
+        model.to_empty(device="cpu")
     prepare(args, model, ranks, dtype)
-    if args.init_model_with_meta_device:
-        model.to_empty(device=ranks.device)
+    model.to_empty(device=ranks.device) if args.init_model_with_meta_device else model.to(ranks.device)
     if source is None:
         model.init_weights(args.seed, parallel.local_part)
     elif not args.load:
@@ -262,16 +254,16 @@ def build_model(
     return model
 
 
-def freeze(args: argparse.Namespace, model: Qwen3VL) -> None:
-    """Stops the training of the towers that flags name."""
-    parallel.freeze(model, {t for t in TOWERS if getattr(args, f"freeze_{t.replace(' ', '_')}")})
+def frozen_towers(args: argparse.Namespace) -> set[str]:
+    """The towers whose training flags stop."""
+    return {tower for tower in TOWERS if getattr(args, f"freeze_{tower.replace(' ', '_')}")}
 
 
 def prepare(args: argparse.Namespace, model: Qwen3VL, ranks: parallel.Ranks, dtype: torch.dtype) -> None:
     """Everything that the flags ask of a model before it has memory: attention, loss, freezing, parallelism."""
     model.set_attention(args.text_attn_implementation, args.vision_attn_implementation)
     model.loss_chunk_size, model.router_aux_loss_coef = args.loss_chunk_size, args.router_aux_loss_coef
-    freeze(args, model)
+    parallel.freeze(model, frozen_towers(args))
     by_default = "full" if kernels_npu.ops.is_accelerator or args.activation_offload else "none"
     parallel.parallelize(
         model, ranks, compute_dtype=dtype, recompute=(args.recompute or by_default) == "full",
@@ -340,10 +332,8 @@ def set_loss_weights(
 
     A sample without supervised tokens does not count.
     """
-    counts = []  # supervised tokens of each sample of each micro-batch
-    for batch in batches:
-        bounds = zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False)
-        counts.append([int((batch.labels[start:end] != data.IGNORE).sum()) for start, end in bounds])
+    # supervised tokens of each sample of each micro-batch
+    counts = [torch.searchsorted(b.supervised_index, torch.tensor(b.cu_seqlens)).diff().tolist() for b in batches]
     files = len(batches[0].rows_read)
     micro_batches, with_answer, supervised, flops, *others = ranks.sum_of_rows(
         len(batches), sum(n > 0 for each in counts for n in each), sum(map(sum, counts)),
@@ -351,8 +341,7 @@ def set_loss_weights(
         sum(b.cu_seqlens[-1] for b in batches), sum(len(b.sources) for b in batches),
         sum(len(b.grid_thw) for b in batches),
         sum(b.truncated for b in batches),
-        *(sum(b.rows_read[file] for b in batches) for file in range(files)),
-        *(sum(b.rows_bad[file] for b in batches) for file in range(files)),
+        *map(sum, zip(*(b.rows_read + b.rows_bad for b in batches), strict=True)),
     )
     tokens, samples, media, truncated, *rows = map(int, others)
     # FSDP2 averages gradients over its ranks; the formula wants their sum, so the weights carry the factor.
@@ -382,8 +371,8 @@ METRICS = (
 class MetricsLog:
     """Rank 0's records: the log line, metrics.jsonl and TensorBoard. On other ranks it does nothing."""
 
-    def __init__(self, args: argparse.Namespace, ranks: parallel.Ranks, start: int, global_batch_size: int):
-        self.args, self.world, self.global_batch_size = args, ranks.world, global_batch_size
+    def __init__(self, args: argparse.Namespace, ranks: parallel.Ranks, start: int):
+        self.args, self.world = args, ranks.world
         self.main = ranks.rank == 0
         self.file = self.board = None
         self.window: list[dict] = []  # since the last log line
@@ -438,7 +427,7 @@ class MetricsLog:
         """The line that scripts for Megatron's logs read: losses and times are means since the last line."""
         m = dict(self.window[-1], filled=None)
         if self.args.packing:
-            m["filled"] = 100 * m["tokens"] / (self.global_batch_size * self.args.seq_length)
+            m["filled"] = 100 * m["tokens"] / (self.args.global_batch_size * self.args.seq_length)
         for key in ("loss", "step_time_s", "tokens_per_s", "mfu", "aux_loss"):
             values = [each[key] for each in self.window if each[key] is not None]
             m[key] = sum(values) / len(values) if values else None
@@ -446,7 +435,7 @@ class MetricsLog:
             f"iteration {m['iteration']:8d}/{self.args.train_iters:8d}",
             f"consumed samples: {m['consumed_samples']:12d}",
             f"elapsed time per iteration (ms): {m['step_time_s'] * 1000:.1f}", f"learning rate: {m['lr']:.6E}",
-            f"global batch size: {self.global_batch_size:5d}", f"lm loss: {m['loss']:.6E}",
+            f"global batch size: {self.args.global_batch_size:5d}", f"lm loss: {m['loss']:.6E}",
             f"grad norm: {m['grad_norm']:.3f}",
             f"tokens per second per device: {m['tokens_per_s'] / self.world:.0f}",
         ]
@@ -521,13 +510,14 @@ class Signals:
 
 def train(
     args: argparse.Namespace, model: Qwen3VL, optimizer: torch.optim.Optimizer, loader: data.Loader,
-    eval_loader: data.Loader | None, ranks: parallel.Ranks, accumulation: int, start: int, metrics_log: MetricsLog,
-    deadline: float, start_up: StartUp,
+    eval_loader: data.Loader | None, ranks: parallel.Ranks, accumulation: int, start: int, start_up: StartUp,
 ) -> None:
-    """Runs iterations start + 1 to --train-iters (none after `deadline`), saving and evaluating on the way."""
+    """Runs iterations start + 1 to --train-iters, saving and evaluating on the way."""
+    metrics_log = MetricsLog(args, ranks, start)
     trainable = [p for p in model.parameters() if p.requires_grad]
     trained = trained_towers(model)
-    signals = Signals(deadline, ranks.timeout.total_seconds())
+    minutes = args.exit_duration_in_mins or math.inf
+    signals = Signals(start_up.began + 60 * minutes, ranks.timeout.total_seconds())
     saver = convert.Saver(args.async_save, ranks.timeout)
     skipped_in_a_row = 0
     # closing: whatever happens here, the loader's worker processes end
@@ -668,11 +658,10 @@ def resume(
 
 def profiler(args: argparse.Namespace, ranks: parallel.Ranks):
     """torch.profiler over the asked iterations, writing a Chrome trace to --profile-dir; without it, nothing."""
-    wanted = args.profile_dir and ranks.rank == 0
+    if not args.profile_dir or ranks.rank > 0:
+        return contextlib.nullcontext()
     before, active = args.profile_step_start - 1, args.profile_step_end - args.profile_step_start + 1
     warmup = min(1, before)
-    if not wanted:
-        return contextlib.nullcontext()
     return torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=before - warmup, warmup=warmup, active=active, repeat=1),
         on_trace_ready=torch.profiler.tensorboard_trace_handler(args.profile_dir),
@@ -781,8 +770,8 @@ def check_save(args: argparse.Namespace, model: Qwen3VL, ranks: parallel.Ranks) 
                          "or cannot write there: it must be storage that every node shares")
     if ranks.rank > 0:
         return
-    freeze(args, model)
-    nbytes = sum(4 * p.numel() * (3 if p.requires_grad and not args.no_save_optim else 1) for p in model.parameters())
+    without_state = set(TOWERS) if args.no_save_optim else frozen_towers(args)
+    nbytes = sum(4 * p.numel() * (1 if tower_of(name) in without_state else 3) for name, p in model.named_parameters())
     planned = math.ceil(args.train_iters / args.save_interval) if args.save_interval else 1
     if args.save_retain:
         planned = min(planned, args.save_retain + 1)  # the oldest goes when the newest is complete
@@ -855,9 +844,7 @@ def run(args: argparse.Namespace, ranks: parallel.Ranks, accumulation: int, star
     torch.manual_seed(args.seed)
 
     config = Qwen3VLConfig.from_json(args.init_from_hf_path)
-    limits = [f"{kind}_{end}_pixels" for kind in ("image", "video") for end in ("min", "max")]
-    limits = {name: getattr(args, name) for name in (*limits, "video_fps", "video_maxlen")}
-    processor = data.Processor(args.init_from_hf_path, **limits)
+    processor = data.Processor(args.init_from_hf_path, **kernels_npu.media_limits(args))
     read = {"dataset_dir": args.dataset_dir, "cache_dir": args.cache_dir}
     paths = args.dataset.split(",")
     if args.streaming:
@@ -904,11 +891,9 @@ def run(args: argparse.Namespace, ranks: parallel.Ranks, accumulation: int, star
         held_out = data.RowDataset(args.eval_dataset.split(","), **read)
         eval_loader = data.Loader(held_out, processor, shuffle=False, num_samples=len(held_out),
                                   global_batch_size=args.micro_batch_size * ranks.dp_size, **layout)
-    metrics_log = MetricsLog(args, ranks, start, args.global_batch_size)
     say(f"{args.train_iters} iterations of {args.global_batch_size} {'packed rows' if args.packing else 'samples'}, "
         f"{accumulation} micro-batch(es) a rank, loss {args.loss_type}")
-    deadline = start_up.began + 60 * args.exit_duration_in_mins if args.exit_duration_in_mins else math.inf
-    train(args, model, optimizer, loader, eval_loader, ranks, accumulation, start, metrics_log, deadline, start_up)
+    train(args, model, optimizer, loader, eval_loader, ranks, accumulation, start, start_up)
 
 
 if __name__ == "__main__":

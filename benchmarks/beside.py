@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -72,26 +73,48 @@ def load_transformers(directory: str, device: str, dtype: torch.dtype):
     return kind.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa", **extra).to(device)
 
 
-def samples_of(rows: list) -> tuple[list, list[torch.Tensor]]:
-    """(samples, their positions) of rows as `tiny.row` takes them."""
-    from data import mrope_positions
-
-    samples = [tiny.row(parts, seed) for seed, parts in enumerate(rows)]
-    positions = []
-    for sample in samples:
-        starts = (torch.nonzero(sample.input_ids == tiny.START).flatten() + 1).tolist()
-        media = [(at, h // 2, w // 2) for at, (_, h, w) in zip(starts, sample.grid_thw.tolist(), strict=True)]
-        positions.append(torch.from_numpy(mrope_positions(len(sample.input_ids), media)))
-    return samples, positions
+def _samples(rows: list) -> list:
+    return [tiny.row(parts, seed) for seed, parts in enumerate(rows)]
 
 
-def to_device(values: dict, device: str, dtype: torch.dtype) -> dict:
+def _to_device(values: dict, device: str, dtype: torch.dtype) -> dict:
     """Tensors of a batch where the model is; grids stay on the host, where our model and pictures' sizes are read."""
     def move(name: str, value):
         if not isinstance(value, torch.Tensor) or name == "grid_thw":
             return value
         return value.to(device, dtype if name.startswith("pixel_values") else None)
     return {name: move(name, value) for name, value in values.items()}
+
+
+def packed(rows: list, device: str, dtype: torch.dtype):
+    """Our model's batch of rows as `tiny.row` takes them."""
+    from data import mrope_positions
+
+    samples, positions = _samples(rows), []
+    for sample in samples:
+        starts = (torch.nonzero(sample.input_ids == tiny.START).flatten() + 1).tolist()
+        media = [(at, h // 2, w // 2) for at, (_, h, w) in zip(starts, sample.grid_thw.tolist(), strict=True)]
+        positions.append(torch.from_numpy(mrope_positions(len(sample.input_ids), media)))
+    batch = tiny.batch_of(samples, positions)
+    vars(batch).update(_to_device(vars(batch), device, dtype))
+    return batch
+
+
+def padded(rows: list, device: str, dtype: torch.dtype, left: bool = False) -> dict:
+    """transformers' inputs of rows: padded to the longest, as its collators do, or on the left, as `generate` needs."""
+    samples = _samples(rows)
+    length = max(len(s.input_ids) for s in samples)
+    missing = [length - len(s.input_ids) for s in samples]
+    ids, mask = (
+        torch.stack([F.pad(t, (n, 0) if left else (0, n)) for t, n in zip(tensors, missing, strict=True)])
+        for tensors in ([s.input_ids for s in samples], [torch.ones_like(s.input_ids) for s in samples])
+    )
+    media = (ids == tiny.IMAGE) & mask.bool()
+    inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": media.int()}
+    if media.any():
+        inputs["pixel_values"] = torch.cat([s.pixel_values for s in samples])
+        inputs["image_grid_thw"] = torch.cat([s.grid_thw for s in samples])
+    return _to_device(inputs, device, dtype)
 
 
 def peak_mb(device: str) -> float:

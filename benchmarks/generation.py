@@ -14,7 +14,6 @@ import tempfile
 
 import beside
 import numpy as np
-import tiny
 import torch
 from beside import clock
 
@@ -31,8 +30,7 @@ def ours(directory: str, rows: list, device: str, dtype: torch.dtype):
 
     kernels_npu.select(device)
     generator = Generator(load_model(directory, dtype=str(dtype).removeprefix("torch.")), ())
-    batch = tiny.batch_of(*beside.samples_of(rows))
-    vars(batch).update(beside.to_device(vars(batch), device, dtype))
+    batch = beside.packed(rows, device, dtype)
 
     def turn() -> tuple[float, float, list]:
         times = [clock(device)]
@@ -46,15 +44,8 @@ def transformers(directory: str, rows: list, device: str, dtype: torch.dtype):
     """`generate`, a logits processor noting when each step comes (its streamers take one sequence only)."""
     model = beside.load_transformers(directory, device, dtype).eval()
     model.generation_config.eos_token_id = None
-    samples, _ = beside.samples_of(rows)
-    length = max(len(s.input_ids) for s in samples)
-    ids = torch.stack([torch.nn.functional.pad(s.input_ids, (length - len(s.input_ids), 0)) for s in samples])
-    mask = torch.stack([(torch.arange(length) >= length - len(s.input_ids)).long() for s in samples])
-    inputs = beside.to_device({
-        "input_ids": ids, "attention_mask": mask, "mm_token_type_ids": ((ids == tiny.IMAGE) & mask.bool()).int(),
-        "pixel_values": torch.cat([s.pixel_values for s in samples]),
-        "image_grid_thw": torch.cat([s.grid_thw for s in samples]),
-    }, device, dtype)
+    inputs = beside.padded(rows, device, dtype, left=True)
+    length = inputs["input_ids"].shape[1]
 
     def turn() -> tuple[float, float, list]:
         stamps = BatchTimes(device)
@@ -68,7 +59,7 @@ def transformers(directory: str, rows: list, device: str, dtype: torch.dtype):
 
 
 class BatchTimes:
-    """Notes when each step's logits are there; `generate` calls it with them (its streamers take one sequence only)."""
+    """Notes when each step's logits are there; `generate` calls it with them."""
 
     def __init__(self, device: str):
         self.device, self.times = device, []

@@ -56,8 +56,7 @@ def measure(raw: dict, rows: list, device: str, threads: int, pipe) -> None:
         model = Qwen3VL(config).to(dtype)
     model.to_empty(device=ops.device).init_weights(0)
     optimizer = ops.adamw([{"params": list(model.parameters())}], lr=1e-4)
-    batch = tiny.batch_of(*beside.samples_of(rows))
-    vars(batch).update(beside.to_device(vars(batch), device, dtype))
+    batch = beside.packed(rows, device, dtype)
     flops = step_flops(config, batch.cu_seqlens, batch.grid_thw, len(batch.supervised_index))
     before, times = peak_mb(device), []
     while len(times) < 2 or sum(a + b for a, b in times) < 3 and len(times) < 12:

@@ -19,9 +19,9 @@ from pathlib import Path
 import beside
 import numpy as np
 import tiny
+from beside import ROOT
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = {
     "no recompute": ["--recompute", "none"], "recompute": ["--recompute", "full"],
     "recompute and offload": ["--recompute", "full", "--activation-offload"],

@@ -15,7 +15,6 @@ import tempfile
 
 import beside
 import numpy as np
-import tiny
 import torch
 from beside import clock, config, peak_mb
 
@@ -40,8 +39,7 @@ def ours(directory: str, rows: list, device: str, dtype: torch.dtype):
     """This project's step, as train.py takes it on one rank without FSDP."""
     model = beside.load_ours(directory, device, dtype)
     optimizer = kernels_npu.ops.adamw([{"params": list(model.parameters())}], lr=LR)
-    batch = tiny.batch_of(*beside.samples_of(rows))
-    vars(batch).update(beside.to_device(vars(batch), device, dtype))
+    batch = beside.packed(rows, device, dtype)
     return lambda: step(model, optimizer, lambda: model(batch)[0], device)
 
 
@@ -49,17 +47,9 @@ def transformers(directory: str, rows: list, device: str, dtype: torch.dtype):
     """transformers' step."""
     model = beside.load_transformers(directory, device, dtype).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
-    samples, _ = beside.samples_of(rows)
-    length = max(len(s.input_ids) for s in samples)
-    ids = torch.stack([torch.nn.functional.pad(s.input_ids, (0, length - len(s.input_ids))) for s in samples])
-    mask = torch.stack([(torch.arange(length) < len(s.input_ids)).long() for s in samples])
-    media = (ids == tiny.IMAGE) & mask.bool()
-    labels = ids.masked_fill(media | (mask == 0), -100)
-    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels, "mm_token_type_ids": media.int()}
-    if any(len(s.grid_thw) for s in samples):
-        inputs["pixel_values"] = torch.cat([s.pixel_values for s in samples])
-        inputs["image_grid_thw"] = torch.cat([s.grid_thw for s in samples])
-    inputs = beside.to_device(inputs, device, dtype)
+    inputs = beside.padded(rows, device, dtype)
+    unsupervised = (inputs["attention_mask"] == 0) | (inputs["mm_token_type_ids"] > 0)
+    inputs["labels"] = inputs["input_ids"].masked_fill(unsupervised, -100)
     return lambda: step(model, optimizer, lambda: model(**inputs, use_cache=False).loss, device)
 
 

@@ -436,7 +436,7 @@ def test_save_and_load_are_exact(make_hf, tmp_path, monkeypatch, kind):
     train(model, optimizer, steps=2, seed=0)
     state = {"iteration": 2, "rng": {"torch": torch.get_rng_state()}, "data": {"position": [1, {"epoch": 0}]}}
     saved = save_checkpoint(tmp_path / "run", 2, model, optimizer, state)
-    assert saved == tmp_path / "run/iter_0000002" and find_checkpoint(tmp_path / "run") == (saved, "2")
+    assert saved == tmp_path / "run/iter_0000002" and find_checkpoint(tmp_path / "run") == saved
     again = build(hf)
     resumed = torch.optim.AdamW(again.parameters())
     loaded = load_checkpoint(saved, again, resumed)
@@ -482,7 +482,7 @@ def test_retain_keeps_the_newest_up_to_this_one(tmp_path):
         save_checkpoint(tmp_path, iteration, model)
     save_checkpoint(tmp_path, 40, model, retain=2)  # 90 is of a run that was left: not this one's to remove
     assert {f.name for f in tmp_path.iterdir()} == {"iter_0000030", "iter_0000040", "iter_0000090", convert.TRACKER}
-    assert find_checkpoint(tmp_path)[1] == "40"
+    assert find_checkpoint(tmp_path).name == "iter_0000040"
 
 
 def test_links_and_files_in_the_place_of_iterations(tmp_path):
@@ -513,9 +513,9 @@ def test_unloadable_trainer_state_is_refused_when_saved(tmp_path):
 def test_find_checkpoint(make_hf, tmp_path):
     run = tmp_path / "run"
     save_checkpoint(run, 5, nn.Linear(2, 2))
-    assert find_checkpoint(run / "iter_0000005") == (run / "iter_0000005", "5")
+    assert find_checkpoint(run / "iter_0000005") == run / "iter_0000005"
     release = convert.hf_to_dcp(make_hf("dense, tied"), tmp_path / "dcp")
-    assert find_checkpoint(tmp_path / "dcp") == find_checkpoint(release) == (release, "release")
+    assert find_checkpoint(tmp_path / "dcp") == find_checkpoint(release) == release
     hf = make_hf("dense, tied")
     for path, words in ((tmp_path / "none", "is not there"), (hf, "hf_to_dcp"), (tmp_path, "has no")):
         with pytest.raises(InputError, match=words):
@@ -727,11 +727,11 @@ def test_kill_9_at_every_moment_of_a_save(tmp_path, iteration):
         state = STATE | {"value": 2.0}
         killed = in_a_killed_child(
             lambda run=run, state=state: save_checkpoint(run, iteration, linear(2.0), None, state, retain=1), event)
-        directory, tracker = find_checkpoint(run)
+        directory = find_checkpoint(run)
         model = linear(0.0)
         state = load_checkpoint(directory, model)
         assert all((p == state["value"]).all() for p in model.parameters())
-        assert tracker == ("10" if state["value"] == 1.0 else str(iteration))
+        assert int(directory.name[-7:]) == (10 if state["value"] == 1.0 else iteration)
         assert state["value"] == 2.0 or killed
         seen.add(state["value"])
         assert all(len(convert.verify(d)) == 1 for d in run.glob("iter_*"))  # whatever looks complete is
@@ -796,7 +796,7 @@ def worker(mode: str, hf: Path, work: Path) -> None:
     except InputError as e:
         assert "No space left on device" in str(e) and "rank 1" in str(e), e
     convert._write_shard = write_shard
-    assert find_checkpoint(work / "run") == (saved, "1")
+    assert find_checkpoint(work / "run") == saved
     dist.barrier()
     if rank == 0:
         assert {f.name for f in (work / "run").iterdir()} == {"iter_0000001", convert.TRACKER}

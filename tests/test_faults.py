@@ -131,7 +131,7 @@ def complete(save: Path) -> list[int]:
     if found or (save / convert.TRACKER).exists():
         assert (save / convert.TRACKER).exists() or len(found) == 1  # the first may not be in the tracker yet
     if (save / convert.TRACKER).exists():
-        assert find_checkpoint(save)[0].name[5:] in {f"{i:07d}" for i in found}
+        assert find_checkpoint(save).name[5:] in {f"{i:07d}" for i in found}
     return found
 
 
@@ -143,7 +143,7 @@ def assert_same_run(expected: Path, found: Path, iterations: int) -> None:
     """Bit for bit, no iteration twice and none missing."""
     assert [m["iteration"] for m in read_metrics(found)] == list(range(1, iterations + 1))
     assert timeless(found) == timeless(expected)[:iterations]
-    assert find_checkpoint(found)[1] == str(iterations)
+    assert find_checkpoint(found).name == f"iter_{iterations:07d}"
     assert_same_weights(expected, found)
 
 
@@ -312,8 +312,8 @@ def test_no_space_at_every_write_of_a_save(tmp_path, monkeypatch, background):
                     assert re.search("iter_0000002: was not saved: .*No space left on device", str(e))
             left = 0
             assert complete(tmp_path) in ([1], [1, 2])  # the last to fail are flushes when all is in its place
-            assert failed or find_checkpoint(tmp_path)[1] == "2"
-            assert load_checkpoint(find_checkpoint(tmp_path)[0], model) == state
+            assert failed or find_checkpoint(tmp_path).name == "iter_0000002"
+            assert load_checkpoint(find_checkpoint(tmp_path), model) == state
             if not failed:
                 assert {f.name for f in tmp_path.iterdir()} == {"iter_0000001", "iter_0000002", convert.TRACKER}
         assert event > 12
@@ -412,7 +412,7 @@ def test_a_full_disk(folder, tmp_path, whole, more):
     """A real one (a small tmpfs). After room was made the run goes on to what it would have been."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    one = sum(f.stat().st_size for f in find_checkpoint(whole(2, 6))[0].iterdir())
+    one = sum(f.stat().st_size for f in find_checkpoint(whole(2, 6)).iterdir())
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(3.5 * one)}", "tmpfs", disk]).returncode:
         pytest.skip("this needs to mount a file system")
     try:
@@ -507,7 +507,7 @@ def test_a_run_that_went_back_does_not_go_on_from_what_it_left_behind(folder, tm
     assert Job(argv).end() == [0]
     job = Job([*argv, "--load", str(save / "iter_0000004")], main=dies_in_its_first_step)
     assert job.end() == [-signal.SIGKILL]
-    assert find_checkpoint(save)[0].name == "iter_0000004"
+    assert find_checkpoint(save).name == "iter_0000004"
     assert Job([*flags(folder, save, "--save-interval", 4), "--load", str(save)]).end() == [0]
     assert [m["iteration"] for m in read_metrics(save)] == list(range(1, 13))
     assert_same_run(whole(1, 12), save, 12)

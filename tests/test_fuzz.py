@@ -457,7 +457,7 @@ class Metadata(Checkpoint):
                 setattr(metadata, field, rng.choice(HOSTILE))
             content = pickle.dumps(metadata, rng.choice((2, 4, 5)))
         self.damage_one(".metadata", content)
-        directory, _ = convert.find_checkpoint(self.dir)
+        directory = convert.find_checkpoint(self.dir)
         read_all(convert.CheckpointWeights(directory).fit(self.expected), rng)
 
 
@@ -692,7 +692,7 @@ def read_run(root: Path) -> None:
         made = model.Qwen3VL(model.Qwen3VLConfig.from_json(root / "hf"))
     made.to_empty(device="cpu")
     with contextlib.redirect_stderr(io.StringIO()):
-        convert.load_checkpoint(convert.find_checkpoint(root / "run")[0], made)
+        convert.load_checkpoint(convert.find_checkpoint(root / "run"), made)
         convert.verify(root / "run")
 
 

@@ -336,7 +336,7 @@ def test_starved_experts_get_no_token(folder, one_rank):
     """Before training and after it."""
     config = Qwen3VLConfig.from_json(folder / "starved")
     model = Qwen3VL(config)
-    trained, _ = convert.find_checkpoint(one_rank("starved", "alone", *AUX))
+    trained = convert.find_checkpoint(one_rank("starved", "alone", *AUX))
     for load in (lambda: convert.load_hf_weights(model, folder / "starved"),
                  lambda: convert.load_checkpoint(trained, model)):
         load()

@@ -223,7 +223,7 @@ def test_epochs(folder, tmp_path, reading):
 
 def weights(save: Path) -> dict[str, torch.Tensor]:
     import convert
-    directory, _ = convert.find_checkpoint(save)
+    directory = convert.find_checkpoint(save)
     source = convert.CheckpointWeights(directory)
     return {n: source.read(n, (0,) * len(shape), tuple(shape)) for n, (_, shape) in source.tensors.items()}
 

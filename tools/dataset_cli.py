@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import data
 from data import InputError
-from kernels_npu import Parser, UsageError, number, run_program
+from kernels_npu import Parser, UsageError, add_media_flags, media_limits, number, run_program
 from tools import report
 from tools.report import visible
 
@@ -295,9 +295,7 @@ def histogram(values: Counter, most: int = 12) -> list[tuple[str, int]]:
 
 def check(args: argparse.Namespace) -> None:
     """Reads every row, prints what it found and writes the page. Raises InputError if rows are bad."""
-    limits = [f"{kind}_{end}_pixels" for kind in ("image", "video") for end in ("min", "max")]
-    limits = {name: getattr(args, name) for name in (*limits, "video_fps", "video_maxlen")}
-    processor = data.Processor(args.init_from_hf_path, **limits)
+    processor = data.Processor(args.init_from_hf_path, **media_limits(args))
     dataset = data.RowDataset(args.dataset.split(","), args.dataset_dir, args.cache_dir, args.max_samples)
     options = {"seq_length": args.seq_length, "train_on_prompt": args.train_on_prompt,
                "mask_history": args.mask_history, "confine": args.confine_paths}
@@ -376,12 +374,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     g.add_argument("--max-samples", type=count, metavar="N", help="the first N rows of each dataset")
     g = check_parser.add_argument_group("as in training")
     g.add_argument("--seq-length", type=count, default=4096, metavar="N", help="the longest sample, in tokens")
-    for kind in ("image", "video"):
-        g.add_argument(f"--{kind}-min-pixels", type=count, metavar="N", help=f"smallest {kind} (default: the model's)")
-        g.add_argument(f"--{kind}-max-pixels", type=count, metavar="N", help=f"largest {kind} (default: the model's)")
-    g.add_argument("--video-fps", type=number(float, 0, above=True), default=2.0, metavar="X",
-                   help="frames taken per second of video")
-    g.add_argument("--video-maxlen", type=number(int, 2), default=64, metavar="N", help="most frames of a video")
+    add_media_flags(g)
     g.add_argument("--train-on-prompt", action=switch, default=False, help="supervise everything but media tokens")
     g.add_argument("--mask-history", action=switch, default=False, help="supervise the last answer only")
     g.add_argument("--confine-paths", action=switch, default=False, help="refuse media outside the dataset directory")
@@ -397,10 +390,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if args.command == "check":
         if args.train_on_prompt and args.mask_history:
             raise UsageError("--train-on-prompt and --mask-history exclude each other: give one of them")
-        for kind in ("image", "video"):
-            low, high = getattr(args, f"{kind}_min_pixels"), getattr(args, f"{kind}_max_pixels")
-            if low and high and low > high:
-                raise UsageError(f"--{kind}-min-pixels {low} is above --{kind}-max-pixels {high}: give a smaller one")
+        media_limits(args)
     target = args.output if args.command == "llava" else args.report
     if target and (os.path.isdir(target) or not os.access(Path(target).absolute().parent, os.W_OK)):
         raise UsageError(f"{target} cannot be written: give a file in a folder that exists and that you may write in")

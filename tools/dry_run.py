@@ -32,7 +32,7 @@ class ImaginedDevice(kernels_npu.Accelerator):
 
     expert_rows = 0  # copies of its tokens that a rank sends to experts, and as many that it gets
 
-    def attention(self, implementation: str):
+    def attention(self, implementation: str | None = None):
         return self.attention_eager if implementation == "eager" else self.attention_sdpa  # flash takes sdpa's memory
 
     def to_host(self, counts: torch.Tensor) -> list:
@@ -240,8 +240,7 @@ def trace_step(
 
 
 def dry_run(args: argparse.Namespace) -> None:
-    """Prints what a step with these flags takes from a rank of --world-size, and writes it as JSON. The real model,
-    sharded by the real `parallelize`, takes the step among ranks and on a device that are not there.
+    """Prints what a step with these flags takes from a rank of --world-size, and writes it as JSON.
 
     Raises InputError if --device-memory does not hold it.
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -82,7 +83,7 @@ def _row(sample: data.Sample, processor: data.Processor) -> str:
     figures = _figures(sample, processor)
     starts = [i for i, token in enumerate(ids) if token == processor.im_start_token_id] + [len(ids)]
     turns = []
-    for start, end in list(zip(starts, starts[1:], strict=False))[:MOST_TURNS]:
+    for start, end in itertools.islice(itertools.pairwise(starts), MOST_TURNS):
         pieces, at, role = [], start + 1, None
         while at < end:
             kind = _kind(ids[at], processor)

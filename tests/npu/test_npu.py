@@ -446,7 +446,8 @@ def on_cpu(folder) -> dict[str, list[tuple]]:
 
 
 @pytest.mark.parametrize("model, more", [
-    ("dense", []), ("moe", []), ("moe", ["--no-use-npu-fused-moe", "--text-attn-implementation", "sdpa",
+    ("dense", ["--no-init-model-with-meta-device"]), ("moe", []),
+    ("moe", ["--no-use-npu-fused-moe", "--text-attn-implementation", "sdpa",
                                          "--vision-attn-implementation", "eager", "--activation-offload"])])
 def test_training_equals_the_cpu(folder, tmp_path, on_cpu, model, more):
     with emulate.Emulation() as device:
