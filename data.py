@@ -1286,7 +1286,7 @@ def _scan_array(path: Path, stream: BinaryIO, offset: int, expected: str) -> Ite
 
 # ----------------------------------------------------------------------------------------------------------- the stream
 
-PACKING_WINDOW = 128  # samples to choose from for a packed row
+PACKING_WINDOW = 128  # samples to choose from for a packed row (see `can_choose`)
 
 
 @dataclass
@@ -1377,11 +1377,15 @@ class Loader:
         if not self.packing:
             return rows
         order = self.dataset.stream({}, self._order_seed)
-        waiting = [self._measure((span, {}))[::2] for span, _ in itertools.islice(order, min(rows, 1000))]
-        judged, packed, space = len(waiting), 0, self.encode_options["seq_length"]
-        while waiting:
-            waiting = fill_row(waiting[:PACKING_WINDOW], space)[1] + waiting[PACKING_WINDOW:]
-            packed += 1
+        measured = [self._measure((span, {}))[::2] for span, _ in itertools.islice(order, min(rows, 1000))]
+        judged, packed, space, waiting = len(measured), 0.0, self.encode_options["seq_length"], []
+        for sample in [*measured, None]:
+            while waiting and (sample is None or can_choose(waiting, space)):
+                row, waiting = fill_row(waiting, space)
+                # the last is not full, where rows beyond those judged would fill it
+                part = sample is None and not waiting and judged < rows
+                packed += sum(length for _, length in row) / space if part else 1
+            waiting.append(sample)
         return packed * rows / judged
 
     def _in_workers(self, function: Callable, items: Iterator, workers: int) -> Iterator:
@@ -1436,10 +1440,11 @@ class Loader:
         left, state = self._left_over()
         rows = itertools.chain(((span, state) for span in left), self._own_rows(state))
         waiting: list[tuple[Span, int]] = []
+        space = self.encode_options["seq_length"]
         position: dict = {}
         for taken, (span, behind, length) in enumerate(self._in_workers(self._measure, rows, min(1, self.num_workers))):
-            while len(waiting) == PACKING_WINDOW or waiting and behind["epoch"] != position["epoch"]:
-                row, waiting = fill_row(waiting, self.encode_options["seq_length"])
+            while waiting and (behind["epoch"] != position["epoch"] or can_choose(waiting, space)):
+                row, waiting = fill_row(waiting, space)
                 places = [list(place) for place in [*(span for span, _ in waiting), *left[taken:]]]
                 yield [span for span, _ in row], position | {"dealt": [self.dp_rank, self.dp_size], "waiting": places}
             waiting.append((span, length))
@@ -1476,6 +1481,12 @@ class Loader:
         for span, behind in self.dataset.stream(state, self._order_seed):
             if (behind["consumed"] - 1) % self.dp_size == self.dp_rank:
                 yield span, behind
+
+
+def can_choose(waiting: list[tuple[Span, int]], space: int) -> bool:
+    """Whether the samples that wait are enough to fill a row of `space` tokens well: a window of them or several, and
+    tokens for two rows. A bad row, without tokens, is not kept waiting."""
+    return len(waiting) % PACKING_WINDOW == 0 and sum(length or space for _, length in waiting) >= 2 * space
 
 
 def fill_row(waiting: list[tuple[Span, int]], space: int) -> tuple[list, list]:

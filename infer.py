@@ -144,13 +144,15 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_
     In transformers' order: temperature; the `top_k` likeliest tokens (0: all); of those the fewest whose probabilities
     reach `top_p` (nucleus sampling, arXiv:1904.09751).
     """
-    logits, ids = (logits.float() / temperature).topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # sorted
+    logits, ids = logits.float() / temperature, None
+    if top_k or top_p < 1:
+        logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # sorted
     probs = logits.softmax(-1)
     if top_p < 1:
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)
     cumulative = probs.cumsum(-1)
     choice = (cumulative < uniform[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
-    return ids.gather(-1, choice)[:, 0]
+    return (choice if ids is None else ids.gather(-1, choice))[:, 0]
 
 
 class Generator:
@@ -177,8 +179,7 @@ class Generator:
         random = [np.random.default_rng([seed, first_row + b]) for b in range(count)]
         running = list(range(count))
         with KVCache(decoder, batch.cu_seqlens, batch.position_ids, min(max_new_tokens, 256)) as cache:
-            inputs = self.model.embed(batch) if len(batch.grid_thw) else [decoder.embed_tokens(batch.input_ids)]
-            x, _ = decoder(inputs, batch.position_ids, batch.cu_seqlens)
+            x, _ = self.model.hidden_states(batch)
             x = x[[end - 1 for end in batch.cu_seqlens[1:]]]
             for left in reversed(range(max_new_tokens)):
                 logits = self.model.lm_head(x)

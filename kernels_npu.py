@@ -223,7 +223,7 @@ class Accelerator(Torch):
 
     compute_dtype = torch.bfloat16
     is_accelerator = True
-    PEAKS: dict[str, float] = {}  # dense bf16 FLOP/s, by what the device's name holds
+    PEAKS: dict[str, float | None] = {}  # dense bf16 FLOP/s, by a regular expression for the device's name
 
     def __init__(self, device: torch.device, compute_dtype: torch.dtype | None = None):
         super().__init__(device, compute_dtype)
@@ -243,7 +243,7 @@ class Accelerator(Torch):
 
     def peak_flops(self) -> float | None:
         name = self.module.get_device_name()
-        return next((peak for model, peak in self.PEAKS.items() if model in name), None)
+        return next((peak for model, peak in self.PEAKS.items() if re.search(model, name)), None)
 
 
 class Cuda(Accelerator):
@@ -251,9 +251,10 @@ class Cuda(Accelerator):
 
     distributed_backend = "nccl"
 
-    # dense bf16, NVIDIA's data sheets (their headline figures are with sparsity: half of those); the first that fits
-    PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12,
-             "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12}
+    # dense bf16, NVIDIA's data sheets (their headline figures are with sparsity: half of those); the first that fits.
+    # Of a slice (MIG) they say nothing.
+    PEAKS = {"MIG": None, "H[18]00 PCIe": 756e12, "H[12]00 NVL": 835e12, "H[128]00": 989e12, r"A[18]00\b": 312e12,
+             "L40S": 362e12}
 
     def attention_forms(self) -> dict[str, Callable[..., Tensor]]:
         half = self.compute_dtype in (torch.bfloat16, torch.float16)  # all that the kernel takes
@@ -420,16 +421,16 @@ def _on_device(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _per_sequence(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int]) -> Tensor:
-    """Runs `attend` ([N,H,L,d] each) on every sequence of packed q [T,H,d], k and v [T,K,d]: in one call if all are
-    of one length, else one after the other."""
+    """Runs `attend` ([N,H,L,d] each) on every sequence of packed q [T,H,d], k and v [T,K,d], those of one length that
+    lie side by side in one call."""
     if q.shape[1] != k.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     lengths = [end - start for start, end in itertools.pairwise(cu_seqlens)]
-    if len(set(lengths)) == 1:
-        batched = [t.unflatten(0, (-1, lengths[0])).transpose(1, 2) for t in (q, k, v)]  # [N, H, L, d]
-        return attend(*batched).transpose(1, 2).flatten(0, 1)
-    parts = zip(*(t.transpose(0, 1)[None].split(lengths, dim=2) for t in (q, k, v)), strict=True)
-    return torch.cat([attend(*part)[0].transpose(0, 1) for part in parts])
+    runs = [(n, len(list(same))) for n, same in itertools.groupby(lengths)]
+    parts = zip(runs, *(t.split([n * times for n, times in runs]) for t in (q, k, v)), strict=True)
+    out = [attend(*(t.unflatten(0, (times, n)).transpose(1, 2) for t in qkv)).transpose(1, 2).flatten(0, 1)
+           for (n, times), *qkv in parts]
+    return torch.cat(out) if len(out) > 1 else out[0]
 
 
 DEVICES = ("auto", "npu", "cuda", "cpu")  # what --device takes

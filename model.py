@@ -496,7 +496,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         """hidden [S,D], weight [V,D], labels [S], weights [S] float32 -> scalar float32."""
         need_hidden, need_weight = (grads and need for need in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        new_like = torch.empty_like if hidden.dtype == torch.float32 and len(labels) else torch.zeros_like
+        grad_weight = new_like(weight, dtype=torch.float32) if need_weight else None
         loss = hidden.new_zeros((), dtype=torch.float32)
         chunk_size = min(chunk_size or len(labels), len(labels))
         memory = hidden.new_empty(chunk_size, len(weight), dtype=torch.float32)  # of every chunk's logits, in turn
@@ -518,7 +519,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if need_hidden:
                 torch.mm(grad, weight, out=grad_hidden[part])
             if need_weight and grad.dtype == torch.float32:
-                grad_weight.addmm_(grad.T, hidden[part])
+                grad_weight.addmm_(grad.T, hidden[part], beta=int(start > 0))  # the first one overwrites
             elif need_weight:
                 grad_weight += grad.T @ hidden[part]
             grad = None  # in bf16 a copy: before the next chunk's is made, or two would be alive
@@ -584,6 +585,7 @@ class Qwen3VL(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.language_model.embed_tokens.weight
         self.bring_features: Callable = features_in_place
+        self.vision_always = False  # FSDP2 needs the vision encoder on every rank: its collectives have to match
         self.loss_chunk_size = 1024
         self.router_aux_loss_coef = 0.0
 
@@ -607,8 +609,9 @@ class Qwen3VL(nn.Module):
         """Token embeddings with pictures and videos in their places, then the DeepStack features, [T, D] each."""
         x = self.model.language_model.embed_tokens(batch.input_ids)
         visual = self.model.visual
+        if len(batch.grid_thw) == 0 and not self.vision_always:
+            return [x]
         if len(batch.grid_thw) == 0:
-            # Every rank must run the vision encoder: FSDP's collectives have to match, and its gradients to exist.
             pixel_values, grid_thw = visual.dummy(x.device)
             pixel_values = visual.patches_of(pixel_values, batch.visual_tokens)
             features, deepstack = visual(pixel_values, grid_thw, batch.visual_tokens)
@@ -638,7 +641,7 @@ class Qwen3VL(nn.Module):
         return loss, aux_loss.detach()
 
     def drop_vision_gradients(self) -> None:
-        """After a step without any picture: what the dummy passes left are zeros, with which Adam would still decay the
+        """After a step without any picture: what dummy passes left are zeros, with which Adam would still decay the
         vision encoder, move it on by its momentum, and count a step. Without gradients it leaves it alone."""
         for p in self.model.visual.parameters():
             p.grad = None

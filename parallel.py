@@ -409,6 +409,7 @@ def parallelize(
     if ranks.world == 1 and compute_dtype == torch.float32:
         return  # nothing to cut and nothing to cast: FSDP2 would copy all parameters and gradients, a fifth of a step
 
+    model.vision_always = True
     # cast_forward_inputs would turn loss weights and rotary tables into bf16
     policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
     shard = functools.partial(fully_shard, mesh=ranks.mesh, mp_policy=policy)

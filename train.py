@@ -429,8 +429,10 @@ class MetricsLog:
         if self.args.packing:
             m["filled"] = 100 * m["tokens"] / (self.args.global_batch_size * self.args.seq_length)
         for key in ("loss", "step_time_s", "tokens_per_s", "mfu", "aux_loss"):
-            values = [each[key] for each in self.window if each[key] is not None]
-            m[key] = sum(values) / len(values) if values else None
+            # rates are tokens and operations over all the time
+            weights = [each["step_time_s"] if key in ("tokens_per_s", "mfu") else 1.0 for each in self.window]
+            if m[key] is not None:
+                m[key] = sum(w * each[key] for w, each in zip(weights, self.window, strict=True)) / sum(weights)
         parts = [
             f"iteration {m['iteration']:8d}/{self.args.train_iters:8d}",
             f"consumed samples: {m['consumed_samples']:12d}",
@@ -535,7 +537,8 @@ def train(
             losses = []
             for batch in batches:
                 loss, aux_loss = model(ranks.take(batch))
-                loss.backward()
+                if loss.requires_grad:  # not that of a text, where only the vision encoder trains
+                    loss.backward()
                 losses.append(torch.stack((loss.detach(), aux_loss)))
             if not totals.media:
                 model.drop_vision_gradients()
@@ -554,18 +557,19 @@ def train(
             if not good:
                 report_bad_step(iteration, loss, grad_norm, batches, skipped_in_a_row)
 
+            kernels_npu.ops.synchronize()
+            step_time = time.perf_counter() - began
             last, eval_loss, eval_error = iteration == args.train_iters, None, None
             if eval_loader and not stop and (last or args.eval_interval and iteration % args.eval_interval == 0):
                 try:
                     eval_loss = evaluate(model, eval_loader, ranks, args.eval_iters, signals)
                 except (UsageError, ValueError, OSError, kernels_npu.PeerError) as e:
                     eval_error = e  # on every rank: what was trained is saved first
-            kernels_npu.ops.synchronize()
             metrics_log.write(
                 iteration=iteration, loss=loss, grad_norm=grad_norm, eval_loss=eval_loss, model_flops=totals.flops,
                 aux_loss=aux_loss if model.config.text.num_experts else None, lr=optimizer.param_groups[-1]["lr"],
                 consumed_samples=batches[-1].resume_state["consumed"], samples=totals.samples, tokens=totals.tokens,
-                supervised_tokens=totals.supervised_tokens, step_time_s=time.perf_counter() - began,
+                supervised_tokens=totals.supervised_tokens, step_time_s=step_time,
                 data_time_s=data_time, skipped_samples=sum(totals.rows_bad), truncated_samples=totals.truncated,
                 skipped_iterations=int(not good),
             )

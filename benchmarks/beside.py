@@ -5,6 +5,7 @@ the machine does slows down both. Ratios are taken turn by turn.
 """
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import resource
@@ -161,12 +162,21 @@ def ratio(ours: list[float], theirs: list[float]) -> str:
     return f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
 
 
-def add_flags(parser, cases: list[str]) -> None:
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=7, help="turns that count")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side")
-    parser.add_argument("--only", type=lambda text: text.split(","), default=cases, metavar="A,B",
-                        help="of " + ",".join(cases))
+def flags(doc: str, cases: list[str], rounds: int | None = 7) -> argparse.ArgumentParser:
+    """The flags that all have; without --rounds if that is None."""
+    def some(text: str) -> list[str]:
+        if unknown := set(text.split(",")) - set(cases):
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: give some of {','.join(cases)}")
+        return text.split(",")
+
+    parser, at_least_one = argparse.ArgumentParser(description=doc.split("\n\n")[0]), kernels_npu.number(int, 1)
+    devices = ("cpu", "cuda")[: 1 + torch.cuda.is_available()]
+    parser.add_argument("--device", choices=devices, default=devices[-1])
+    if rounds:
+        parser.add_argument("--rounds", type=at_least_one, default=rounds, help="turns that count")
+    parser.add_argument("--threads", type=at_least_one, default=len(os.sched_getaffinity(0)), help="of each side")
+    parser.add_argument("--only", type=some, default=cases, metavar="A,B", help="of " + ",".join(cases))
+    return parser
 
 
 def machine(device: str, threads: int) -> str:

@@ -87,9 +87,7 @@ def compare(name: str, moe: bool, batch: int, args: argparse.Namespace) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    beside.add_flags(parser, list(CASES))
-    args = parser.parse_args()
+    args = beside.flags(__doc__, list(CASES)).parse_args()
     print(f"{beside.machine(args.device, args.threads)}; medians of {args.rounds}: ours and transformers'")
     results = [compare(name, *CASES[name], args) for name in args.only]
     sys.exit(not all(results))

@@ -7,7 +7,6 @@ measured in a process of its own, whose most memory is that of one step less tha
 """
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import subprocess
@@ -120,8 +119,7 @@ def plot(tables: dict[str, list[tuple]], path: Path, machine: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    beside.add_flags(parser, ["length", "experts", "pictures", "ranks"])
+    parser = beside.flags(__doc__, ["length", "experts", "pictures", "ranks"], rounds=None)
     parser.add_argument("--plot", type=Path, metavar="F.png", help="draw it")
     args = parser.parse_args()
     machine = beside.machine(args.device, args.threads)

@@ -1,6 +1,6 @@
-"""What train.py's own options cost and save: `python benchmarks/options.py [--model dense] [--device cuda]`.
+"""What train.py's own options cost and save: `python benchmarks/options.py [--only dense] [--device cuda]`.
 
-Trains a random model through train.py itself (FSDP2 on one rank, its loader, its clipping) on packed rows of pictures
+Trains a random model through train.py itself (its loader, its clipping, in bf16 FSDP2) on packed rows of pictures
 and text, once with the defaults and once with each option, and prints time of a step, MFU where the device's peak is
 known, and the most memory. On a CPU the model is small; on CUDA it has the widths of 8B (dense) or of 30B-A3B (moe),
 and fewer layers.
@@ -80,8 +80,7 @@ def run(folder: Path, options: list[str], args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    beside.add_flags(parser, ["dense", "moe"])
+    parser = beside.flags(__doc__, ["dense", "moe"], rounds=None)
     parser.add_argument("--seq-length", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--layers", type=int, help="of the text decoder")

@@ -24,9 +24,10 @@ LR = 1e-4
 EQUAL = [[40, ("image", 20, 20), 114]] * 4  # 256 tokens each, a picture of 320 x 320 pixels
 MIXED = [[40, ("image", 20, 26), 120], [400], [30, ("image", 14, 10), ("image", 8, 16), 60], [90],
          [25, ("image", 26, 30), 150], [140], [20, ("image", 10, 12), 35], [10, ("image", 16, 16), 200]]
+TEXT = [[400], [90], [140], [250]]
 CASES = {
     "dense-equal": (config(False), EQUAL), "dense-mixed": (config(False), MIXED),
-    "moe-equal": (config(True), EQUAL), "moe-mixed": (config(True), MIXED),
+    "moe-equal": (config(True), EQUAL), "moe-mixed": (config(True), MIXED), "dense-text": (config(False), TEXT),
     "memory": (config(False, vocab_size=151936, hidden_size=256), [[8192]]),
 }
 # On CUDA: the width of 8B, and of 30B-A3B with a fourth of its experts, in four layers
@@ -36,7 +37,7 @@ SPARSE = WIDE | {"hidden_size": 2048, "num_key_value_heads": 4}
 
 
 def ours(directory: str, rows: list, device: str, dtype: torch.dtype):
-    """This project's step, as train.py takes it on one rank without FSDP."""
+    """This project's step: what train.py does on one rank in float32, but for its own clipping, loader and log."""
     model = beside.load_ours(directory, device, dtype)
     optimizer = kernels_npu.ops.adamw([{"params": list(model.parameters())}], lr=LR)
     batch = beside.packed(rows, device, dtype)
@@ -85,9 +86,7 @@ def compare(name: str, raw: dict, rows: list, args: argparse.Namespace) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    beside.add_flags(parser, list(CASES))
-    args = parser.parse_args()
+    args = beside.flags(__doc__, list(CASES)).parse_args()
     print(f"{beside.machine(args.device, args.threads)}; a step in seconds, median of {args.rounds}")
     good = True
     for name in args.only:

@@ -1578,6 +1578,15 @@ def pack(dataset, processor, **options) -> Loader:
     return make_loader(dataset, processor, **({"packing": True, "encode_options": {"seq_length": 640}} | options))
 
 
+def test_packed_rows_of_many_short_samples_are_full(tmp_path, processor):
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(chat(f"q{i}", "a")) for i in range(1500)))
+    loader = pack(RowDataset([str(tmp_path / "rows.jsonl")]), processor, encode_options={"seq_length": 8192})
+    batches = list(itertools.takewhile(lambda batch: batch.resume_state["epoch"] == 0, loader))
+    assert len(batches[0].sources) > 2 * PACKING_WINDOW
+    assert min(len(batch.input_ids) for batch in batches[:-1]) > 0.99 * 8192
+    assert loader.epoch_size() == pytest.approx(len(batches), abs=0.99)
+
+
 def test_packed_rows_are_full_and_hold_each_row_once_an_epoch(tmp_path, processor):
     dataset = RowDataset(uneven(tmp_path))
     order = [x for batch in ids(take(make_loader(dataset, processor), 600)) for x in batch]

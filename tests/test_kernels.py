@@ -1,6 +1,8 @@
 """The plain operations against each one written the slow way, forward and backward, in float64 or float32."""
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -20,6 +22,17 @@ def test_grouped_matmul(counts):
     grads = (torch.autograd.grad(out, (x, weight), dy) for out in (y, expected))
     for a, b in zip(*grads, strict=True):
         assert torch.allclose(a, b)
+
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12),
+    ("NVIDIA H800 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12),
+    ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA RTX A1000", None),
+    ("NVIDIA H20", None), ("NVIDIA B200", None), ("NVIDIA L40", None), ("NVIDIA GeForce RTX 4090", None)])
+def test_peaks_of_devices(monkeypatch, name, peak):
+    device = object.__new__(kernels_npu.Cuda)
+    device.module = SimpleNamespace(get_device_name=lambda: name)
+    assert device.peak_flops() == peak
 
 
 def test_permute_and_unpermute():

@@ -343,6 +343,8 @@ def test_metrics_and_log_line(folder, tmp_path, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" iteration")]
     assert [m["iteration"] for m in metrics] == [1, 2, 3, 4, 5]
     assert [int(re.search(r"iteration +(\d+)/ +5 \|", line)[1]) for line in lines] == [2, 4]
+    tokens, seconds = (sum(m[key] for m in metrics[:2]) for key in ("tokens", "step_time_s"))  # a rate over all of it
+    assert float(re.search(r"per device: (\S+)", lines[0])[1]) == pytest.approx(tokens / seconds, abs=0.5)
     for word in ("consumed samples:", "elapsed time per iteration (ms):", "learning rate:", "global batch size:     4",
                  "lm loss:", "grad norm:", "tokens per second per device:"):
         assert word in lines[0]
