@@ -77,8 +77,8 @@ def compare(name: str, raw: dict, rows: list, args: argparse.Namespace) -> bool:
     off = np.abs(np.array(my_losses) / np.array(their_losses) - 1)
     print(f"{name:12} ours {np.median(mine[1:]):6.3f} s, transformers {np.median(theirs[1:]):6.3f} s, ratio "
           f"{beside.ratio(mine[1:], theirs[1:])}; most memory {my_peaks[-1]:,.0f} and {their_peaks[-1]:,.0f} MB, ratio "
-          f"{my_peaks[-1] / their_peaks[-1]:.2f}; losses {my_losses[0]:.5f} to {my_losses[-1]:.5f}, {np.median(off):.0e} apart, "
-          f"{off.max():.0e} at most", flush=True)
+          f"{my_peaks[-1] / their_peaks[-1]:.2f}; losses {my_losses[0]:.5f} to {my_losses[-1]:.5f}, "
+          f"{np.median(off):.0e} apart, {off.max():.0e} at most", flush=True)
     # bf16 has 8 bits. A token between two experts goes to another one after a rounding, and moves a step's loss by up
     # to 1e-3, between two runs of transformers, too; so in most steps they must agree, and in all nearly
     agree = np.median(off) < (1e-4 if dtype == torch.float32 else 2e-2) and off.max() < 5e-2
