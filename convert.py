@@ -626,7 +626,8 @@ def _complete(partial: Path, final: Path, files: dict[str, dict], tracker: str |
     flushed; only then is the directory renamed to its real name, and only then does the tracker point to it.
     """
     for name, what in _wrong_sizes(partial, files):
-        raise InputError(f"{partial / name}: {what}: it must be on storage that every node shares")
+        raise InputError(f"{partial / name}: {what} after it was written: it must be on storage that every node "
+                         "shares")
     _write_bytes(partial / CHECKSUMS, json.dumps(files, indent=1, sort_keys=True).encode(), {})
     _sync(partial)
     aside = final.with_name(f".old_{final.name}")

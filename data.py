@@ -635,9 +635,8 @@ class Processor:
             if not self.image[name] == self.video[name] == stated:
                 found = f"{self.image[name]} for pictures, {self.video[name]} for videos, {short(stated)}"
                 raise InputError(f"{hf_dir}: the preprocessor files and config.json disagree on {name}: {found}")
-        if self.patch * self.merge % 2:
-            raise InputError(f"{hf_dir}: patch_size {self.patch} and merge_size {self.merge} are both odd: pixels are "
-                             "taken in pairs, so one of them must be even")
+        if self.patch % 2:
+            raise InputError(f"{hf_dir}: patch_size {self.patch} is odd: pixels are taken in pairs, it must be even")
         if not (0.001 <= video_fps <= 1e6 and video_maxlen >= self.temporal):
             raise InputError(f"video_fps {video_fps} must be between 0.001 and 1e6, and video_maxlen {video_maxlen} at "
                              f"least {self.temporal}")
@@ -1286,7 +1285,7 @@ def _scan_array(path: Path, stream: BinaryIO, offset: int, expected: str) -> Ite
 
 # ----------------------------------------------------------------------------------------------------------- the stream
 
-PACKING_WINDOW = 128  # samples to choose from for a packed row (see `can_choose`)
+PACKING_WINDOW = 128  # samples
 
 
 @dataclass
@@ -1443,20 +1442,22 @@ class Loader:
         space = self.encode_options["seq_length"]
         position: dict = {}
         for taken, (span, behind, length) in enumerate(self._in_workers(self._measure, rows, min(1, self.num_workers))):
-            while waiting and (behind["epoch"] != position["epoch"] or can_choose(waiting, space)):
+            again = taken >= len(left)  # as where the run ended: not before goes a resumed one on
+            while again and waiting and (behind["epoch"] != position["epoch"] or can_choose(waiting, space)):
                 row, waiting = fill_row(waiting, space)
-                places = [list(place) for place in [*(span for span, _ in waiting), *left[taken:]]]
+                places = [list(span) for span, _ in waiting]
                 yield [span for span, _ in row], position | {"dealt": [self.dp_rank, self.dp_size], "waiting": places}
             waiting.append((span, length))
             position = behind
 
     def _measure(self, item: tuple[Span, dict]) -> tuple[Span, dict, int]:
-        """With a row's place its number of tokens; a bad row has none, so that it gets somewhere and is told there."""
+        """With a row's place its number of tokens. A bad row has few, so that it gets somewhere and is told there, or,
+        where it ends the run, so many that this is soon."""
         try:
             row, source, media_dir = self.dataset.read(item[0])
             return *item, self.processor.measure(row, media_dir=media_dir, source=source, **self.encode_options)
         except InputError:
-            return *item, 0
+            return *item, self.encode_options["seq_length"] if self.on_bad_sample == "error" else 1
 
     def _left_over(self) -> tuple[list[Span], dict]:
         """The rows that waited at a checkpoint and are this rank's to pack now, and the position that all go on from.
@@ -1484,9 +1485,9 @@ class Loader:
 
 
 def can_choose(waiting: list[tuple[Span, int]], space: int) -> bool:
-    """Whether the samples that wait are enough to fill a row of `space` tokens well: a window of them or several, and
-    tokens for two rows. A bad row, without tokens, is not kept waiting."""
-    return len(waiting) % PACKING_WINDOW == 0 and sum(length or space for _, length in waiting) >= 2 * space
+    """Whether the samples that wait are enough to fill a row of `space` tokens well: one PACKING_WINDOW of them or
+    several, and tokens for two rows."""
+    return len(waiting) % PACKING_WINDOW == 0 and sum(length for _, length in waiting) >= 2 * space
 
 
 def fill_row(waiting: list[tuple[Span, int]], space: int) -> tuple[list, list]:

@@ -585,7 +585,7 @@ class Qwen3VL(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.language_model.embed_tokens.weight
         self.bring_features: Callable = features_in_place
-        self.vision_always = False  # FSDP2 needs the vision encoder on every rank: its collectives have to match
+        self.vision_always = False  # without media, too: the collectives of many ranks have to match
         self.loss_chunk_size = 1024
         self.router_aux_loss_coef = 0.0
 
@@ -609,9 +609,9 @@ class Qwen3VL(nn.Module):
         """Token embeddings with pictures and videos in their places, then the DeepStack features, [T, D] each."""
         x = self.model.language_model.embed_tokens(batch.input_ids)
         visual = self.model.visual
-        if len(batch.grid_thw) == 0 and not self.vision_always:
-            return [x]
         if len(batch.grid_thw) == 0:
+            if not self.vision_always:
+                return [x]
             pixel_values, grid_thw = visual.dummy(x.device)
             pixel_values = visual.patches_of(pixel_values, batch.visual_tokens)
             features, deepstack = visual(pixel_values, grid_thw, batch.visual_tokens)

@@ -391,7 +391,7 @@ def parallelize(
     meta device (or the CPU), in place; freeze it before. Raises UsageError for sizes that the model cannot be cut to.
 
     Parameters stay float32 shards; each group is gathered in `compute_dtype` when its module runs, and its gradients
-    are reduced in float32.
+    are reduced in float32. One rank that computes in float32 goes without FSDP2.
     """
     visual, text = model.model.visual, model.model.language_model
     if ranks.ep_size > 1:
@@ -409,7 +409,7 @@ def parallelize(
     if ranks.world == 1 and compute_dtype == torch.float32:
         return  # nothing to cut and nothing to cast: FSDP2 would copy all parameters and gradients, a fifth of a step
 
-    model.vision_always = True
+    model.vision_always = ranks.world > 1
     # cast_forward_inputs would turn loss weights and rotary tables into bf16
     policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
     shard = functools.partial(fully_shard, mesh=ranks.mesh, mp_policy=policy)

@@ -246,7 +246,10 @@ def build_model(
                              f"{size / 1e9:.0f}B parameters of the model; leave it out above 10B")
         model.to_empty(device="cpu")
     prepare(args, model, ranks, dtype)
-    model.to_empty(device=ranks.device) if args.init_model_with_meta_device else model.to(ranks.device)
+    if args.init_model_with_meta_device:
+        model.to_empty(device=ranks.device)
+    else:
+        model.to(ranks.device)
     if source is None:
         model.init_weights(args.seed, parallel.local_part)
     elif not args.load:
@@ -537,7 +540,7 @@ def train(
             losses = []
             for batch in batches:
                 loss, aux_loss = model(ranks.take(batch))
-                if loss.requires_grad:  # not that of a text, where only the vision encoder trains
+                if loss.requires_grad:  # not that of a text where the text decoder is frozen
                     loss.backward()
                 losses.append(torch.stack((loss.detach(), aux_loss)))
             if not totals.media:

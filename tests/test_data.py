@@ -930,9 +930,8 @@ def test_preprocessor_settings(qwen_dir, tmp_path):
         ({"config": {"vision_config": {"spatial_merge_size": 4}}}, "disagree on merge_size"),
         ({"preprocessor_config": {"temporal_patch_size": 1}}, "disagree on temporal_patch_size: 1 for pictures, 2"),
         ({"video_preprocessor_config": {"merge_size": 1}}, "disagree on merge_size: 2 for pictures, 1"),
-        ({"config": {"vision_config": {"patch_size": 15, "spatial_merge_size": 1}},
-          **{f"{kind}preprocessor_config": {"patch_size": 15, "merge_size": 1} for kind in ("", "video_")}},
-            "patch_size 15 and merge_size 1 are both odd"),
+        ({"config": {"vision_config": {"patch_size": 15}},
+          **{f"{kind}preprocessor_config": {"patch_size": 15} for kind in ("", "video_")}}, "patch_size 15 is odd"),
         ({"config": "{"}, "config.json is not JSON"),
         ({"config": "[" * 100000}, "config.json is not JSON"),
         ({"config": {"text_config": []}}, "config.json: text_config must hold an object, this is empty"),
@@ -1576,6 +1575,19 @@ def uneven(tmp_path, count=300, seed=0) -> list[str]:
 
 def pack(dataset, processor, **options) -> Loader:
     return make_loader(dataset, processor, **({"packing": True, "encode_options": {"seq_length": 640}} | options))
+
+
+def test_packing_resumes_exactly_where_many_wait(tmp_path, processor):
+    """Short samples, of which more than a window wait, then long ones, which make a part of them enough."""
+    lengths = [*[1] * PACKING_WINDOW, *np.random.default_rng(0).integers(150, 1000, 300).tolist()]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(chat(f"q{i}", "a " * n)) for i, n in enumerate(lengths)))
+    dataset, options = RowDataset([str(tmp_path / "rows.jsonl")]), {"encode_options": {"seq_length": 2048}}
+    whole = take(pack(dataset, processor, shuffle=False, **options), 12)
+    assert max(len(batch.resume_state["waiting"]) for batch in whole) > PACKING_WINDOW
+    for at in (0, 2, 5):
+        state = json.loads(json.dumps(whole[at].resume_state))
+        again = take(pack(dataset, processor, shuffle=False, resume_state=state, **options), 11 - at)
+        assert [batch.sources for batch in again] == [batch.sources for batch in whole[at + 1 :]]
 
 
 def test_packed_rows_of_many_short_samples_are_full(tmp_path, processor):
