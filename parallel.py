@@ -163,6 +163,9 @@ class Ranks:
         return [rank for rank in range(self.world) if not store.check([f"alive/{rank}"])]
 
     def close(self) -> None:
+        # Gloo's threads let go of the last collective's tensors, for which they need the interpreter. Destroying the
+        # group holds on to that while it waits for them: so first they get their turn.
+        time.sleep(0.05)
         dist.destroy_process_group()
 
 
