@@ -732,7 +732,7 @@ class Processor:
         one row of blocks at a time, as whole pictures do not fit in a processor's cache.
         """
         (t, h, w), m, p = grid, self.merge, self.patch
-        tables = _pair_tables(settings["rescale_factor"], *map(tuple, (settings["image_mean"], settings["image_std"])))
+        tables = _pair_tables(settings["rescale_factor"], tuple(settings["image_mean"]), tuple(settings["image_std"]))
         patches = np.empty((t, h // m, w // m, m, m, 3, self.temporal, p, p), np.float32)
         for i, image in enumerate(images):
             if settings is self.video:  # as torchvision: the width first. Pillow's order depends on the sizes

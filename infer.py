@@ -32,16 +32,7 @@ from tqdm import tqdm
 import convert
 import data
 import kernels_npu
-from kernels_npu import (
-    InputError,
-    Parser,
-    UsageError,
-    add_media_flags,
-    media_limits,
-    number,
-    read_json,
-    run_program,
-)
+from kernels_npu import InputError, Parser, UsageError, number, read_json, run_program
 from model import Qwen3VL, Qwen3VLConfig, TextModel
 
 # ---- generation ----------------------------------------------------------------------------------------------------
@@ -284,7 +275,7 @@ class Answerer:
     def __init__(self, args: argparse.Namespace):
         Qwen3VLConfig.from_json(args.model)  # its mistakes are told first
         self.args = args
-        self.processor = data.Processor(args.model, **media_limits(args))
+        self.processor = data.Processor(args.model, **kernels_npu.media_limits(args))
         self.end_token_ids = end_token_ids(args.model, self.processor)
         for name in (args.text_attn_implementation, args.vision_attn_implementation):
             kernels_npu.ops.attention(name)  # what is not available is told before the weights are read
@@ -478,7 +469,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                    "fewest tokens that have this share of the probability; 1: all")
     g.add_argument("--seed", type=number(int, 0), default=42, metavar="N", help="of the draws")
 
-    add_media_flags(p.add_argument_group("pictures and videos"))
+    kernels_npu.add_media_flags(p.add_argument_group("pictures and videos"))
 
     p.add_argument("--verbose", action="store_true", help="figures on standard error")
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -496,7 +487,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         if getattr(args, name):
             have = "without --input" if args.input is None else "with --input, whose rows bring their own"
             raise UsageError(f"--{name.replace('_', '-')} has no effect {have}: leave it out")
-    media_limits(args)
+    kernels_npu.media_limits(args)  # a minimum above its maximum is told now
     args.batch_size = args.batch_size or 1
     return args
 

@@ -563,6 +563,23 @@ def media_limits(args: argparse.Namespace) -> dict[str, float | None]:
     return {name: getattr(args, name) for name in MEDIA_LIMITS}
 
 
+def add_row_flags(group: argparse._ArgumentGroup) -> None:
+    """The flags of `row_options` but --seq-length, whose meaning differs: what training makes of a row."""
+    switch = argparse.BooleanOptionalAction
+    group.add_argument("--confine-paths", action=switch, default=False, help="refuse media outside the dataset "
+                       "directory")
+    group.add_argument("--train-on-prompt", action=switch, default=False, help="supervise everything but media tokens")
+    group.add_argument("--mask-history", action=switch, default=False, help="supervise the last answer only")
+
+
+def row_options(args: argparse.Namespace) -> dict[str, int | bool]:
+    """Those flags as `data.Processor.encode` takes them. Raises UsageError where two exclude each other."""
+    if args.train_on_prompt and args.mask_history:
+        raise UsageError("--train-on-prompt and --mask-history exclude each other: give one of them")
+    return {"seq_length": args.seq_length, "train_on_prompt": args.train_on_prompt,
+            "mask_history": args.mask_history, "confine": args.confine_paths}
+
+
 asked_to_stop = threading.Event()  # set by a program that handles SIGTERM itself
 
 

@@ -497,7 +497,7 @@ def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float, ranks: Ranks
     float64, add up to the whole norm.
     """
     grads = [to_local(p.grad) for p in parameters if p.grad is not None]
-    # none at all where all that trains is the vision encoder, and the step had no picture
+    # none at all where the text decoder is frozen, and the step had no picture
     norms = torch.stack(torch._foreach_norm(grads)).cpu().double() if grads else torch.zeros(1)
     (total,) = ranks.sum((norms**2).sum() / ranks.replicas)
     norm = total**0.5

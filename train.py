@@ -70,7 +70,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     g.add_argument("--dataset-dir", metavar="DIR", help="media paths are relative to it (default: the file's folder)")
     g.add_argument("--cache-dir", metavar="DIR", help="keeps the index of each dataset for the next start")
     g.add_argument("--max-samples", type=count, metavar="N", help="the first N rows of each dataset")
-    g.add_argument("--confine-paths", action=switch, default=False, help="refuse media outside the dataset directory")
     g.add_argument("--seq-length", type=count, default=4096, metavar="N", help="the longest sample, in tokens; with "
                    "--packing, the longest row")
     g.add_argument("--packing", action=switch, default=False, help="fill each row to --seq-length with as many samples "
@@ -82,8 +81,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     g.add_argument("--num-workers", type=number(int, 0, 1024), default=2, metavar="N", help="loader processes per rank")
     g.add_argument("--shuffle", action=switch, default=True, help="a new order each epoch, from --seed")
     kernels_npu.add_media_flags(g)
-    g.add_argument("--train-on-prompt", action=switch, default=False, help="supervise everything but media tokens")
-    g.add_argument("--mask-history", action=switch, default=False, help="supervise the last answer only")
+    kernels_npu.add_row_flags(g)
     g.add_argument("--on-bad-sample", choices=("error", "skip"), default="error", help="skip: log it, count it, go on")
 
     g = p.add_argument_group("optimization")
@@ -184,8 +182,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         raise UsageError("--cache-dir keeps what --streaming does not need: leave one of them out")
     if args.async_save and not args.save:
         raise UsageError("--async-save needs --save: give the directory, or leave it out")
-    if args.train_on_prompt and args.mask_history:
-        raise UsageError("--train-on-prompt and --mask-history exclude each other: give one of them")
+    kernels_npu.row_options(args)  # those that exclude each other are told now
     if args.activation_offload and args.recompute == "none":
         raise UsageError("--activation-offload goes with recompute: give --recompute full, or leave both out")
     if args.min_lr > args.lr:
@@ -199,7 +196,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for flag in ("dataset_dir", "cache_dir", "load", "save", "eval_dataset", "tensorboard_dir", "profile_dir"):
         if getattr(args, flag) == "":
             raise UsageError(f"--{flag.replace('_', '-')} is empty: give a path, or leave it out")
-    kernels_npu.media_limits(args)
+    kernels_npu.media_limits(args)  # and a minimum above its maximum
     return args
 
 
@@ -858,10 +855,9 @@ def run(args: argparse.Namespace, ranks: parallel.Ranks, accumulation: int, star
         dataset = data.RowStream(paths, args.dataset_dir, args.max_samples, args.shuffle_buffer or 1000)
     else:
         dataset = data.RowDataset(paths, max_samples=args.max_samples, **read)
-    options = {"seq_length": args.seq_length, "train_on_prompt": args.train_on_prompt,
-               "mask_history": args.mask_history, "confine": args.confine_paths}
     layout = {"dp_rank": ranks.dp_rank, "dp_size": ranks.dp_size, "seed": args.seed, "num_workers": args.num_workers,
-              "on_bad_sample": args.on_bad_sample, "encode_options": options, "micro_batch_size": args.micro_batch_size}
+              "on_bad_sample": args.on_bad_sample, "encode_options": kernels_npu.row_options(args),
+              "micro_batch_size": args.micro_batch_size}
     loader = data.Loader(dataset, processor, shuffle=args.shuffle, global_batch_size=args.global_batch_size,
                          packing=args.packing, **layout)
     if args.train_iters is None:

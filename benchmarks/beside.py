@@ -162,8 +162,8 @@ def ratio(ours: list[float], theirs: list[float]) -> str:
     return f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
 
 
-def flags(doc: str, cases: list[str], rounds: int | None = 7) -> argparse.ArgumentParser:
-    """The flags that all have; without --rounds if that is None."""
+def flags(doc: str, cases: list[str], rounds: bool = True) -> argparse.ArgumentParser:
+    """The flags that all have; --rounds where turns are taken."""
     def some(text: str) -> list[str]:
         if unknown := set(text.split(",")) - set(cases):
             raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: give some of {','.join(cases)}")
@@ -173,7 +173,7 @@ def flags(doc: str, cases: list[str], rounds: int | None = 7) -> argparse.Argume
     devices = ("cpu", "cuda")[: 1 + torch.cuda.is_available()]
     parser.add_argument("--device", choices=devices, default=devices[-1])
     if rounds:
-        parser.add_argument("--rounds", type=at_least_one, default=rounds, help="turns that count")
+        parser.add_argument("--rounds", type=at_least_one, default=7, help="turns that count")
     parser.add_argument("--threads", type=at_least_one, default=len(os.sched_getaffinity(0)), help="of each side")
     parser.add_argument("--only", type=some, default=cases, metavar="A,B", help="of " + ",".join(cases))
     return parser

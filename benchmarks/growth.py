@@ -119,7 +119,7 @@ def plot(tables: dict[str, list[tuple]], path: Path, machine: str) -> None:
 
 
 def main() -> None:
-    parser = beside.flags(__doc__, ["length", "experts", "pictures", "ranks"], rounds=None)
+    parser = beside.flags(__doc__, ["length", "experts", "pictures", "ranks"], rounds=False)
     parser.add_argument("--plot", type=Path, metavar="F.png", help="draw it")
     args = parser.parse_args()
     machine = beside.machine(args.device, args.threads)

@@ -80,7 +80,7 @@ def run(folder: Path, options: list[str], args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    parser = beside.flags(__doc__, ["dense", "moe"], rounds=None)
+    parser = beside.flags(__doc__, ["dense", "moe"], rounds=False)
     parser.add_argument("--seq-length", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--layers", type=int, help="of the text decoder")

@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
+import kernels_npu
 from data import InputError
-from kernels_npu import Parser, UsageError, add_media_flags, media_limits, number, run_program
+from kernels_npu import Parser, UsageError, number, run_program
 from tools import report
 from tools.report import visible
 
@@ -295,11 +296,9 @@ def histogram(values: Counter, most: int = 12) -> list[tuple[str, int]]:
 
 def check(args: argparse.Namespace) -> None:
     """Reads every row, prints what it found and writes the page. Raises InputError if rows are bad."""
-    processor = data.Processor(args.init_from_hf_path, **media_limits(args))
+    processor = data.Processor(args.init_from_hf_path, **kernels_npu.media_limits(args))
     dataset = data.RowDataset(args.dataset.split(","), args.dataset_dir, args.cache_dir, args.max_samples)
-    options = {"seq_length": args.seq_length, "train_on_prompt": args.train_on_prompt,
-               "mask_history": args.mask_history, "confine": args.confine_paths}
-    reader = RowReader(dataset, processor, options)
+    reader = RowReader(dataset, processor, kernels_npu.row_options(args))
     figures = Figures(reader)
     starts = range(0, len(dataset), CHUNK)
     chunks = DataLoader(reader, batch_size=None, sampler=starts, num_workers=min(args.num_workers, len(starts)),
@@ -361,7 +360,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     llava.add_argument("--overwrite", action="store_true", help="replace an earlier output")
 
     check_parser = commands.add_parser("check", help="reads every row as training would: counts, bad rows, a page")
-    count, switch = number(int, 1), argparse.BooleanOptionalAction
+    count = number(int, 1)
     g = check_parser.add_argument_group("rows")
     g.add_argument("--dataset", required=True, metavar="A.json,B.jsonl", help="files of rows, comma-separated")
     g.add_argument("--init-from-hf-path", required=True, metavar="DIR", help="Hugging Face directory: configuration, "
@@ -374,10 +373,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     g.add_argument("--max-samples", type=count, metavar="N", help="the first N rows of each dataset")
     g = check_parser.add_argument_group("as in training")
     g.add_argument("--seq-length", type=count, default=4096, metavar="N", help="the longest sample, in tokens")
-    add_media_flags(g)
-    g.add_argument("--train-on-prompt", action=switch, default=False, help="supervise everything but media tokens")
-    g.add_argument("--mask-history", action=switch, default=False, help="supervise the last answer only")
-    g.add_argument("--confine-paths", action=switch, default=False, help="refuse media outside the dataset directory")
+    kernels_npu.add_media_flags(g)
+    kernels_npu.add_row_flags(g)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show a traceback with an error")
 
@@ -388,9 +385,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         if getattr(args, name, None) == "":
             raise UsageError(f"--{name.replace('_', '-')} is empty: give a path, or leave it out")
     if args.command == "check":
-        if args.train_on_prompt and args.mask_history:
-            raise UsageError("--train-on-prompt and --mask-history exclude each other: give one of them")
-        media_limits(args)
+        kernels_npu.row_options(args)  # those that exclude each other are told now
+        kernels_npu.media_limits(args)  # and a minimum above its maximum
     target = args.output if args.command == "llava" else args.report
     if target and (os.path.isdir(target) or not os.access(Path(target).absolute().parent, os.W_OK)):
         raise UsageError(f"{target} cannot be written: give a file in a folder that exists and that you may write in")
