@@ -6,7 +6,7 @@ two; loading a model, resharding and both conversions are windows copied from on
 than a piece. Files are memory-mapped: what is read of them is page cache, not the process's own memory.
 
 What is written is torch.distributed.checkpoint's format (`dcp.load` reads it): tensors in pieces of at most
-`PIECE_BYTES`, parameters under their Hugging Face names, optimizer state as `optimizer.exp_avg.NAME`. Beside it
+`CHUNK_BYTES`, parameters under their Hugging Face names, optimizer state as `optimizer.exp_avg.NAME`. Beside it
 `checksums.json`, and each rank's `trainer_state_rank_00000.pt`. A stranger's pickle runs no code: see `read_metadata`.
 
     python convert.py hf_to_dcp --hf_dir DIR --dcp_dir DIR
@@ -51,11 +51,11 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 import kernels_npu
-from kernels_npu import InputError, Parser, number, read_json, run_program
+from common import InputError, Parser, is_peer_failure, number, read_json, run_program
 from model import Qwen3VL, Qwen3VLConfig
-from parallel import local_part
+from parallel import local_shard_and_offset
 
-PIECE_BYTES = 16 << 20
+CHUNK_BYTES = 16 << 20
 METADATA_BYTES = 256 << 20  # of .metadata; 235B's with its optimizer has 40 MB
 HEADER_BYTES = 16 << 20  # of a safetensors file; 235B's files have a few KB
 ASSET_BYTES = 64 << 20  # of a tokenizer, say, which has 11 MB
@@ -66,8 +66,8 @@ SAFETENSORS_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.
 EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
 LAYOUT = {"expert_layout": "published"}  # in the header of what we write, for square experts (see `fit`)
 
-Stored = tuple[torch.dtype, torch.Size]  # what a source knows of a tensor without reading it
-Piece = tuple[str, torch.Size, tuple[int, ...], Tensor]  # of a tensor: its name, its whole shape, offset, values
+TensorInfo = tuple[torch.dtype, torch.Size]  # what a source knows of a tensor without reading it
+TensorChunk = tuple[str, torch.Size, tuple[int, ...], Tensor]  # of a tensor: its name, its whole shape, offset, values
 
 logger = logging.getLogger(__name__)
 
@@ -75,25 +75,25 @@ logger = logging.getLogger(__name__)
 # ---- windows into tensors ------------------------------------------------------------------------------------------
 
 
-def _window(offset: Iterable[int], sizes: Iterable[int]) -> tuple[slice, ...]:
+def _slices(offset: Iterable[int], sizes: Iterable[int]) -> tuple[slice, ...]:
     return tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))
 
 
-def _pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(offset, sizes) of runs of rows that are at most PIECE_BYTES (a longer single row stays whole)."""
+def _row_chunks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(offset, sizes) of runs of rows that are at most CHUNK_BYTES (a longer single row stays whole)."""
     if not shape:
         yield (), ()
     elif 0 not in shape:
-        rows = max(1, PIECE_BYTES // (math.prod(shape[1:]) * itemsize))
+        rows = max(1, CHUNK_BYTES // (math.prod(shape[1:]) * itemsize))
         for start in range(0, shape[0], rows):
             yield (start, *(0 for _ in shape[1:])), (min(rows, shape[0] - start), *shape[1:])
 
 
 def _local_pieces(tensor: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """This rank's part of a DTensor, or all of a plain tensor: (where it begins in the whole, view) of its pieces."""
-    local, origin = local_part(tensor)
-    for offset, sizes in _pieces(local.shape, local.element_size()):
-        yield tuple(a + b for a, b in zip(origin, offset, strict=True)), local[_window(offset, sizes)]
+    local, origin = local_shard_and_offset(tensor)
+    for offset, sizes in _row_chunks(local.shape, local.element_size()):
+        yield tuple(a + b for a, b in zip(origin, offset, strict=True)), local[_slices(offset, sizes)]
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -136,7 +136,7 @@ def _short(name: object) -> str:
 _LAYER = re.compile(r"model\.(?:language_model\.layers|visual\.blocks|visual\.deepstack_merger_list)\.\d+")
 
 
-def _check_fit(tensors: dict[str, Stored], expected: dict[str, torch.Size], where: Path) -> None:
+def _check_names_and_shapes(tensors: dict[str, TensorInfo], expected: dict[str, torch.Size], where: Path) -> None:
     """Names and shapes in a source against the model's. Left unread: layers that config.json no longer has (editing it
     is how a user cuts them), and the copy of the embedding that some tied checkpoints carry as lm_head.weight."""
     layers = {name: m[0] for name in [*tensors, *expected] if (m := _LAYER.match(name))}
@@ -168,7 +168,7 @@ class HuggingFaceWeights:
     def __init__(self, hf_dir: str | Path):
         self.path = Path(hf_dir)
         self.files = self._files()  # file name -> names of its tensors, in stored order
-        self.tensors: dict[str, Stored] = {}
+        self.tensors: dict[str, TensorInfo] = {}
         self._slices = {}
         self._transposed: set[str] = set()
         self._published = True  # every file says so
@@ -223,7 +223,7 @@ class HuggingFaceWeights:
             files.setdefault(file, []).append(name)
         return files
 
-    def fit(self, expected: dict[str, torch.Size]) -> HuggingFaceWeights:
+    def check_compatible(self, expected: dict[str, torch.Size]) -> HuggingFaceWeights:
         """Checks names and shapes against a model's (returns self), and finds out which way round the experts lie.
 
         Published checkpoints and transformers 4 store [E, D, 2I] and [E, I, D]; transformers 5 writes [E, 2I, D] and
@@ -242,12 +242,12 @@ class HuggingFaceWeights:
                 if stored == turned:
                     self._transposed.add(name)
                     self.tensors[name] = dtype, shape
-        _check_fit(self.tensors, expected, self.path)
+        _check_names_and_shapes(self.tensors, expected, self.path)
         return self
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         """One window of a tensor, in the published layout; it may be a view of the mapped file: do not write to it."""
-        window = _window(offset, sizes)
+        window = _slices(offset, sizes)
         if name in self._transposed:
             return self._slices[name][window[0], window[2], window[1]].transpose(1, 2)
         return self._slices[name][window]
@@ -256,7 +256,7 @@ class HuggingFaceWeights:
 def load_hf_weights(model: nn.Module, hf_dir: str | Path) -> None:
     """Opens a Hugging Face directory and loads it. Raises InputError, besides what `load_weights` does, for missing,
     unknown, misshapen or ambiguous tensors."""
-    load_weights(model, HuggingFaceWeights(hf_dir).fit(shapes_of(model)))
+    load_weights(model, HuggingFaceWeights(hf_dir).check_compatible(shapes_of(model)))
 
 
 _DCP_CLASSES = {  # all that the pickle of a DCP checkpoint's description needs
@@ -408,7 +408,7 @@ class CheckpointWeights:
         for name, what in _wrong_sizes(self.path, self._records):
             raise _damaged(self.path / name, what)
         _check_contents(self.path / ".metadata", self._records)
-        self.tensors: dict[str, Stored] = {}
+        self.tensors: dict[str, TensorInfo] = {}
         self._chunks: dict[str, list[tuple[torch.Size, torch.Size, _StorageInfo]]] = {}
         lengths: dict[str, int] = {}
         try:
@@ -436,10 +436,10 @@ class CheckpointWeights:
             if (size := (self.path / file).stat().st_size) < length:
                 raise _damaged(self.path / file, f"is damaged ({size} of {length} bytes)")
 
-    def fit(self, expected: dict[str, torch.Size]) -> CheckpointWeights:
+    def check_compatible(self, expected: dict[str, torch.Size]) -> CheckpointWeights:
         """Checks the parameters' names and shapes against a model's. Returns self."""
         parameters = {name: t for name, t in self.tensors.items() if not name.startswith("optimizer.")}
-        _check_fit(parameters, expected, self.path)
+        _check_names_and_shapes(parameters, expected, self.path)
         return self
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
@@ -450,8 +450,8 @@ class CheckpointWeights:
             counts = [min(a + n, b + m) - c for a, n, b, m, c in zip(offset, sizes, at, shape, begin, strict=True)]
             if all(n > 0 for n in counts):
                 piece = self._piece(name, shape, info, all(counts[i] == n for i, n in enumerate(shape)))
-                piece = piece[_window((a - b for a, b in zip(begin, at, strict=True)), counts)]
-                window[_window((a - b for a, b in zip(begin, offset, strict=True)), counts)] = piece
+                piece = piece[_slices((a - b for a, b in zip(begin, at, strict=True)), counts)]
+                window[_slices((a - b for a, b in zip(begin, offset, strict=True)), counts)] = piece
         return window
 
     def _piece(self, name: str, shape: torch.Size, info: _StorageInfo, all_is_read: bool) -> Tensor:
@@ -555,7 +555,7 @@ def _write_bytes(path: Path, data: bytes, files: dict[str, dict]) -> None:
         file.write(data)
 
 
-def _write_shard(path: Path, pieces: Iterable[Piece], files: dict[str, dict]) -> list[tuple]:
+def _write_shard(path: Path, pieces: Iterable[TensorChunk], files: dict[str, dict]) -> list[tuple]:
     """Writes one after the other. Returns what `_write_metadata` needs."""
     entries = []
     with _HashedFile(path, files) as file:
@@ -668,7 +668,7 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _together(action: Callable[[], object], group: dist.ProcessGroup | None, on_rank_0: bool = False) -> list:
+def _run_synced(action: Callable[[], object], group: dist.ProcessGroup | None, on_rank_0: bool = False) -> list:
     """Runs `action` on every rank (or on rank 0 alone) and gathers the results. If it fails on one it raises on all:
     no rank goes on to wait for another that will not come."""
     result = problem = cause = None
@@ -687,7 +687,7 @@ def _together(action: Callable[[], object], group: dist.ProcessGroup | None, on_
     return [value for value, _ in outcomes]
 
 
-def _own_pieces(model: nn.Module, optimizer: Optimizer | None) -> Iterator[Piece]:
+def _own_pieces(model: nn.Module, optimizer: Optimizer | None) -> Iterator[TensorChunk]:
     """What this rank writes: its part of every DTensor (replicas take turns), and on rank 0 the plain tensors."""
     parameters = _parameters(model)
     state: dict[str, Tensor] = dict(parameters)
@@ -722,7 +722,7 @@ def save_checkpoint(
 
 
 def _save(
-    final: Path, pieces: Iterable[Piece], trainer_state: dict | None, retain: int | None,
+    final: Path, pieces: Iterable[TensorChunk], trainer_state: dict | None, retain: int | None,
     group: dist.ProcessGroup | None,
 ) -> None:
     """All of a save, in the foreground or not: `pieces` are this rank's, `group` is for its collectives alone."""
@@ -746,18 +746,18 @@ def _save(
         _complete(partial, final, files, tracker=str(iteration))
 
     try:
-        _together(lambda: _begin(final, "iter_*"), group, on_rank_0=True)
-        written = _together(write, group)
-        _together(complete, group, on_rank_0=True)
+        _run_synced(lambda: _begin(final, "iter_*"), group, on_rank_0=True)
+        written = _run_synced(write, group)
+        _run_synced(complete, group, on_rank_0=True)
     except InputError as e:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise InputError(f"{final}: was not saved: {e}; the iterations before it are as they were") from e
     if retain:
-        _together(lambda: _prune(final.parent, iteration, retain), group, on_rank_0=True)
+        _run_synced(lambda: _prune(final.parent, iteration, retain), group, on_rank_0=True)
 
 
-class Saver:
+class CheckpointWriter:
     """A run's saves, one at a time; `with` it ends when the last is written.
 
     In the background: training stands still while this rank's part is copied to host memory (taken once), then a thread
@@ -802,7 +802,7 @@ class Saver:
         if saving is not None:
             saving.result()
 
-    def __enter__(self) -> Saver:
+    def __enter__(self) -> CheckpointWriter:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -811,7 +811,7 @@ class Saver:
         except Exception as e:
             if error is None:
                 raise
-            if not kernels_npu.peer_has_failed(e):
+            if not is_peer_failure(e):
                 logger.error("%s", e)  # beside what ends the run
         if self._thread is not None:
             self._thread.shutdown()
@@ -868,7 +868,7 @@ def load_checkpoint(
     """
     source = iteration
     if not isinstance(source, CheckpointWeights):
-        source = CheckpointWeights(source).fit(shapes_of(model))
+        source = CheckpointWeights(source).check_compatible(shapes_of(model))
     load_weights(model, source)
     if optimizer is not None:
         _load_optimizer(source, _parameters(model), optimizer)
@@ -933,7 +933,7 @@ def expected_shapes(hf_dir: str | Path) -> dict[str, torch.Size]:
 def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, overwrite: bool = False) -> Path:
     """Writes `dcp_dir/release` (types as stored, published layout, a shard for each source file) and the tracker."""
     expected = expected_shapes(hf_dir)
-    source = HuggingFaceWeights(hf_dir).fit(expected)
+    source = HuggingFaceWeights(hf_dir).check_compatible(expected)
     final = Path(dcp_dir).resolve() / "release"
     if _iterations(final.parent):
         raise InputError(f"{final.parent}: is a training run's directory; choose another --dcp_dir")
@@ -941,9 +941,9 @@ def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, overwrite: bool = False) 
         raise InputError(f"{final.parent}: holds a checkpoint already; choose another --dcp_dir, or give --overwrite")
     itemsize = {name: source.tensors[name][0].itemsize for name in expected}
 
-    def pieces(names: list[str]) -> Iterator[Piece]:
+    def pieces(names: list[str]) -> Iterator[TensorChunk]:
         for name in filter(expected.__contains__, names):
-            for offset, sizes in _pieces(expected[name], itemsize[name]):
+            for offset, sizes in _row_chunks(expected[name], itemsize[name]):
                 yield name, expected[name], offset, source.read(name, offset, sizes)
                 bar.update(math.prod(sizes) * itemsize[name])
 
@@ -973,7 +973,7 @@ def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str 
         if path.stat().st_size > ASSET_BYTES:
             raise InputError(f"{path}: has more than {ASSET_BYTES} bytes; take it out of --model_assets_dir")
     expected = expected_shapes(assets)
-    source = CheckpointWeights(find_checkpoint(load_dir)).fit(expected)
+    source = CheckpointWeights(find_checkpoint(load_dir)).check_compatible(expected)
     final = Path(save_dir).resolve()
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         if not overwrite:
@@ -1036,7 +1036,7 @@ def _write_safetensors(
     file.write(len(encoded).to_bytes(8, "little") + encoded)
     for name in names:
         stored, shape = source.tensors[name]
-        for offset, sizes in _pieces(shape, max(types[name].itemsize, stored.itemsize)):
+        for offset, sizes in _row_chunks(shape, max(types[name].itemsize, stored.itemsize)):
             values = source.read(name, offset, sizes).to(types[name])
             file.write(memoryview(values.view(-1).view(torch.uint8).numpy()))
             bar.update(values.nbytes)
@@ -1099,7 +1099,7 @@ def _verify_one(path: Path) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """The command line; raises what `kernels_npu.run_program` reports."""
+    """The command line; raises what `common.run_program` reports."""
     parser = Parser(description="Hugging Face safetensors <-> DCP checkpoints", prog="convert.py")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{hf_to_dcp,dcp_to_hf,verify}")
     to_dcp = commands.add_parser("hf_to_dcp", help="makes DCP_DIR/release of a Hugging Face directory")

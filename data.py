@@ -1,4 +1,4 @@
-"""Rows of data to packed batches: JSON row -> Sample -> Batch. Reads no other file of the project.
+"""Rows of data to packed batches: JSON row -> Sample -> Batch. 
 
 From top to bottom: what a row may hold (`parse_row`), pictures and videos, token ids, labels, positions and patches
 (`Processor`), files of rows (`RowDataset`), and the endless, resumable stream of micro-batches (`Loader`). As a program
@@ -17,6 +17,7 @@ Letters: T tokens, P patches, N pictures and videos, Nv media tokens, Ns supervi
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import contextlib
 import functools
@@ -28,7 +29,6 @@ import logging
 import math
 import os
 import re
-import reprlib
 import sys
 import uuid
 import warnings
@@ -44,6 +44,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from common import InputError, UsageError, leave_process_group, number, one_line, shorten
+
 logger = logging.getLogger(__name__)
 # Pillow refuses pictures of more than twice as many pixels as this: of 120 million (the largest cameras' have 108). A
 # file of a few kilobytes can have as many; each copy takes 360 to 480 MB. Its warning at half of that is noise.
@@ -52,10 +54,6 @@ Image.MAX_IMAGE_PIXELS = 60_000_000
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 IGNORE = -100  # the label of a token that is not supervised
-
-
-class InputError(ValueError):
-    """A row, picture, file or setting that cannot be used. The message is one line for the user."""
 
 
 # ---------------------------------------------------------------------------------------------- samples and batches
@@ -96,8 +94,8 @@ class Batch:
     resume_state: dict  # the position in the stream after this batch; json-able
     # Where several ranks share a batch, each has a run of its tokens and, of another cut, a run of its patches;
     # cu_seqlens and grid_thw stay those of the whole. Set by parallel.py.
-    visual_tokens: slice = field(default_factory=lambda: slice(None))  # whose patches pixel_values holds, of all
-    visual_moves: tuple[list[int], list[int]] | None = None  # visual tokens to send to, and to get from, each rank
+    local_visual_tokens: slice = field(default_factory=lambda: slice(None))  # whose patches pixel_values holds, of all
+    feature_splits: tuple[list[int], list[int]] | None = None  # visual tokens to send to, and to get from, each rank
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`; `grid_thw` and the lists stay on the host."""
@@ -138,13 +136,56 @@ def collate(
     )
 
 
+# ---------------------------------------------------------------------------------------- flags of rows and media
+
+MEDIA_LIMITS = ("image_min_pixels", "image_max_pixels", "video_min_pixels", "video_max_pixels", "video_fps",
+                "video_maxlen")
+
+
+def add_media_flags(group: argparse._ArgumentGroup) -> None:
+    """The flags of MEDIA_LIMITS, which several programs have."""
+    for kind in ("image", "video"):
+        for end, size in (("min", "smallest"), ("max", "largest")):
+            group.add_argument(f"--{kind}-{end}-pixels", type=number(int, 1), metavar="N",
+                               help=f"{size} {kind} (default: the model's)")
+    group.add_argument("--video-fps", type=number(float, 0, above=True), default=2.0, metavar="X",
+                       help="frames taken per second of video")
+    group.add_argument("--video-maxlen", type=number(int, 2), default=64, metavar="N", help="most frames of a video")
+
+
+def media_limits(args: argparse.Namespace) -> dict[str, float | None]:
+    """Those flags as `Processor` takes them. Raises UsageError where a minimum is above its maximum."""
+    for kind in ("image", "video"):
+        low, high = getattr(args, f"{kind}_min_pixels"), getattr(args, f"{kind}_max_pixels")
+        if low and high and low > high:
+            raise UsageError(f"--{kind}-min-pixels {low} is above --{kind}-max-pixels {high}: give a smaller one")
+    return {name: getattr(args, name) for name in MEDIA_LIMITS}
+
+
+def add_row_flags(group: argparse._ArgumentGroup) -> None:
+    """The flags of `encode_options` but --seq-length, whose meaning differs: what training makes of a row."""
+    switch = argparse.BooleanOptionalAction
+    group.add_argument("--confine-paths", action=switch, default=False, help="refuse media outside the dataset "
+                       "directory")
+    group.add_argument("--train-on-prompt", action=switch, default=False, help="supervise everything but media tokens")
+    group.add_argument("--mask-history", action=switch, default=False, help="supervise the last answer only")
+
+
+def encode_options(args: argparse.Namespace) -> dict[str, int | bool]:
+    """Those flags as `Processor.encode` takes them. Raises UsageError where two exclude each other."""
+    if args.train_on_prompt and args.mask_history:
+        raise UsageError("--train-on-prompt and --mask-history exclude each other: give one of them")
+    return {"seq_length": args.seq_length, "train_on_prompt": args.train_on_prompt,
+            "mask_history": args.mask_history, "confine": args.confine_paths}
+
+
 # -------------------------------------------------------------------------------------------------- what a row may hold
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 PLACEHOLDER = re.compile("(<image>|<video>)")
-MOST_CHARACTERS, MOST_MEDIA = 2_000_000, 4096  # of a row; 262,144 tokens hold no more of either, by far of texts
+MAX_CHARACTERS, MAX_MEDIA = 2_000_000, 4096  # of a row; 262,144 tokens hold no more of either, by far of texts
 STILL_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".ppm")
-PICTURE_SUFFIXES = (*STILL_SUFFIXES, ".gif", ".webp")
+IMAGE_SUFFIXES = (*STILL_SUFFIXES, ".gif", ".webp")
 # Whatever its name says, nothing else is decoded: Pillow would start Ghostscript for a .jpg that is PostScript inside,
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # and FFmpeg would follow a playlist's addresses out of the folder and onto the network.
@@ -194,7 +235,7 @@ def parse_row(row: dict, for_generation: bool = False) -> list[Turn]:
             raise InputError(f"{name}[{i}] must be an object with '{role_key}' and '{text_key}'")
         role = ROLES.get(message[role_key]) if isinstance(message[role_key], str) else None
         if role is None:
-            found = short(message[role_key])
+            found = shorten(message[role_key])
             raise InputError(f"{name}[{i}]: unknown {role_key} {found}, use one of {', '.join(ROLES)}")
         expected = "assistant" if turns and turns[-1].role == "user" else "user"
         if role != expected and not (role == "system" and i == 0):
@@ -212,9 +253,9 @@ def parse_row(row: dict, for_generation: bool = False) -> list[Turn]:
     _fill_placeholders(turns, _list_media(row, "image"), _list_media(row, "video"))
     texts = [part for turn in turns for part in turn.parts if isinstance(part, str)]
     characters, media = sum(map(len, texts)), sum(len(turn.parts) for turn in turns) - len(texts)
-    if characters > MOST_CHARACTERS or media > MOST_MEDIA:
+    if characters > MAX_CHARACTERS or media > MAX_MEDIA:
         raise InputError(f"the row has {characters} characters of text and {media} pictures and videos, "
-                         f"{MOST_CHARACTERS} and {MOST_MEDIA} at most are read: split it")
+                         f"{MAX_CHARACTERS} and {MAX_MEDIA} at most are read: split it")
     return turns
 
 
@@ -271,11 +312,6 @@ def _fill_placeholders(turns: list[Turn], images: list[Media], videos: list[Medi
             slot.key, slot.spec = media.key, media.spec
 
 
-def short(value) -> str:
-    """The value for an error's one line."""
-    return reprlib.repr(value) if isinstance(value, list | dict) else repr(value)[:100]
-
-
 def _type(value) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number") if value or not isinstance(value, dict | list | str) else "empty"
@@ -298,7 +334,7 @@ def resolve_path(path: str, media_dir: str | Path, confine: bool) -> Path:
     return full
 
 
-def load_picture(path: Path, decode: bool = True) -> Image.Image:
+def load_image(path: Path, decode: bool = True) -> Image.Image:
     """The picture upright and in RGB, as transformers 5.23 makes it from a path. Raises InputError.
 
     EXIF rotation is applied and an alpha channel dropped, but what has one transparent colour (palettes, some PNG) is
@@ -333,7 +369,7 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # decoders raise whatever a damaged file leads them to
-        raise InputError(f"{path} cannot be read as {kind}: {_one_line(error)}") from error
+        raise InputError(f"{path} cannot be read as {kind}: {one_line(error)}") from error
 
 
 @dataclass
@@ -365,22 +401,22 @@ def open_video(spec: str | list | dict, media_dir: str | Path, confine: bool, de
     """
     path, fps = (spec.get("path"), spec.get("fps")) if isinstance(spec, dict) else (spec, None)
     if fps is not None and (type(fps) not in (int, float) or not 0.001 <= fps <= 1e6):
-        raise InputError(f"'fps' must be a number of frames per second, 0.001 at least, this is {short(fps)}")
+        raise InputError(f"'fps' must be a number of frames per second, 0.001 at least, this is {shorten(fps)}")
     if isinstance(path, list):
         paths = [resolve_path(item, media_dir, confine) for item in path]
     else:
         full = resolve_path(path, media_dir, confine)
         if not full.is_dir():
-            animated = full.suffix.lower() in (*PICTURE_SUFFIXES, ".apng")
+            animated = full.suffix.lower() in (*IMAGE_SUFFIXES, ".apng")
             return _open_animation(full, fps) if animated else _open_video_file(full, fps)
-        names = [name for name in os.listdir(full) if name.lower().endswith(PICTURE_SUFFIXES) and name[0] != "."]
+        names = [name for name in os.listdir(full) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."]
         names.sort(key=lambda name: [int(s) if s.isdecimal() else s for s in re.split("([0-9]+)", name)])
         paths = [resolve_path(os.path.join(path, name), media_dir, confine) for name in names]
     return Video(
         num_frames=len(paths),
         fps=float(fps or default_fps),
         times=None,
-        read=lambda numbers, decode: (load_picture(paths[i], decode) for i in numbers),
+        read=lambda numbers, decode: (load_image(paths[i], decode) for i in numbers),
     )
 
 
@@ -529,10 +565,6 @@ def smart_resize(
     return new_height, new_width
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join((str(error) or type(error).__name__).split())
-
-
 # ----------------------------------------------------------------------------------------------------------- processing
 
 # The released models' preprocessor files (transformers' class defaults differ), for directories without them.
@@ -599,7 +631,7 @@ class Processor:
         split = {"type": "None"} if split is None else json.loads(split.__getstate__())
         splits = [part["type"] for part in split.get("pretokenizers", [split])]
         if set(splits) - {"Split", "ByteLevel", "None"} or splits.count("ByteLevel") > 1:  # each can double the bytes
-            raise InputError(f"{path} has the pre_tokenizers {short(splits)}, Qwen3-VL's are Split and ByteLevel")
+            raise InputError(f"{path} has the pre_tokenizers {shorten(splits)}, Qwen3-VL's are Split and ByteLevel")
         if dropout := getattr(self.tokenizer.model, "dropout", None):
             raise InputError(f"{path} has a dropout of {dropout}, which makes a text's tokens random: set it to null")
         self.tokenizer.encode_special_tokens = True  # those in a text are split into ordinary tokens
@@ -615,7 +647,7 @@ class Processor:
                 raise InputError(f"{path} has no token {token}: this is not a Qwen3-VL tokenizer")
             if config.get(name, token_id) != token_id:
                 raise InputError(f"{path} gives {token} the id {token_id}, but config.json's {name} is "
-                                 f"{short(config[name])}")
+                                 f"{shorten(config[name])}")
             setattr(self, name, token_id)
         token, token_id = max(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
         if token_id >= text.get("vocab_size", math.inf):
@@ -633,7 +665,7 @@ class Processor:
         for name in ("patch_size", "temporal_patch_size", "merge_size"):
             stated = vision.get(name.replace("merge", "spatial_merge"), DEFAULTS[name])
             if not self.image[name] == self.video[name] == stated:
-                found = f"{self.image[name]} for pictures, {self.video[name]} for videos, {short(stated)}"
+                found = f"{self.image[name]} for pictures, {self.video[name]} for videos, {shorten(stated)}"
                 raise InputError(f"{hf_dir}: the preprocessor files and config.json disagree on {name}: {found}")
         if self.patch % 2:
             raise InputError(f"{hf_dir}: patch_size {self.patch} is odd: pixels are taken in pairs, it must be even")
@@ -665,7 +697,7 @@ class Processor:
     def _answer_begins(self) -> list[int]:
         return self._encode_text("assistant\n")
 
-    def picture(self, image: Image.Image, decode: bool = True) -> tuple[np.ndarray | None, tuple[int, int, int]]:
+    def process_image(self, image: Image.Image, decode: bool = True) -> tuple[np.ndarray | None, tuple[int, int, int]]:
         """Patches [P, 1536] float32 and grid (1, rows, columns) of an RGB picture, bit for bit transformers'.
 
         Without `decode` the patches are None, and of the picture only its size matters.
@@ -674,7 +706,9 @@ class Processor:
         grid = 1, height // self.patch, width // self.patch
         return self._patchify([image], 1, grid, self.image) if decode else None, grid
 
-    def frames(self, video: Video, decode: bool = True) -> tuple[np.ndarray | None, tuple[int, int, int], list[float]]:
+    def process_video(
+        self, video: Video, decode: bool = True
+    ) -> tuple[np.ndarray | None, tuple[int, int, int], list[float]]:
         """Patches, grid (frame pairs, rows, columns) and each pair's time in seconds of a video (see `open_video`).
 
         Sampling, sizes and times are transformers'. It resizes frames with torchvision only, Pillow's differ from those
@@ -695,9 +729,9 @@ class Processor:
 
         def of_one_size() -> Iterator[Image.Image]:
             yield first
-            for number, image in zip(numbers[1:], images, strict=True):
+            for index, image in zip(numbers[1:], images, strict=True):
                 if image.size != first.size and (decode or image.size != first.size[::-1]):  # headers: before rotation
-                    raise InputError(f"frame {number} has {image.size} pixels, the first {first.size}: make them equal")
+                    raise InputError(f"frame {index} has {image.size} pixels, the first {first.size}: make them equal")
                 yield image
 
         patches = self._patchify(of_one_size(), len(numbers), grid, self.video) if decode else None
@@ -797,7 +831,7 @@ class Processor:
             truncated=truncated,
         )
 
-    def measure(self, row: dict, *, media_dir: str | Path, source: str = "", **options) -> int:
+    def count_tokens(self, row: dict, *, media_dir: str | Path, source: str = "", **options) -> int:
         """How many tokens `encode` makes of a row, given the same options, without decoding its media.
 
         Of pictures and frames only headers are read, of video files only packets; an animation's times are known after
@@ -817,7 +851,7 @@ class Processor:
         mask_history: bool = False,
         for_generation: bool = False,
         confine: bool = False,
-    ) -> tuple[list[_Chunk], bool]:
+    ) -> tuple[list[EncodedTurn], bool]:
         """The turns that fit in `seq_length`, and whether that is not all. Without `decode` they lack the pixels.
         Media of turns beyond the length are not read."""
         try:
@@ -831,7 +865,7 @@ class Processor:
                 if length > limit and turn.role == "assistant" and not for_generation:
                     break
             if for_generation:
-                chunks.append(_Chunk([self.im_start_token_id, *self._answer_begins]))
+                chunks.append(EncodedTurn([self.im_start_token_id, *self._answer_begins]))
                 length += len(chunks[-1].ids)
             if length <= limit:
                 return chunks, False
@@ -848,16 +882,16 @@ class Processor:
             del chunks[-1].ids[limit - length :]
             return chunks, True
         except InputError as error:
-            raise InputError(f"{source}: {_one_line(error)}" if source else _one_line(error)) from error
+            raise InputError(f"{source}: {one_line(error)}" if source else one_line(error)) from error
 
-    def _encode_turn(self, turn: Turn, media_dir: str | Path, confine: bool, decode: bool, space: int) -> _Chunk:
+    def _encode_turn(self, turn: Turn, media_dir: str | Path, confine: bool, decode: bool, space: int) -> EncodedTurn:
         """<|im_start|>role\\n...<|im_end|>\\n, as chat_template.jinja renders a message.
 
         Text between control tokens is tokenized in one piece, as merges may cross the newline after the role. (A token
         that joins it with a newline at an answer's start counts as prompt: no prompt ends with half of it, so it can
         never be predicted.) A picture is one run of media tokens, a video one for each pair of frames, after its time.
         """
-        chunk = _Chunk([self.im_start_token_id])
+        chunk = EncodedTurn([self.im_start_token_id])
         text = f"{turn.role}\n"
         for part in turn.parts:
             if isinstance(part, str):
@@ -867,11 +901,11 @@ class Processor:
             try:
                 if part.kind == "image":
                     path = resolve_path(part.spec, media_dir, confine)
-                    pixels, grid = self.picture(load_picture(path, decode), decode)
+                    pixels, grid = self.process_image(load_image(path, decode), decode)
                     captions, pad = [""], self.image_token_id
                 else:
                     video = open_video(part.spec, media_dir, confine, self.video_fps)
-                    pixels, grid, times = self.frames(video, decode)
+                    pixels, grid, times = self.process_video(video, decode)
                     captions, pad = [f"<{time:.1f} seconds>" for time in times], self.video_token_id
             except InputError as error:
                 raise InputError(f"{part.key}: {error}") from error
@@ -890,7 +924,7 @@ class Processor:
 
 
 @dataclass
-class _Chunk:
+class EncodedTurn:
     """One turn, encoded."""
 
     ids: list[int]
@@ -929,7 +963,7 @@ def _tokenizing(what: str) -> Iterator[None]:
         raise
     except BaseException as error:  # tokenizers raises plain Exception, and what it did not expect as no Exception
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise InputError(f"{what}: {_one_line(error)[:300]}") from error
+            raise InputError(f"{what}: {one_line(error)[:300]}") from error
         raise
 
 
@@ -943,7 +977,7 @@ def _read_json(path: Path) -> dict:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {_one_line(error)}") from error
+        raise InputError(f"{path} is not JSON: {one_line(error)}") from error
     return _section({str(path): value}, str(path))
 
 
@@ -967,7 +1001,7 @@ def _section(values: dict, name: str, file: Path | None = None) -> dict:
         numbers, examples = (x if isinstance(x, list) and isinstance(example, list) else [x] for x in (value, example))
         low, high = LIMITS.get(key, (0, 1e8))
         if [type(x) in (int, type(examples[0])) and low < x < high for x in numbers] != [True] * len(examples):
-            found = short(value) if isinstance(value, list | dict) else json.dumps(value)[:100]
+            found = shorten(value) if isinstance(value, list | dict) else json.dumps(value)[:100]
             raise InputError(f"{where}: {key} is {found}: it must be positive, such as {json.dumps(example)}, "
                              f"and below {high:g}")
     return section
@@ -1025,7 +1059,7 @@ class RowFiles:
         except OSError as error:
             raise InputError(f"{source} cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{source} is not JSON in UTF-8: {_one_line(error)}") from error
+            raise InputError(f"{source} is not JSON in UTF-8: {one_line(error)}") from error
         if isinstance(row, dict) and row.get("id") is not None:
             source += f" (id {' '.join(str(row['id']).split())[:100]})"
         return row, source, self.media_dirs[span.file]
@@ -1272,7 +1306,7 @@ def _scan_array(path: Path, stream: BinaryIO, offset: int, expected: str) -> Ite
             # A row that the window cuts looks like an error at the window's end, or like an endless string.
             if (place > len(text) - 16 or str(error).startswith("Unterminated")) and more():
                 continue
-            raise fail(getattr(error, "msg", _one_line(error)), place) from error
+            raise fail(getattr(error, "msg", one_line(error)), place) from error
         if end == len(text) and more():
             continue
         offset += len(text[at:start].encode(errors="surrogateescape"))
@@ -1356,7 +1390,7 @@ class Loader:
                     logged.add(message)
             yield batch
 
-    def judge(self, rows_read: list[int], rows_bad: list[int], epoch: int) -> None:
+    def check_bad_row_rate(self, rows_read: list[int], rows_bad: list[int], epoch: int) -> None:
         """Raises InputError if more than a tenth of a dataset's rows are bad: to be told, again and again, what all
         ranks have read of each file since the last time, and the epoch that they are in."""
         if self._read is None:
@@ -1379,8 +1413,8 @@ class Loader:
         measured = [self._measure((span, {}))[::2] for span, _ in itertools.islice(order, min(rows, 1000))]
         judged, packed, space, waiting = len(measured), 0.0, self.encode_options["seq_length"], []
         for sample in [*measured, None]:
-            while waiting and (sample is None or can_choose(waiting, space)):
-                row, waiting = fill_row(waiting, space)
+            while waiting and (sample is None or ready_to_pack(waiting, space)):
+                row, waiting = pack_row(waiting, space)
                 # the last is not full, where rows beyond those judged would fill it
                 part = sample is None and not waiting and judged < rows
                 packed += sum(length for _, length in row) / space if part else 1
@@ -1432,7 +1466,7 @@ class Loader:
             yield [span for spans, _ in taken for span in spans], taken[-1][1]
 
     def _packed_rows(self) -> Iterator[tuple[list[Span], dict]]:
-        """The samples of each packed row (see `fill_row`), never of two epochs, and the position behind them.
+        """The samples of each packed row (see `pack_row`), never of two epochs, and the position behind them.
 
         Lengths are measured ahead, in a worker if there are any. The samples that wait belong to the position.
         """
@@ -1443,8 +1477,8 @@ class Loader:
         position: dict = {}
         for taken, (span, behind, length) in enumerate(self._in_workers(self._measure, rows, min(1, self.num_workers))):
             again = taken >= len(left)  # as where the run ended: not before goes a resumed one on
-            while again and waiting and (behind["epoch"] != position["epoch"] or can_choose(waiting, space)):
-                row, waiting = fill_row(waiting, space)
+            while again and waiting and (behind["epoch"] != position["epoch"] or ready_to_pack(waiting, space)):
+                row, waiting = pack_row(waiting, space)
                 places = [list(span) for span, _ in waiting]
                 yield [span for span, _ in row], position | {"dealt": [self.dp_rank, self.dp_size], "waiting": places}
             waiting.append((span, length))
@@ -1455,15 +1489,16 @@ class Loader:
         where it ends the run, so many that this is soon."""
         try:
             row, source, media_dir = self.dataset.read(item[0])
-            return *item, self.processor.measure(row, media_dir=media_dir, source=source, **self.encode_options)
+            return *item, self.processor.count_tokens(row, media_dir=media_dir, source=source, **self.encode_options)
         except InputError:
             return *item, self.encode_options["seq_length"] if self.on_bad_sample == "error" else 1
 
     def _left_over(self) -> tuple[list[Span], dict]:
         """The rows that waited at a checkpoint and are this rank's to pack now, and the position that all go on from.
 
-        Ranks fill their rows at different speeds, so each has a position of its own. Where other ranks left off than go
-        on now, what any of them had waiting or had not come to is dealt anew, and all go on from the foremost position.
+        Ranks fill their rows at different speeds, so each has a position of its own. Where other ranks left off than
+        go on now, what any of them had waiting or had not come to is dealt anew, and all go on
+        from the foremost position.
         """
         waiting = [Span(*place) for state in self._states for place in state.get("waiting", [])]
         state = max(self._states, key=lambda state: state.get("consumed", 0))
@@ -1484,13 +1519,13 @@ class Loader:
                 yield span, behind
 
 
-def can_choose(waiting: list[tuple[Span, int]], space: int) -> bool:
+def ready_to_pack(waiting: list[tuple[Span, int]], space: int) -> bool:
     """Whether the samples that wait are enough to fill a row of `space` tokens well: one PACKING_WINDOW of them or
     several, and tokens for two rows."""
     return len(waiting) % PACKING_WINDOW == 0 and sum(length for _, length in waiting) >= 2 * space
 
 
-def fill_row(waiting: list[tuple[Span, int]], space: int) -> tuple[list, list]:
+def pack_row(waiting: list[tuple[Span, int]], space: int) -> tuple[list, list]:
     """Of samples and their lengths those for a packed row of `space` tokens, and those that go on waiting: the first,
     which has waited longest, then always the longest that still fits."""
     chosen = {0}
@@ -1533,11 +1568,6 @@ class _Map:
 
     def __getitem__(self, item):
         return self.function(item)
-
-
-def leave_process_group(worker: int) -> None:
-    """Signals to the trainer's process group (Ctrl-C, torchrun's SIGTERM) are the trainer's to handle."""
-    os.setpgid(0, 0)
 
 
 if __name__ == "__main__":

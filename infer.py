@@ -21,18 +21,17 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from reprlib import repr as short
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import convert
 import data
 import kernels_npu
-from kernels_npu import InputError, Parser, UsageError, number, read_json, run_program
+from common import InputError, Parser, UsageError, number, read_json, run_program, shorten
 from model import Qwen3VL, Qwen3VLConfig, TextModel
 
 # ---- generation ----------------------------------------------------------------------------------------------------
@@ -215,21 +214,11 @@ def load_model(hf_dir: str | Path, load: str | Path | None = None, dtype: str | 
     source = convert.CheckpointWeights(convert.find_checkpoint(load)) if load else convert.HuggingFaceWeights(hf_dir)
     with torch.device("meta"):
         model = Qwen3VL(config).to(getattr(torch, dtype))
-    source.fit(convert.shapes_of(model))  # before memory is taken for what may not fit together
+    source.check_compatible(convert.shapes_of(model))  # before memory is taken for what may not fit together
     model.to_empty(device=ops.device).requires_grad_(False)
     convert.load_weights(model, source)
-    if not ops.is_accelerator and dtype == "float32":
-        _store_by_columns(model)
+    ops.prepare_for_decoding(model)
     return model
-
-
-@torch.no_grad()
-def _store_by_columns(model: Qwen3VL) -> None:
-    """Turns the weights of linear layers in memory, not in shape: in float32 a CPU multiplies a few rows with them up
-    to four times as fast, and many rows as fast as before."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and not (module is model.lm_head and model.config.tie_word_embeddings):
-            module.weight.data = module.weight.T.contiguous().T
 
 
 def end_token_ids(hf_dir: str | Path, processor: data.Processor) -> set[int]:
@@ -243,7 +232,7 @@ def end_token_ids(hf_dir: str | Path, processor: data.Processor) -> set[int]:
         ids = config.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
         if not all(type(i) is int for i in ids):
-            raise InputError(f"{path}: eos_token_id is {short(ids)}, it must be a token id or a list of them")
+            raise InputError(f"{path}: eos_token_id is {shorten(ids)}, it must be a token id or a list of them")
         if ids:
             return set(ids)
     return {processor.im_end_token_id}
@@ -275,10 +264,10 @@ class Answerer:
     def __init__(self, args: argparse.Namespace):
         Qwen3VLConfig.from_json(args.model)  # its mistakes are told first
         self.args = args
-        self.processor = data.Processor(args.model, **kernels_npu.media_limits(args))
+        self.processor = data.Processor(args.model, **data.media_limits(args))
         self.end_token_ids = end_token_ids(args.model, self.processor)
         for name in (args.text_attn_implementation, args.vision_attn_implementation):
-            kernels_npu.ops.attention(name)  # what is not available is told before the weights are read
+            kernels_npu.ops.attention_implementation(name)  # what is not available is told before the weights are read
 
     @functools.cached_property
     def generator(self) -> Generator:
@@ -412,7 +401,7 @@ def answer_rows(args: argparse.Namespace, answer: Answerer) -> None:
                     row, source, media_dir = rows[i]
                     samples.append(answer.processor.encode(
                         row, media_dir=media_dir, source=source, for_generation=True))
-                except data.InputError as e:
+                except InputError as e:
                     mistake = e
                     break
                 todo.append(row)
@@ -469,7 +458,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                    "fewest tokens that have this share of the probability; 1: all")
     g.add_argument("--seed", type=number(int, 0), default=42, metavar="N", help="of the draws")
 
-    kernels_npu.add_media_flags(p.add_argument_group("pictures and videos"))
+    data.add_media_flags(p.add_argument_group("pictures and videos"))
 
     p.add_argument("--verbose", action="store_true", help="figures on standard error")
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -487,7 +476,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         if getattr(args, name):
             have = "without --input" if args.input is None else "with --input, whose rows bring their own"
             raise UsageError(f"--{name.replace('_', '-')} has no effect {have}: leave it out")
-    kernels_npu.media_limits(args)  # a minimum above its maximum is told now
+    data.media_limits(args)  # a minimum above its maximum is told now
     args.batch_size = args.batch_size or 1
     return args
 
@@ -505,4 +494,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     for ending in (signal.SIGINT, signal.SIGPIPE):  # end quietly: every finished line is on disk
         signal.signal(ending, signal.SIG_DFL)
-    sys.exit(run_program(main, sys.argv[1:], data.InputError))
+    sys.exit(run_program(main, sys.argv[1:]))

@@ -10,62 +10,19 @@ Shapes: T tokens, H heads, K key-value heads, d head size, D hidden size, E expe
 """
 from __future__ import annotations
 
-import argparse
-import difflib
 import functools
 import importlib.util
 import itertools
-import json
-import math
 import os
 import re
-import shlex
-import signal
-import statistics
 import sys
-import threading
-import time
-import traceback
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-
-class InputError(ValueError):
-    """What a person gave cannot be used: exit status 1. The message is one line: what is wrong, where, what to do."""
-
-
-class UsageError(Exception):
-    """The command line is wrong: exit status 2."""
-
-
-class PeerError(Exception):
-    """Another rank has failed, and says why."""
-
-
-JSON_BYTES = 16 << 20  # of a configuration; published ones stay below 1 MB, and Python takes twenty times as much
-
-
-def read_json(path: Path) -> dict:
-    """The object in a small JSON file, which may be a stranger's. Raises InputError."""
-    try:
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path}: is not a regular file")
-        if (size := path.stat().st_size) > JSON_BYTES:
-            raise InputError(f"{path}: has {size} bytes, {JSON_BYTES} at most are read")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror})") from e
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-        raise InputError(f"{path}: is not valid JSON ({e})") from e
-    except ValueError as e:  # a number of thousands of digits
-        raise e if isinstance(e, InputError) else InputError(f"{path}: is not valid JSON ({e})") from e
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: is not a JSON object")
-    return content
+from common import UsageError
 
 
 class Torch:
@@ -82,21 +39,27 @@ class Torch:
 
     # ---- attention -------------------------------------------------------------------------------------------------
 
-    def attention_forms(self) -> dict[str, Callable[..., Tensor]]:
+    def attention_implementations(self) -> dict[str, Callable[..., Tensor]]:
         """The attention implementations of this device, by the names that flags give them; the fastest is the last."""
         return {"eager": self.attention_eager, "sdpa": self.attention_sdpa}
 
     @property
     def default_attention(self) -> str:
-        return list(self.attention_forms())[-1]
+        return list(self.attention_implementations())[-1]
 
-    def attention(self, implementation: str | None = None) -> Callable[..., Tensor]:
-        """The attention named so (None: the default): a callable
-        (q [T,H,d], k [T,K,d], v [T,K,d], cu_seqlens, causal) -> [T,H,d].
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], causal: bool, implementation: str | None = None
+    ) -> Tensor:
+        """Attention of packed sequences: q [T,H,d], k and v [T,K,d] -> [T,H,d].
 
-        `cu_seqlens` is a host list [0, ..., T]: every sequence attends to itself alone. The scale is d ** -0.5.
+        `cu_seqlens` is a host list [0, ..., T]: each sequence attends to itself only. The scale is d ** -0.5.
+        `implementation` is a name in `attention_implementations`, by default the fastest.
         """
-        implementation, forms = implementation or self.default_attention, self.attention_forms()
+        return self.attention_implementation(implementation)(q, k, v, cu_seqlens, causal)
+
+    def attention_implementation(self, implementation: str | None = None) -> Callable[..., Tensor]:
+        """Return the attention function of a name (None: the default). Raises UsageError if this device lacks it."""
+        implementation, forms = implementation or self.default_attention, self.attention_implementations()
         if implementation not in forms:
             raise UsageError(f"attention implementation {implementation!r} is not available on {self.device.type} in "
                              f"{self.compute_dtype}: take one of {', '.join(forms)}")
@@ -166,11 +129,6 @@ class Torch:
 
     def grouped_matmul(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         """Row group e of x times weight[e]: x [N,K], weight [E,K,M], counts [E] adding up to N -> [N,M]."""
-        if not self.is_accelerator and not torch.is_grad_enabled() and 0 < len(x) < len(weight):
-            # the next token of an answer: most experts have nothing to do, and need not even be looked at
-            active = [(expert, count) for expert, count in enumerate(counts.tolist()) if count]
-            groups = zip(x.split([count for _, count in active]), active, strict=True)
-            return torch.cat([rows @ weight[expert] for rows, (expert, _) in groups])
         aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
         if hasattr(F, "grouped_mm") and aligned and len(x):
             return F.grouped_mm(x, weight, offs=counts.cumsum(0).int())
@@ -193,6 +151,9 @@ class Torch:
         """AdamW (arXiv:1711.05101) over parameter groups, in one pass over each parameter."""
         return torch.optim.AdamW(groups, fused=True, **settings)
 
+    def prepare_for_decoding(self, model: nn.Module) -> None:
+        """Store the weights of a `model.Qwen3VL` as decoding reads them fastest, their shapes unchanged."""
+
     def memory(self) -> tuple[int | None, int | None]:
         """(most bytes allocated, most bytes reserved) on the device since start-up; None where it has no allocator."""
         return None, None
@@ -214,8 +175,28 @@ class Torch:
     def implementations(self) -> dict[str, str]:
         """Which class's form of each operation runs, for the log."""
         names = ("rms_norm", "rotary", "swiglu", "moe_route", "moe_permute", "grouped_matmul", "moe_unpermute", "adamw")
-        forms = {**self.attention_forms(), **{name: getattr(self, name) for name in names}}
+        forms = {**self.attention_implementations(), **{name: getattr(self, name) for name in names}}
         return {name: form.__qualname__.split(".")[-2] for name, form in forms.items()}
+
+
+class Cpu(Torch):
+    """CPUs: faster decoding of a few tokens at a time."""
+
+    def grouped_matmul(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or not 0 < len(x) < len(weight):
+            return super().grouped_matmul(x, weight, counts)
+        # Decoding: most experts have no rows, and their weights are not read.
+        active = [(expert, count) for expert, count in enumerate(counts.tolist()) if count]
+        groups = zip(x.split([count for _, count in active]), active, strict=True)
+        return torch.cat([rows @ weight[expert] for rows, (expert, _) in groups])
+
+    @torch.no_grad()
+    def prepare_for_decoding(self, model: nn.Module) -> None:
+        tied = model.lm_head.weight is model.model.language_model.embed_tokens.weight
+        for module in model.modules():
+            is_float32 = isinstance(module, nn.Linear) and module.weight.dtype == torch.float32
+            if is_float32 and not (module is model.lm_head and tied):  # an embedding is read by rows
+                module.weight.data = module.weight.T.contiguous().T
 
 
 class Accelerator(Torch):
@@ -256,9 +237,9 @@ class Cuda(Accelerator):
     PEAKS = {"MIG": None, "H[18]00 PCIe": 756e12, "H[12]00 NVL": 835e12, "H[128]00": 989e12, r"A[18]00\b": 312e12,
              "L40S": 362e12}
 
-    def attention_forms(self) -> dict[str, Callable[..., Tensor]]:
+    def attention_implementations(self) -> dict[str, Callable[..., Tensor]]:
         half = self.compute_dtype in (torch.bfloat16, torch.float16)  # all that the kernel takes
-        return {**super().attention_forms(), **({"flash_attention_2": self.attention_flash} if half else {})}
+        return {**super().attention_implementations(), **({"flash_attention_2": self.attention_flash} if half else {})}
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return weight * F.rms_norm(x, weight.shape, eps=eps)  # float32 inside, and one kernel in newer PyTorch
@@ -299,8 +280,8 @@ class Npu(Accelerator):
         self.settings = {"torch_npu": torch_npu.__version__, "jit_compile": "False", "allow_internal_format": "False",
                          "allocator": allocator}
 
-    def attention_forms(self) -> dict[str, Callable[..., Tensor]]:
-        return {**super().attention_forms(), "flash_attention_2": self.attention_flash}
+    def attention_implementations(self) -> dict[str, Callable[..., Tensor]]:
+        return {**super().attention_implementations(), "flash_attention_2": self.attention_flash}
 
     @functools.cached_property
     def causal_mask(self) -> Tensor:
@@ -433,8 +414,9 @@ def _per_sequence(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor
     return torch.cat(out) if len(out) > 1 else out[0]
 
 
+ATTENTION = ("eager", "sdpa", "flash_attention_2")  # flag values; a device may lack some
 DEVICES = ("auto", "npu", "cuda", "cpu")  # what --device takes
-ops: Torch = Torch(torch.device("cpu"))
+ops: Torch = Cpu(torch.device("cpu"))
 
 
 def select(device: str = "auto", compute_dtype: torch.dtype | None = None, fused_moe: bool | None = None) -> Torch:
@@ -451,7 +433,7 @@ def select(device: str = "auto", compute_dtype: torch.dtype | None = None, fused
     if fused_moe and device != "npu":
         raise UsageError(f"--use-npu-fused-moe: {device} has none: leave it out, or take --device npu")
     if device == "cpu":
-        ops = Torch(torch.device("cpu"), compute_dtype)
+        ops = Cpu(torch.device("cpu"), compute_dtype)
         return ops
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: this PyTorch sees no CUDA device: take --device cpu or a CUDA build")
@@ -479,268 +461,7 @@ def _npu_is_there() -> bool:
     return True
 
 
-# ---- what the programs share: one line for a person's mistake ------------------------------------------------------
+if __name__ == "__main__":  # `check_kernels` imports this file again, as `kernels_npu`
+    from tools.check_kernels import run
 
-
-class Parser(argparse.ArgumentParser):
-    """Flags whose errors are one line that says what to give instead. `@FILE` reads flags from a file."""
-
-    def __init__(self, **settings):
-        super().__init__(**settings, allow_abbrev=False, fromfile_prefix_chars="@", formatter_class=_Help)
-
-    def convert_arg_line_to_args(self, line: str) -> list[str]:
-        return shlex.split(line, comments=True)
-
-    def parse_known_args(self, args=None, namespace=None):
-        try:
-            return super().parse_known_args(args, namespace)
-        except (ValueError, RecursionError) as e:
-            files = ", ".join(arg for arg in args or () if arg.startswith("@"))
-            self.error(f"{files} cannot be read as flags ({str(e) or type(e).__name__}): give one to a line")
-
-    def error(self, message: str):
-        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-        for word in re.findall(r"--[\w-]+", message) if "unrecognized" in message else ():
-            near = difflib.get_close_matches(word, flags, n=1)
-            message += f" (did you mean {near[0]}?)" if near else f" ({self.prog} --help lists the flags)"
-        raise UsageError(message)
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to a flag's help, where there is one that says something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        says_nothing = action.default in (None, []) or isinstance(action.default, bool)
-        return action.help if says_nothing else super()._get_help_string(action)
-
-
-def number(
-    kind: type, low: float, high: float | None = None, *, above: bool = False, below: bool = False
-) -> Callable[[str], float]:
-    """An argparse type: a number of `kind` in [low, high]; without low if `above`, without high if `below`. A whole
-    number ends at 1e9 by default."""
-    high = high if high is not None else 10**9 if kind is int else float("inf")
-
-    def parse(text: str):
-        wanted = f"{'above' if above else 'at least'} {low:g}"
-        wanted += f" and {'below' if below else 'at most'} {high:g}" if high < float("inf") else ""
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        inside = (low < value if above else low <= value) and (value < high if below else value <= high)
-        if not inside or value == float("inf"):
-            what = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {what} {wanted}")
-        return value
-
-    return parse
-
-
-ATTENTION = ("eager", "sdpa", "flash_attention_2")  # what flags offer; `Torch.attention` says what a device has
-
-MEDIA_LIMITS = ("image_min_pixels", "image_max_pixels", "video_min_pixels", "video_max_pixels", "video_fps",
-                "video_maxlen")
-
-
-def add_media_flags(group: argparse._ArgumentGroup) -> None:
-    """The flags of MEDIA_LIMITS, which several programs have."""
-    for kind in ("image", "video"):
-        for end, size in (("min", "smallest"), ("max", "largest")):
-            group.add_argument(f"--{kind}-{end}-pixels", type=number(int, 1), metavar="N",
-                               help=f"{size} {kind} (default: the model's)")
-    group.add_argument("--video-fps", type=number(float, 0, above=True), default=2.0, metavar="X",
-                       help="frames taken per second of video")
-    group.add_argument("--video-maxlen", type=number(int, 2), default=64, metavar="N", help="most frames of a video")
-
-
-def media_limits(args: argparse.Namespace) -> dict[str, float | None]:
-    """Those flags as `data.Processor` takes them. Raises UsageError where a minimum is above its maximum."""
-    for kind in ("image", "video"):
-        low, high = getattr(args, f"{kind}_min_pixels"), getattr(args, f"{kind}_max_pixels")
-        if low and high and low > high:
-            raise UsageError(f"--{kind}-min-pixels {low} is above --{kind}-max-pixels {high}: give a smaller one")
-    return {name: getattr(args, name) for name in MEDIA_LIMITS}
-
-
-def add_row_flags(group: argparse._ArgumentGroup) -> None:
-    """The flags of `row_options` but --seq-length, whose meaning differs: what training makes of a row."""
-    switch = argparse.BooleanOptionalAction
-    group.add_argument("--confine-paths", action=switch, default=False, help="refuse media outside the dataset "
-                       "directory")
-    group.add_argument("--train-on-prompt", action=switch, default=False, help="supervise everything but media tokens")
-    group.add_argument("--mask-history", action=switch, default=False, help="supervise the last answer only")
-
-
-def row_options(args: argparse.Namespace) -> dict[str, int | bool]:
-    """Those flags as `data.Processor.encode` takes them. Raises UsageError where two exclude each other."""
-    if args.train_on_prompt and args.mask_history:
-        raise UsageError("--train-on-prompt and --mask-history exclude each other: give one of them")
-    return {"seq_length": args.seq_length, "train_on_prompt": args.train_on_prompt,
-            "mask_history": args.mask_history, "confine": args.confine_paths}
-
-
-asked_to_stop = threading.Event()  # set by a program that handles SIGTERM itself
-
-
-def peer_has_failed(error: Exception) -> bool:
-    """Whether it says no more than that another rank is gone."""
-    gone = "closed by peer|reset by peer|Broken pipe|pair closure|remote process exited"
-    return isinstance(error, PeerError) or isinstance(error, RuntimeError) and bool(re.search(gone, str(error)))
-
-
-def run_program(main: Callable[[list[str]], None], argv: list[str], *mistakes: type[Exception]) -> int:
-    """Runs `main` and returns the exit status: 0; 1 for input that cannot be used; 2 for a wrong command line.
-
-    A person's mistake (InputError, OSError and `mistakes`) is one line on standard error, a traceback with `--debug`;
-    anything else is ours, and shows its traceback. Under torchrun every rank often finds the same mistake: rank 0 says
-    it at once, the others after a pause in which torchrun ends them if rank 0 has spoken. A rank whose peer has failed
-    (`PeerError`, or a collective that broke off) says nothing and waits for torchrun to end it.
-    """
-    try:
-        main(argv)
-        return 0
-    except (PeerError, RuntimeError) as e:
-        if not peer_has_failed(e):
-            raise
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        asked_to_stop.wait(10)  # torchrun may have asked while the collective had not yet broken off
-        return 1
-    except (UsageError, InputError, OSError, *mistakes) as e:
-        if "--debug" in argv:
-            traceback.print_exc()
-        mistake, status = e, 2 if isinstance(e, UsageError) else 1
-    if os.environ.get("RANK", "0") != "0" and not getattr(mistake, "said_by_this_rank", False):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)
-    if isinstance(mistake, OSError) and mistake.filename is not None:
-        mistake = f"{mistake.filename}: {mistake.strerror}"
-    text = " ".join(str(mistake).split("\n"))[:5000]  # names in it may be a stranger's
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    print("error:", text, file=sys.stderr, flush=True)
-    return status
-
-
-# ---- python kernels_npu.py: this device's operations against `Torch` ------------------------------------------------
-
-
-def cases(ops: Torch) -> Iterator[tuple[str, str, Callable[..., Tensor], list[Tensor]]]:
-    """(operation, its size, how to call it on some backend, arguments in float32 or whole numbers) of each check."""
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    generator = torch.Generator().manual_seed(0)
-    for heads, kv_heads, d, causal, bounds in (
-        (8, 2, 128, True, [0, 7, 64, 65, 1024]), (4, 4, 72, False, [0, 256, 512, 600]), (4, 1, 64, True, [0, 512]),
-    ):
-        for form in ops.attention_forms():
-            def attend(o: Torch, q: Tensor, k: Tensor, v: Tensor, form=form, bounds=bounds, causal=causal) -> Tensor:
-                return o.attention_forms().get(form, o.attention_eager)(q, k, v, bounds, causal)
-
-            size = f"{heads}/{kv_heads} heads of {d}, {'causal, ' * causal}{len(bounds) - 1} sequence(s)"
-            yield form, size, attend, [normal(bounds[-1], n, d) for n in (heads, kv_heads, kv_heads)]
-    for shape in ((1024, 512), (512, 8, 128)):
-        # not 1e-6, which a form that drops it may take by itself
-        yield "rms_norm", f"{shape}", lambda o, x, w: o.rms_norm(x, w, 1e-2), [normal(*shape), normal(shape[-1])]
-    for d in (128, 72):
-        angles = normal(512, d // 2).repeat(1, 2)
-        arguments = [normal(512, 8, d), angles.cos(), angles.sin()]
-        yield "rotary", f"(512, 8, {d})", lambda o, *args: o.rotary(*args), arguments
-    yield "swiglu", "(1024, 768)", lambda o, x: o.swiglu(x), [normal(1024, 768)]
-    for tokens, experts, k in ((512, 16, 4), (64, 8, 1), (3, 64, 2)):  # the last: most experts without a token
-        size = f"{tokens} tokens to {k} of {experts}"
-        yield "moe_route", size, lambda o, x, k=k: torch.cat(o.moe_route(x, k)[:2], 1), [normal(tokens, experts)]
-        ids = torch.stack([torch.randperm(experts, generator=generator)[:k] for _ in range(tokens)])
-
-        def move(o: Torch, x: Tensor, weights: Tensor, ids: Tensor, experts=experts) -> Tensor:
-            rows, where, counts = o.moe_permute(x, ids, experts)
-            scale = torch.arange(1, experts + 1, device=x.device).repeat_interleave(counts)  # shows a misplaced row
-            return o.moe_unpermute(rows * scale[:, None].to(rows.dtype) / experts, where, weights)
-
-        yield "moe_permute, moe_unpermute", size, move, [normal(tokens, 256), normal(tokens, k), ids]
-    for counts in ([100, 0, 412, 0], [512], [0, 0, 0, 0], [0, 1, 0, 255]):
-        arguments = [normal(sum(counts), 256), normal(len(counts), 256, 384) / 16, torch.tensor(counts)]
-        yield "grouped_matmul", f"rows {counts}", lambda o, *args: o.grouped_matmul(*args), arguments
-
-    ids = torch.stack([torch.randperm(8, generator=generator)[:2] for _ in range(64)])
-
-    def mixture(o: Torch, x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor) -> Tensor:
-        rows, where, counts = o.moe_permute(x, ids, len(down))
-        rows = o.grouped_matmul(o.swiglu(o.grouped_matmul(rows, gate_up, counts)), down, counts)
-        return o.moe_unpermute(rows, where, weights)
-
-    experts = [normal(8, 256, 384) / 16, normal(8, 192, 256) / 14]
-    yield "moe_permute, and all after", "64 tokens to 2 of 8", mixture, [normal(64, 256), normal(64, 2), *experts, ids]
-
-    def adamw(o: Torch, p: Tensor, g: Tensor) -> Tensor:
-        p = p.detach().float().clone().requires_grad_()
-        optimizer = o.adamw([{"params": [p]}], lr=0.1, weight_decay=0.1)
-        for _ in range(3):
-            p.grad = g.detach().to(p.dtype)
-            optimizer.step()
-        return p.detach()
-
-    yield "adamw", "(64, 64)", adamw, [normal(64, 64), normal(64, 64)]
-
-
-def run_case(ops: Torch, call: Callable[..., Tensor], arguments: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The result and the gradients of its arguments, in float32 on the CPU."""
-    arguments = [a.to(ops.device, dtype).requires_grad_() if a.is_floating_point() else a.to(ops.device)
-                 for a in arguments]
-    out = call(ops, *arguments)
-    results = [out]
-    if out.requires_grad:
-        weights = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out)
-        wanted = [a for a in arguments if a.requires_grad]
-        results += [g for g in torch.autograd.grad(out, wanted, weights, allow_unused=True) if g is not None]
-    return [r.detach().float().cpu() for r in results]
-
-
-def check_operations(ops: Torch) -> bool:
-    """Prints a line for each operation, size and type: which form runs, its largest error (of result and gradients,
-    relative to the largest value) beside the bound, its time beside the plain form's. False if any is off."""
-    bounds = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # float32's matmuls may round to 10 bits; bf16 has 8
-    print(f"{'operation':27} {'size':38} {'type':9} {'form':8} {'error':>8} {'bound':>8} {'ms':>8} {'plain ms':>8}")
-    forms, good = ops.implementations(), True
-    for name, size, call, arguments in cases(ops):
-        for dtype, bound in bounds.items():
-            if name == "flash_attention_2" and dtype == torch.float32 and isinstance(ops, Cuda):
-                continue  # the kernel has none
-            rounded = [a.to(dtype).float() if a.is_floating_point() else a for a in arguments]
-            expected = run_case(Torch(torch.device("cpu")), call, rounded, torch.float32)
-            found = run_case(ops, call, rounded, dtype)
-            same = len(found) == len(expected) and all(a.shape == b.shape for a, b in zip(found, expected, strict=True))
-            error = max((float((a - b).abs().max() / b.abs().max().clamp(min=1e-6))
-                         for a, b in zip(found, expected, strict=True) if b.numel()), default=0.0) if same else math.inf
-            times = [_milliseconds(o, call, rounded, dtype) for o in (ops, Torch(ops.device))]
-            ok = error <= bound  # not for NaN
-            good &= ok
-            print(f"{name:27} {size:38} {str(dtype)[6:]:9} {forms[name.split(',')[0]]:8} {error:8.1e} {bound:8.0e} "
-                  f"{times[0]:8.3f} {times[1]:8.3f}{'' if ok else '  OFF'}")
-    return good
-
-
-def _milliseconds(ops: Torch, call: Callable[..., Tensor], arguments: list[Tensor], dtype: torch.dtype) -> float:
-    """Of one forward and backward, the median of five."""
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        run_case(ops, call, arguments, dtype)
-        seconds.append(time.perf_counter() - began)
-    return 1000 * statistics.median(seconds)
-
-
-def main(argv: list[str]) -> None:
-    parser = Parser(prog="kernels_npu.py", description="checks every operation on this machine's device")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="what to check")
-    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
-    ops = select(parser.parse_args(argv).device)
-    print(f"device: {ops.device}; torch {torch.__version__}" + "".join(f"; {k} {v}" for k, v in ops.settings.items()))
-    if not check_operations(ops):
-        raise InputError(f"{ops.device}: operations marked OFF are not right here: do not train with them")
-    print("all operations are right")
-
-
-if __name__ == "__main__":
-    sys.exit(run_program(main, sys.argv[1:]))
+    sys.exit(run(sys.argv[1:]))

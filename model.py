@@ -8,25 +8,25 @@ Shapes: T tokens, D hidden size, H heads, K key-value heads, d head size, E expe
 P patches, C vision hidden size, N pictures and videos.
 
 Four seams, plain callables with defaults here, let `parallel.py` and `infer.py` change what happens without being
-named in a forward: `attention` (of every attention module), `run_experts` (of every Experts), `run_block` (of both
-towers), `bring_features` (of the model: visual features to the rank that holds their tokens).
+named in a forward: `attention` (of every attention module), `run_experts` (of every Experts), `block_fn` (of both
+towers), `exchange_features` (of the model: visual features to the rank that holds their tokens).
 """
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from reprlib import repr as short
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels_npu
-from kernels_npu import InputError, read_json
+from common import InputError, read_json, shorten
 
 # ---- configuration -------------------------------------------------------------------------------------------------
 
@@ -99,8 +99,8 @@ class Qwen3VLConfig:
             raise InputError(f"{path}: cannot be read (No such file or directory): give a Hugging Face directory")
         raw = read_json(path)
         if raw.get("model_type") not in ("qwen3_vl", "qwen3_vl_moe"):
-            raise InputError(f"{path}: model_type is {short(raw.get('model_type'))}, this program trains qwen3_vl and "
-                             "qwen3_vl_moe")
+            raise InputError(f"{path}: model_type is {shorten(raw.get('model_type'))}, this program trains qwen3_vl "
+                             "and qwen3_vl_moe")
         text, vision = raw.get("text_config"), raw.get("vision_config")
         if not isinstance(text, dict) or not isinstance(vision, dict):
             raise InputError(f"{path}: needs text_config and vision_config, each an object")
@@ -118,7 +118,7 @@ class Qwen3VLConfig:
         if moe and not text["num_experts"]:
             raise InputError(f"{path}: text_config.num_experts is missing")
         if rope.get("rope_type", "default") != "default":
-            raise InputError(f"{path}: rope_type {short(rope['rope_type'])} is not supported, only 'default'")
+            raise InputError(f"{path}: rope_type {shorten(rope['rope_type'])} is not supported, only 'default'")
         config = Qwen3VLConfig(
             text=_build(TextConfig, text, f"{path}: text_config"),
             vision=_build(VisionConfig, vision, f"{path}: vision_config"),
@@ -189,9 +189,16 @@ def _build(cls: type, values: dict, where: str):
         elif f.type == "list[int]":
             good = good and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
         if not good:
-            raise InputError(f"{where}.{f.name} is {short(value)}, it must be {wanted}")
+            raise InputError(f"{where}.{f.name} is {shorten(value)}, it must be {wanted}")
         known[f.name] = value
     return cls(**known)
+
+
+def device_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], causal: bool, implementation: str | None = None
+) -> Tensor:
+    """Call the current device's attention: the default of the `attention` seam."""
+    return kernels_npu.ops.attention(q, k, v, cu_seqlens, causal, implementation)
 
 
 # ---- vision encoder and projector ----------------------------------------------------------------------------------
@@ -217,7 +224,7 @@ class VisionAttention(nn.Module):
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.attention: Callable = kernels_npu.ops.attention()
+        self.attention: Callable = device_attention
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: list[int]) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # [P, heads, d] each
@@ -278,7 +285,7 @@ class VisionModel(nn.Module):
         self.deepstack_merger_list = nn.ModuleList(
             PatchMerger(config, norm_after_merge=True) for _ in config.deepstack_visual_indexes
         )
-        self.run_block: Callable = call
+        self.block_fn: Callable = plain_block
 
     def dummy(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(pixel_values, grid_thw) of the smallest picture: one token."""
@@ -306,10 +313,10 @@ class VisionModel(nn.Module):
         x = x + positions.sum(1).to(x.dtype)
         deepstack = []
         for i, block in enumerate(self.blocks):
-            x = self.run_block(block, x, cos, sin, cu_seqlens)
+            x = self.block_fn(block, x, cos, sin, cu_seqlens)
             if i in self.config.deepstack_visual_indexes:
-                deepstack.append(self.run_block(self.deepstack_merger_list[len(deepstack)], x))
-        return self.run_block(self.merger, x), deepstack
+                deepstack.append(self.block_fn(self.deepstack_merger_list[len(deepstack)], x))
+        return self.block_fn(self.merger, x), deepstack
 
     def rotary_tables(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """2-D rotary embedding: half of the angles turn with the row, half with the column. [P, d] float32 each."""
@@ -369,7 +376,7 @@ class TextAttention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.attention: Callable = kernels_npu.ops.attention()
+        self.attention: Callable = device_attention
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: list[int]) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -447,7 +454,7 @@ class TextModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.run_block: Callable = call
+        self.block_fn: Callable = plain_block
 
     def forward(
         self, inputs: list[Tensor], position_ids: Tensor, cu_seqlens: list[int]
@@ -459,7 +466,7 @@ class TextModel(nn.Module):
         cos, sin = (table.to(x.dtype) for table in self.rotary_tables(position_ids))
         stats = []
         for layer in self.layers:
-            x, router_stats = self.run_block(layer, x, cos, sin, cu_seqlens)
+            x, router_stats = self.block_fn(layer, x, cos, sin, cu_seqlens)
             if inputs:
                 x = x + inputs.pop(0)
             if router_stats is not None:
@@ -557,18 +564,18 @@ def load_balancing_loss(router_stats: list[Tensor], num_tokens: int) -> Tensor:
 # ---- the whole model -----------------------------------------------------------------------------------------------
 
 
-def call(block: nn.Module, *args):
-    """The default of the `run_block` seam."""
+def plain_block(block: nn.Module, *args):
+    """The default of the `block_fn` seam."""
     return block(*args)
 
 
-def whole_tensor(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def full_tensor_and_offset(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """(what this process has of a tensor, where that begins in the whole): all of it."""
     return tensor.detach(), (0,) * tensor.ndim
 
 
-def features_in_place(features: list[Tensor], batch) -> list[Tensor]:
-    """The default of the `bring_features` seam: one rank has every token."""
+def keep_features(features: list[Tensor], batch) -> list[Tensor]:
+    """The default of the `exchange_features` seam: one rank has every token."""
     return features
 
 
@@ -584,7 +591,7 @@ class Qwen3VL(nn.Module):
         self.lm_head = LMHead(config.text.hidden_size, config.text.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.language_model.embed_tokens.weight
-        self.bring_features: Callable = features_in_place
+        self.exchange_features: Callable = keep_features
         self.vision_always = False  # without media, too: the collectives of many ranks have to match
         self.loss_chunk_size = 1024
         self.router_aux_loss_coef = 0.0
@@ -599,11 +606,13 @@ class Qwen3VL(nn.Module):
 
     def set_attention(self, text: str | None = None, vision: str | None = None) -> None:
         """Chooses the attention implementation of each tower ('eager', 'sdpa', ...; None: the device's default)."""
+        for implementation in (text, vision):
+            kernels_npu.ops.attention_implementation(implementation)  # raises now what the first forward would
         for module in self.modules():
             if isinstance(module, TextAttention):
-                module.attention = kernels_npu.ops.attention(text)
+                module.attention = functools.partial(device_attention, implementation=text)
             elif isinstance(module, VisionAttention):
-                module.attention = kernels_npu.ops.attention(vision)
+                module.attention = functools.partial(device_attention, implementation=vision)
 
     def embed(self, batch) -> list[Tensor]:
         """Token embeddings with pictures and videos in their places, then the DeepStack features, [T, D] each."""
@@ -613,11 +622,11 @@ class Qwen3VL(nn.Module):
             if not self.vision_always:
                 return [x]
             pixel_values, grid_thw = visual.dummy(x.device)
-            pixel_values = visual.patches_of(pixel_values, batch.visual_tokens)
-            features, deepstack = visual(pixel_values, grid_thw, batch.visual_tokens)
+            pixel_values = visual.patches_of(pixel_values, batch.local_visual_tokens)
+            features, deepstack = visual(pixel_values, grid_thw, batch.local_visual_tokens)
             return [x + 0.0 * sum(f.sum() for f in (features, *deepstack)).to(x.dtype)]
-        features, deepstack = visual(batch.pixel_values, batch.grid_thw, batch.visual_tokens)
-        features, *deepstack = self.bring_features([features, *deepstack], batch)
+        features, deepstack = visual(batch.pixel_values, batch.grid_thw, batch.local_visual_tokens)
+        features, *deepstack = self.exchange_features([features, *deepstack], batch)
         if len(features) != len(batch.visual_index):
             raise InputError(f"the row has {len(batch.visual_index)} media tokens, its pictures make {len(features)}")
         deepstack = [torch.zeros_like(x).index_copy(0, batch.visual_index, f.to(x.dtype)) for f in deepstack]
@@ -640,6 +649,10 @@ class Qwen3VL(nn.Module):
                 loss = loss + self.router_aux_loss_coef * aux_loss
         return loss, aux_loss.detach()
 
+    def may_be_absent(self, name: str) -> bool:
+        """Return whether a checkpoint may lack this parameter or buffer, which then keeps its initial value."""
+        return False
+
     def drop_vision_gradients(self) -> None:
         """After a step without any picture: what dummy passes left are zeros, with which Adam would still decay the
         vision encoder, move it on by its momentum, and count a step. Without gradients it leaves it alone."""
@@ -647,16 +660,16 @@ class Qwen3VL(nn.Module):
             p.grad = None
 
     @torch.no_grad()
-    def init_weights(self, seed: int, local_part: Callable = whole_tensor) -> None:
+    def init_weights(self, seed: int, local_shard_and_offset: Callable = full_tensor_and_offset) -> None:
         """Fills every parameter for training from scratch: normal with the config's deviation, biases 0, norms 1.
 
-        `local_part` (`parallel.py` has one) gives of a parameter what lies on this rank, and where that begins in the
-        whole. Values come in blocks of rows, each with a generator seeded by `seed`, the name and the row: so they do
-        not depend on how the model is sharded, and a rank makes little more than its own.
+        `local_shard_and_offset` returns a parameter's slice on this rank and where the slice begins. Values come in
+        blocks of rows, each with a generator seeded by `seed`, the name and the row: they do not depend on how the
+        model is sharded, and a rank makes little more than its own slice.
         """
         for name, param in self.named_parameters():
             module, _, leaf = name.rpartition(".")
-            local, (first, *inner) = local_part(param)
+            local, (first, *inner) = local_shard_and_offset(param)
             if leaf == "bias" or isinstance(self.get_submodule(module), (RMSNorm, nn.LayerNorm)):
                 local.fill_(float(leaf != "bias"))
                 continue
@@ -672,10 +685,22 @@ class Qwen3VL(nn.Module):
                 local[begin - first : end - first] = block[(slice(begin - start, end - start), *own)]
 
 
-TOWERS = ("vision encoder", "vision projector", "text decoder")
+def build_model(config: Qwen3VLConfig, is_frozen: Callable[[str], bool] = lambda name: False) -> Qwen3VL:
+    """Build the model on the meta device, for training, inference, conversion and the dry run alike.
+
+    `is_frozen` takes a parameter's name. A change to the set of parameters belongs here, where every program sees it.
+    """
+    with torch.device("meta"):
+        model = Qwen3VL(config)
+    for name, p in model.named_parameters():
+        p.requires_grad_(not is_frozen(name))
+    return model
 
 
-def tower_of(name: str) -> str:
+COMPONENTS = ("vision encoder", "vision projector", "text decoder")
+
+
+def component_of(name: str) -> str:
     """The tower that a parameter belongs to, by its name: the projector is the merger and the DeepStack mergers."""
     if name.startswith(("model.visual.merger.", "model.visual.deepstack_merger_list.")):
         return "vision projector"
@@ -684,7 +709,7 @@ def tower_of(name: str) -> str:
 
 def step_flops(
     config: Qwen3VLConfig, cu_seqlens: list[int], grid_thw: Tensor, num_supervised: int,
-    trained: Collection[str] = TOWERS,
+    trained: Collection[str] = COMPONENTS,
 ) -> float:
     """Floating point operations of forward and backward of one packed row, without recompute.
 
@@ -710,9 +735,9 @@ def step_flops(
         (cu_seqlens[-1] * (attention + dense + sparse) + num_supervised * t.hidden_size * t.vocab_size,
          t.num_hidden_layers * sum(q * (b - a) ** 2 for a, b in itertools.pairwise(cu_seqlens))),
     )
-    backward = TOWERS[0] in trained
+    backward = COMPONENTS[0] in trained
     flops = 2 * total * v.patch_dim * v.hidden_size * (1 + backward)  # pixels have no gradient
-    for tower, (with_weights, of_activations) in zip(TOWERS, towers, strict=True):
+    for tower, (with_weights, of_activations) in zip(COMPONENTS, towers, strict=True):
         backward |= tower in trained
         flops += 2 * with_weights * (1 + backward + (tower in trained)) + 2 * of_activations * (1 + 2 * backward)
     return float(flops)
@@ -720,13 +745,13 @@ def step_flops(
 
 def parameter_table(named_parameters: Iterator[tuple[str, nn.Parameter]]) -> dict[str, tuple[int, int]]:
     """{tower: (parameters, trainable parameters)}."""
-    table = {tower: (0, 0) for tower in TOWERS}
+    table = {tower: (0, 0) for tower in COMPONENTS}
     for name, p in named_parameters:
-        total, trainable = table[tower_of(name)]
-        table[tower_of(name)] = total + p.numel(), trainable + p.numel() * p.requires_grad
+        total, trainable = table[component_of(name)]
+        table[component_of(name)] = total + p.numel(), trainable + p.numel() * p.requires_grad
     return table
 
 
-def trained_towers(model: Qwen3VL) -> set[str]:
+def trainable_components(model: Qwen3VL) -> set[str]:
     """The towers that are not frozen."""
     return {tower for tower, (_, trainable) in parameter_table(model.named_parameters()).items() if trainable}

@@ -29,13 +29,40 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import kernels_npu
-from kernels_npu import PeerError, Torch, UsageError
-from model import Experts, Qwen3VL, TextAttention, VisionAttention, run_experts, tower_of, whole_tensor
+from common import PeerError, UsageError
+from kernels_npu import Torch
+from model import Experts, Qwen3VL, TextAttention, VisionAttention, component_of, full_tensor_and_offset, run_experts
 
 # ---- ranks ---------------------------------------------------------------------------------------------------------
 
 
-class Ranks:
+def run_synced(action: Callable, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"):
+    """Run `action` on every rank of `group` and return this rank's result.
+
+    If it raises on any rank, every rank raises: the lowest failing rank its own error, which it reports, the others
+    PeerError. So no rank waits in a collective that a failed rank never joins. `device` is the group's.
+    """
+    result = error = None
+    try:
+        result = action()
+    except Exception as e:
+        error = e
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        if error is not None:
+            raise error
+        return result
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    first_failed = torch.tensor(world_size if error is None else rank, dtype=torch.int32, device=device)
+    dist.all_reduce(first_failed, dist.ReduceOp.MIN, group)
+    if first_failed.item() == rank:
+        error.only_on_this_rank = True
+        raise error
+    if first_failed.item() < world_size:
+        raise PeerError
+    return result
+
+
+class ParallelState:
     """This process among all of them. `dp_rank` / `dp_size`: which share of the rows it reads, of how many; the
     `cp_size` ranks of one share split each of its batches among them."""
 
@@ -70,7 +97,7 @@ class Ranks:
         self.cp_size, self.ep_size, self.replicas = cp, ep, self.world // fsdp
         self.cp_rank, self.dp_rank, self.dp_size = self.rank % cp, self.rank // cp, self.world // cp
         self.device = ops.device
-        self.in_hand: list[str] = []  # where the rows of the latest batch came from, to be told if it fails
+        self.current_sources: list[str] = []  # where the rows of the latest batch came from, to be told if it fails
 
         names = ("replicate", "shard")[self.replicas == 1 :]
         self.mesh = self._grid((self.replicas, fsdp)[self.replicas == 1 :], names)
@@ -106,14 +133,14 @@ class Ranks:
         dist.all_gather(everyones, own.to(self.device))
         return torch.stack(everyones).cpu().sum(0).tolist()
 
-    def sum_of_rows(self, *values: float) -> list[float]:
+    def sum_over_dp(self, *values: float) -> list[float]:
         """Sums of what each rank has counted in the rows that it reads, each row counted once."""
         return [value / self.cp_size for value in self.sum(*values)]
 
     def take(self, batch):
         """This rank's part of a `data.Batch`, on its device: a run of the tokens and, so that each has as much to do,
         an equal run of the patches, whose features `exchange_features` then brings to their tokens' ranks."""
-        self.in_hand = batch.sources
+        self.current_sources = batch.sources
         if self.cp_size > 1:
             bounds = _bounds(len(batch.input_ids), self.cp_size)
             begin, end = bounds[self.cp_rank : self.cp_rank + 2]
@@ -127,37 +154,24 @@ class Ranks:
                 batch, input_ids=batch.input_ids[begin:end], labels=batch.labels[begin:end],
                 position_ids=batch.position_ids[:, begin:end], loss_weights=batch.loss_weights[begin:end],
                 supervised_index=batch.supervised_index[first:last] - begin,
-                visual_index=batch.visual_index[tokens] - begin, visual_tokens=patches,
-                visual_moves=(_overlaps(patches, owned), _overlaps(tokens, made)),
+                visual_index=batch.visual_index[tokens] - begin, local_visual_tokens=patches,
+                feature_splits=(_overlaps(patches, owned), _overlaps(tokens, made)),
                 pixel_values=batch.pixel_values[per_token * patches.start : per_token * patches.stop],
             )
         return batch.to(self.device)
 
-    def together(self, action: Callable):
+    def run_synced(self, action: Callable):
         """Runs `action` on every rank and returns its result. If a person's mistake ends it on one, all ranks end: the
         first at fault raises the error, the others PeerError, and none waits for a collective that will not come."""
-        result, mistake = None, None
-        try:
-            result = action()
-        except (UsageError, ValueError, OSError) as e:
-            mistake = e
-        at_fault = torch.tensor(self.rank if mistake else self.world, dtype=torch.int32, device=self.device)
-        if self.world > 1:
-            dist.all_reduce(at_fault, op=dist.ReduceOp.MIN)
-        if mistake and at_fault.item() == self.rank:
-            mistake.said_by_this_rank = True
-            raise mistake
-        if at_fault.item() < self.world:
-            raise PeerError
-        return result
+        return run_synced(action, device=self.device)
 
-    def give_sign(self) -> None:
+    def report_alive(self) -> None:
         """For `silent`: every rank does it whose collective broke off."""
         dist.distributed_c10d._get_default_store().set(f"alive/{self.rank}", "")
 
-    def silent(self) -> list[int]:
+    def unresponsive_ranks(self) -> list[int]:
         """After a collective that broke off: the ranks that give no sign of life."""
-        self.give_sign()
+        self.report_alive()
         time.sleep(5)  # others come a little later
         store = dist.distributed_c10d._get_default_store()
         return [rank for rank in range(self.world) if not store.check([f"alive/{rank}"])]
@@ -198,7 +212,7 @@ class AllToAll(torch.autograd.Function):
 # ---- context parallel ----------------------------------------------------------------------------------------------
 
 
-def ulysses(attention: Callable[..., Tensor], unit: int, ranks: Ranks) -> Callable[..., Tensor]:
+def ulysses(attention: Callable[..., Tensor], unit: int, ranks: ParallelState) -> Callable[..., Tensor]:
     """The `attention` seam with DeepSpeed-Ulysses (arXiv:2309.14509): each rank comes with its run of the rows and all
     heads, attends over the whole rows with its share of the heads, and leaves with its run of the result.
 
@@ -222,13 +236,15 @@ def ulysses(attention: Callable[..., Tensor], unit: int, ranks: Ranks) -> Callab
     return attend
 
 
-def exchange_features(ranks: Ranks, features: list[Tensor], batch) -> list[Tensor]:
-    """The `bring_features` seam: visual features [its share of them, D] each, to the ranks that hold their tokens."""
-    moved = AllToAll.apply(torch.cat(features, dim=1), *batch.visual_moves, ranks.cp_group)
+def exchange_features(ranks: ParallelState, features: list[Tensor], batch) -> list[Tensor]:
+    """The `exchange_features` seam: visual features [its share of them, D] each, to their tokens' ranks."""
+    moved = AllToAll.apply(torch.cat(features, dim=1), *batch.feature_splits, ranks.cp_group)
     return list(moved.chunk(len(features), dim=1))
 
 
-def _pool_assignments(ranks: Ranks, module: nn.Module, args: tuple, output: tuple[Tensor, list[Tensor]]):
+def _all_reduce_expert_counts(
+    ranks: ParallelState, module: nn.Module, args: tuple, output: tuple[Tensor, list[Tensor]]
+):
     """A hook on the text decoder: how many tokens chose each expert is counted over a whole sample, for the auxiliary
     loss. The probabilities beside it stay this rank's: the ranks' losses are summed anyway."""
     hidden_states, router_stats = output
@@ -239,7 +255,7 @@ def _pool_assignments(ranks: Ranks, module: nn.Module, args: tuple, output: tupl
     return hidden_states, [torch.stack((a, stats[1])) for a, stats in zip(assigned, router_stats, strict=True)]
 
 
-def _context_parallel(model: Qwen3VL, ranks: Ranks) -> None:
+def _context_parallel(model: Qwen3VL, ranks: ParallelState) -> None:
     text, vision = model.config.text, model.config.vision
 
     def fits(n: int) -> bool:
@@ -256,14 +272,14 @@ def _context_parallel(model: Qwen3VL, ranks: Ranks) -> None:
             module.attention = ulysses(module.attention, 1, ranks)
         elif isinstance(module, VisionAttention):
             module.attention = ulysses(module.attention, vision.spatial_merge_size**2, ranks)
-    model.bring_features = functools.partial(exchange_features, ranks)
-    model.model.language_model.register_forward_hook(functools.partial(_pool_assignments, ranks))
+    model.exchange_features = functools.partial(exchange_features, ranks)
+    model.model.language_model.register_forward_hook(functools.partial(_all_reduce_expert_counts, ranks))
 
 
 # ---- expert parallel -----------------------------------------------------------------------------------------------
 
 
-def run_experts_of_all_ranks(
+def expert_parallel_forward(
     group: dist.ProcessGroup, x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: DTensor, down: DTensor
 ) -> Tensor:
     """The `run_experts` seam with expert parallelism (GShard, arXiv:2006.16668), no token dropped: the copies of the
@@ -282,7 +298,7 @@ def run_experts_of_all_ranks(
     return ops.moe_unpermute(AllToAll.apply(rows, receive, send, group), where, weights)
 
 
-def _expert_parallel(model: Qwen3VL, ranks: Ranks) -> None:
+def _expert_parallel(model: Qwen3VL, ranks: ParallelState) -> None:
     """Leaves each rank its experts: the parameters become DTensors, split over the ranks of the `ep` axis."""
     num_experts, size = model.config.text.num_experts, ranks.ep_size
     if not num_experts or num_experts % size:
@@ -295,20 +311,20 @@ def _expert_parallel(model: Qwen3VL, ranks: Ranks) -> None:
             own = p.detach().chunk(size)[at].clone()
             dtensor = DTensor.from_local(own, ranks.ep_mesh, [Shard(0)], run_check=False)
             setattr(experts, name, nn.Parameter(dtensor, requires_grad=p.requires_grad))
-        experts.run_experts = functools.partial(run_experts_of_all_ranks, ranks.ep_mesh.get_group())
+        experts.run_experts = functools.partial(expert_parallel_forward, ranks.ep_mesh.get_group())
 
 
 # ---- freezing, recompute, offload ----------------------------------------------------------------------------------
 
 
 def freeze(model: Qwen3VL, towers: set[str]) -> None:
-    """Stops the training of every parameter of the named towers (`model.TOWERS`)."""
+    """Stops the training of every parameter of the named towers (`model.COMPONENTS`)."""
     for name, p in model.named_parameters():
-        p.requires_grad_(tower_of(name) not in towers)
+        p.requires_grad_(component_of(name) not in towers)
 
 
 def recompute_block(block: nn.Module, *args):
-    """The `run_block` seam with recompute: backward runs the block again instead of keeping what is inside it.
+    """The `block_fn` seam with recompute: backward runs the block again instead of keeping what is inside it.
 
     Top-k's result is kept: in a second run, rounding could send a token to other experts than the first forward did.
     """
@@ -330,7 +346,7 @@ class _Input:
 
 
 class Offload:
-    """The `run_block` seam with recompute whose one kept tensor, the block's input, waits on the host for backward.
+    """The `block_fn` seam with recompute whose one kept tensor, the block's input, waits on the host for backward.
 
     Copies run on a stream of their own: out while the block computes, back while the block after it does. So the device
     holds two inputs at most: in forward the running block's and the one that it makes for the next, in backward the
@@ -387,7 +403,7 @@ class Offload:
 
 
 def parallelize(
-    model: Qwen3VL, ranks: Ranks, *, compute_dtype: torch.dtype, recompute: bool = False, offload: bool = False,
+    model: Qwen3VL, ranks: ParallelState, *, compute_dtype: torch.dtype, recompute: bool = False, offload: bool = False,
     compile: bool = False,
 ) -> None:
     """Expert and context parallelism, recompute (with or without offload), compilation and FSDP2 for a model on the
@@ -402,7 +418,7 @@ def parallelize(
     if ranks.cp_size > 1:
         _context_parallel(model, ranks)
     if recompute or offload:
-        visual.run_block = text.run_block = Offload(kernels_npu.ops) if offload else recompute_block
+        visual.block_fn = text.block_fn = Offload(kernels_npu.ops) if offload else recompute_block
     if compile:
         if recompute or offload:  # the second run of a block may be compiled another way, and save other tensors
             raise UsageError("--compile does not go with recompute: give --recompute none, or leave out --compile")
@@ -451,7 +467,7 @@ def parallelize(
             module.set_all_reduce_hook(lambda gradient, divisor=divisor: gradient.div_(divisor))
 
 
-def _expert_shard(ranks: Ranks, p: nn.Parameter) -> Shard | None:
+def _expert_shard(ranks: ParallelState, p: nn.Parameter) -> Shard | None:
     """Experts [E, D, 2I] and [E, I, D] are cut where their size divides, or half of the ranks could have none; FSDP2
     requires it beyond the first dimension, which expert parallelism has cut already."""
     if p.ndim != 3:
@@ -481,16 +497,16 @@ def to_local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def local_part(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def local_shard_and_offset(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """This rank's part of a DTensor, or all of a plain tensor, detached, and where it begins in the whole."""
     if not isinstance(tensor, DTensor):
-        return whole_tensor(tensor)
+        return full_tensor_and_offset(tensor)
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tensor.detach().to_local(), tuple(offset)
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float, ranks: Ranks) -> float:
+def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float, ranks: ParallelState) -> float:
     """Scales the gradients down to a total 2-norm of `max_norm` (0: never) and returns the norm that they had.
 
     Whatever its mesh, every element of a gradient lies on one rank (of each replica), so the ranks' sums of squares, in

@@ -29,12 +29,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import common
 import convert
 import data
 import kernels_npu
 import parallel
-from kernels_npu import InputError, Parser, UsageError, number
-from model import TOWERS, Qwen3VL, Qwen3VLConfig, parameter_table, step_flops, tower_of, trained_towers
+from common import InputError, Parser, UsageError, number
+from model import COMPONENTS, Qwen3VL, Qwen3VLConfig, component_of, parameter_table, step_flops, trainable_components
 
 log = logging.getLogger("train")
 
@@ -61,7 +62,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                    help="attention of the vision encoder (default: the device's fastest)")
     g.add_argument("--use-npu-fused-moe", action=switch, help="torch_npu's fused mixture of experts (default: where "
                    "the device has it)")
-    for tower in TOWERS:
+    for tower in COMPONENTS:
         g.add_argument(f"--freeze-{tower.replace(' ', '-')}", action=switch, default=False,
                        help=f"do not train the {tower}" + " (merger and DeepStack mergers)" * ("projector" in tower))
 
@@ -80,8 +81,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                    "shuffled among themselves (default: 1000)")
     g.add_argument("--num-workers", type=number(int, 0, 1024), default=2, metavar="N", help="loader processes per rank")
     g.add_argument("--shuffle", action=switch, default=True, help="a new order each epoch, from --seed")
-    kernels_npu.add_media_flags(g)
-    kernels_npu.add_row_flags(g)
+    data.add_media_flags(g)
+    data.add_row_flags(g)
     g.add_argument("--on-bad-sample", choices=("error", "skip"), default="error", help="skip: log it, count it, go on")
 
     g = p.add_argument_group("optimization")
@@ -182,7 +183,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         raise UsageError("--cache-dir keeps what --streaming does not need: leave one of them out")
     if args.async_save and not args.save:
         raise UsageError("--async-save needs --save: give the directory, or leave it out")
-    kernels_npu.row_options(args)  # those that exclude each other are told now
+    data.encode_options(args)  # those that exclude each other are told now
     if args.activation_offload and args.recompute == "none":
         raise UsageError("--activation-offload goes with recompute: give --recompute full, or leave both out")
     if args.min_lr > args.lr:
@@ -196,7 +197,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for flag in ("dataset_dir", "cache_dir", "load", "save", "eval_dataset", "tensorboard_dir", "profile_dir"):
         if getattr(args, flag) == "":
             raise UsageError(f"--{flag.replace('_', '-')} is empty: give a path, or leave it out")
-    kernels_npu.media_limits(args)  # and a minimum above its maximum
+    data.media_limits(args)  # and a minimum above its maximum
     return args
 
 
@@ -227,11 +228,11 @@ def open_weights(
     else:
         raise InputError(f"{args.init_from_hf_path}: holds no safetensors: give a directory with weights, "
                          "--init random to train from scratch, or --load")
-    return source.fit(convert.shapes_of(model))
+    return source.check_compatible(convert.shapes_of(model))
 
 
 def build_model(
-    args: argparse.Namespace, model: Qwen3VL, ranks: parallel.Ranks, dtype: torch.dtype,
+    args: argparse.Namespace, model: Qwen3VL, ranks: parallel.ParallelState, dtype: torch.dtype,
     source: convert.HuggingFaceWeights | convert.CheckpointWeights | None,
 ) -> Qwen3VL:
     """Of the model on the meta device the sharded one with its initial weights: random, or the directory's (those of
@@ -248,22 +249,22 @@ def build_model(
     else:
         model.to(ranks.device)
     if source is None:
-        model.init_weights(args.seed, parallel.local_part)
+        model.init_weights(args.seed, parallel.local_shard_and_offset)
     elif not args.load:
         convert.load_weights(model, source)
     return model
 
 
-def frozen_towers(args: argparse.Namespace) -> set[str]:
+def frozen_components(args: argparse.Namespace) -> set[str]:
     """The towers whose training flags stop."""
-    return {tower for tower in TOWERS if getattr(args, f"freeze_{tower.replace(' ', '_')}")}
+    return {tower for tower in COMPONENTS if getattr(args, f"freeze_{tower.replace(' ', '_')}")}
 
 
-def prepare(args: argparse.Namespace, model: Qwen3VL, ranks: parallel.Ranks, dtype: torch.dtype) -> None:
+def prepare(args: argparse.Namespace, model: Qwen3VL, ranks: parallel.ParallelState, dtype: torch.dtype) -> None:
     """Everything that the flags ask of a model before it has memory: attention, loss, freezing, parallelism."""
     model.set_attention(args.text_attn_implementation, args.vision_attn_implementation)
     model.loss_chunk_size, model.router_aux_loss_coef = args.loss_chunk_size, args.router_aux_loss_coef
-    parallel.freeze(model, frozen_towers(args))
+    parallel.freeze(model, frozen_components(args))
     by_default = "full" if kernels_npu.ops.is_accelerator or args.activation_offload else "none"
     parallel.parallelize(
         model, ranks, compute_dtype=dtype, recompute=(args.recompute or by_default) == "full",
@@ -273,10 +274,10 @@ def prepare(args: argparse.Namespace, model: Qwen3VL, ranks: parallel.Ranks, dty
 
 def make_optimizer(args: argparse.Namespace, model: Qwen3VL) -> torch.optim.Optimizer:
     """AdamW with groups for each tower that trains, its peak learning rate in `max_lr`."""
-    peaks = dict(zip(TOWERS, (args.vision_lr, args.projector_lr, None), strict=True))
+    peaks = dict(zip(COMPONENTS, (args.vision_lr, args.projector_lr, None), strict=True))
     groups = []
-    for tower in TOWERS:
-        params = [p for name, p in model.named_parameters() if tower_of(name) == tower and p.requires_grad]
+    for tower in COMPONENTS:
+        params = [p for name, p in model.named_parameters() if component_of(name) == tower and p.requires_grad]
         meshes = [getattr(p, "device_mesh", None) for p in params]
         for mesh in dict.fromkeys(meshes):  # torch 2.7.1's fused AdamW takes one mesh at a time
             same = [p for p, its_mesh in zip(params, meshes, strict=True) if its_mesh == mesh]
@@ -307,7 +308,7 @@ def set_learning_rates(args: argparse.Namespace, optimizer: torch.optim.Optimize
 # ---- the loss's weights ---------------------------------------------------------------------------------------------
 
 
-class Totals(NamedTuple):
+class StepStats(NamedTuple):
     """What one step's batches hold, over all ranks."""
 
     tokens: int
@@ -321,9 +322,9 @@ class Totals(NamedTuple):
 
 
 def set_loss_weights(
-    batches: list[data.Batch], loss_type: str, config: Qwen3VLConfig, ranks: parallel.Ranks,
-    trained: Collection[str] = TOWERS,
-) -> Totals:
+    batches: list[data.Batch], loss_type: str, config: Qwen3VLConfig, ranks: parallel.ParallelState,
+    trained: Collection[str] = COMPONENTS,
+) -> StepStats:
     """Gives every token its weight in loss = sum_i weight_i * nll_i, over all micro-batches of all ranks of one step.
 
     default     1 / (micro-batches x supervised tokens of its micro-batch)
@@ -335,7 +336,7 @@ def set_loss_weights(
     # supervised tokens of each sample of each micro-batch
     counts = [torch.searchsorted(b.supervised_index, torch.tensor(b.cu_seqlens)).diff().tolist() for b in batches]
     files = len(batches[0].rows_read)
-    micro_batches, with_answer, supervised, flops, *others = ranks.sum_of_rows(
+    micro_batches, with_answer, supervised, flops, *others = ranks.sum_over_dp(
         len(batches), sum(n > 0 for each in counts for n in each), sum(map(sum, counts)),
         sum(step_flops(config, b.cu_seqlens, b.grid_thw, len(b.supervised_index), trained) for b in batches),
         sum(b.cu_seqlens[-1] for b in batches), sum(len(b.sources) for b in batches),
@@ -356,7 +357,7 @@ def set_loss_weights(
         weights = torch.tensor([scale / max(1, n) for n in shares], dtype=torch.float32)
         batch.loss_weights = weights.repeat_interleave(torch.tensor(batch.cu_seqlens).diff())
         batch.aux_weight = scale / micro_batches
-    return Totals(tokens, samples, int(supervised), media, truncated, rows[:files], rows[files:], flops)
+    return StepStats(tokens, samples, int(supervised), media, truncated, rows[:files], rows[files:], flops)
 
 
 # ---- logging --------------------------------------------------------------------------------------------------------
@@ -371,7 +372,7 @@ METRICS = (
 class MetricsLog:
     """Rank 0's records: the log line, metrics.jsonl and TensorBoard. On other ranks it does nothing."""
 
-    def __init__(self, args: argparse.Namespace, ranks: parallel.Ranks, start: int):
+    def __init__(self, args: argparse.Namespace, ranks: parallel.ParallelState, start: int):
         self.args, self.world = args, ranks.world
         self.main = ranks.rank == 0
         self.file = self.board = None
@@ -489,7 +490,7 @@ class Signals:
         self.save = True
         self.stop = self.stop or number != signal.SIGUSR1
         if self.stop:
-            kernels_npu.asked_to_stop.set()
+            common.stop_requested.set()
 
     def _watch(self) -> None:
         while os.read(self._wakeup, 1)[0] not in (signal.SIGTERM, signal.SIGINT):
@@ -512,26 +513,26 @@ class Signals:
 
 def train(
     args: argparse.Namespace, model: Qwen3VL, optimizer: torch.optim.Optimizer, loader: data.Loader,
-    eval_loader: data.Loader | None, ranks: parallel.Ranks, accumulation: int, start: int, start_up: StartUp,
+    eval_loader: data.Loader | None, ranks: parallel.ParallelState, accumulation: int, start: int, start_up: StartUp,
 ) -> None:
     """Runs iterations start + 1 to --train-iters, saving and evaluating on the way."""
     metrics_log = MetricsLog(args, ranks, start)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    trained = trained_towers(model)
+    trained = trainable_components(model)
     minutes = args.exit_duration_in_mins or math.inf
     signals = Signals(start_up.began + 60 * minutes, ranks.timeout.total_seconds())
-    saver = convert.Saver(args.async_save, ranks.timeout)
+    saver = convert.CheckpointWriter(args.async_save, ranks.timeout)
     skipped_in_a_row = 0
     # closing: whatever happens here, the loader's worker processes end
     with saver, profiler(args, ranks) as profile, contextlib.closing(iter(loader)) as stream:
         for iteration in range(start + 1, args.train_iters + 1):
             began = time.perf_counter()
             signals.idle.clear()
-            batches = ranks.together(lambda: [next(stream) for _ in range(accumulation)])
+            batches = ranks.run_synced(lambda: [next(stream) for _ in range(accumulation)])
             data_time = time.perf_counter() - began
             totals = set_loss_weights(batches, args.loss_type, model.config, ranks, trained)
             epoch = batches[-1].resume_state["epoch"]
-            ranks.together(lambda: loader.judge(totals.rows_read, totals.rows_bad, epoch))  # noqa: B023
+            ranks.run_synced(lambda: loader.check_bad_row_rate(totals.rows_read, totals.rows_bad, epoch))  # noqa: B023
             set_learning_rates(args, optimizer, iteration - 1)
 
             losses = []
@@ -563,7 +564,7 @@ def train(
             if eval_loader and not stop and (last or args.eval_interval and iteration % args.eval_interval == 0):
                 try:
                     eval_loss = evaluate(model, eval_loader, ranks, args.eval_iters, signals)
-                except (UsageError, ValueError, OSError, kernels_npu.PeerError) as e:
+                except (UsageError, ValueError, OSError, common.PeerError) as e:
                     eval_error = e  # on every rank: what was trained is saved first
             metrics_log.write(
                 iteration=iteration, loss=loss, grad_norm=grad_norm, eval_loss=eval_loss, model_flops=totals.flops,
@@ -600,13 +601,13 @@ def report_bad_step(iteration: int, loss: float, grad_norm: float, batches: list
 
 @torch.no_grad()
 def evaluate(
-    model: Qwen3VL, loader: data.Loader, ranks: parallel.Ranks, iters: int | None, signals: Signals
+    model: Qwen3VL, loader: data.Loader, ranks: parallel.ParallelState, iters: int | None, signals: Signals
 ) -> float | None:
     """Mean negative log-likelihood of the supervised held-out tokens, of `iters` micro-batches a rank (None: all).
     None if a signal asks for the end meanwhile."""
     total, count = torch.zeros((), device=ranks.device), 0
     stream = itertools.islice(loader, iters)
-    while (batch := ranks.together(lambda: next(stream, None))) is not None:
+    while (batch := ranks.run_synced(lambda: next(stream, None))) is not None:
         if ranks.sum(signals.stop) != [0]:
             parallel.reshard(model)
             return None
@@ -620,8 +621,8 @@ def evaluate(
 
 
 def save_iteration(
-    args: argparse.Namespace, iteration: int, model: Qwen3VL, optimizer: torch.optim.Optimizer, ranks: parallel.Ranks,
-    resume_state: dict, saver: convert.Saver,
+    args: argparse.Namespace, iteration: int, model: Qwen3VL, optimizer: torch.optim.Optimizer,
+    ranks: parallel.ParallelState, resume_state: dict, saver: convert.CheckpointWriter,
 ) -> None:
     """Saves everything that an exact resume needs: weights, optimizer, random states, the position in the data."""
     state = {"iteration": iteration, "data": resume_state, "world": ranks.world}
@@ -635,7 +636,7 @@ def save_iteration(
 
 def resume(
     args: argparse.Namespace, source: convert.CheckpointWeights, model: Qwen3VL, optimizer: torch.optim.Optimizer,
-    ranks: parallel.Ranks,
+    ranks: parallel.ParallelState,
 ) -> tuple[int, dict | list[dict] | None]:
     """Loads --load, as `open_weights` gave it. Returns (iterations done, position in the data, or the positions of the
     ranks that saved it)."""
@@ -660,7 +661,7 @@ def resume(
     return state["iteration"], position
 
 
-def profiler(args: argparse.Namespace, ranks: parallel.Ranks):
+def profiler(args: argparse.Namespace, ranks: parallel.ParallelState):
     """torch.profiler over the asked iterations, writing a Chrome trace to --profile-dir; without it, nothing."""
     if not args.profile_dir or ranks.rank > 0:
         return contextlib.nullcontext()
@@ -729,7 +730,7 @@ def run_lock(directory: Path) -> Iterator[None]:
         yield
 
 
-def prepare_directories(args: argparse.Namespace, ranks: parallel.Ranks) -> contextlib.AbstractContextManager:
+def prepare_directories(args: argparse.Namespace, ranks: parallel.ParallelState) -> contextlib.AbstractContextManager:
     """Rank 0 makes the directories to write to. --save must not hold another run than the one that --load names.
     Returns the lock on --save, which holds within its `with`."""
     if ranks.rank > 0:
@@ -763,7 +764,7 @@ def prepare_directories(args: argparse.Namespace, ranks: parallel.Ranks) -> cont
         raise InputError(f"--save {save}: {e.filename or save} cannot be written ({e.strerror})") from e
 
 
-def check_save(args: argparse.Namespace, model: Qwen3VL, ranks: parallel.Ranks) -> None:
+def check_save(args: argparse.Namespace, model: Qwen3VL, ranks: parallel.ParallelState) -> None:
     """Before time goes into loading: whether this rank can write to --save, and there is room for what will be written.
     Raises InputError without room for one checkpoint; with too little for all that will be there at once, warns."""
     if not args.save:
@@ -774,8 +775,9 @@ def check_save(args: argparse.Namespace, model: Qwen3VL, ranks: parallel.Ranks) 
                          "or cannot write there: it must be storage that every node shares")
     if ranks.rank > 0:
         return
-    without_state = set(TOWERS) if args.no_save_optim else frozen_towers(args)
-    nbytes = sum(4 * p.numel() * (1 if tower_of(name) in without_state else 3) for name, p in model.named_parameters())
+    without_state = set(COMPONENTS) if args.no_save_optim else frozen_components(args)
+    nbytes = sum(
+        4 * p.numel() * (1 if component_of(name) in without_state else 3) for name, p in model.named_parameters())
     planned = math.ceil(args.train_iters / args.save_interval) if args.save_interval else 1
     if args.save_retain:
         planned = min(planned, args.save_retain + 1)  # the oldest goes when the newest is complete
@@ -790,18 +792,18 @@ def check_save(args: argparse.Namespace, model: Qwen3VL, ranks: parallel.Ranks) 
 
 
 @contextlib.contextmanager
-def failures_told(ranks: parallel.Ranks) -> Iterator[None]:
+def explain_errors(ranks: parallel.ParallelState) -> Iterator[None]:
     """Makes one line of what is neither a mistake nor a bug: memory that is out, a worker that was killed, a rank that
     does not answer. A bug's traceback goes with this rank's number and rows."""
     try:
         yield
     except Exception as e:
-        text, rows = str(e).strip().partition("\n")[0], "; ".join(ranks.in_hand[:8])
-        if kernels_npu.peer_has_failed(e):
-            if not isinstance(e, kernels_npu.PeerError):
-                ranks.give_sign()
+        text, rows = str(e).strip().partition("\n")[0], "; ".join(ranks.current_sources[:8])
+        if common.is_peer_failure(e):
+            if not isinstance(e, common.PeerError):
+                ranks.report_alive()
             raise
-        if isinstance(e, (UsageError, InputError, data.InputError, OSError)):
+        if isinstance(e, common.USER_ERRORS):
             raise
         at_once = True
         if re.search(r"DataLoader worker.*(is killed|exited unexpectedly)", text):
@@ -810,14 +812,14 @@ def failures_told(ranks: parallel.Ranks) -> Iterator[None]:
             problem = (f"out of memory ({text or type(e).__name__}): give a smaller --micro-batch-size or "
                        f"--seq-length, --recompute full, --activation-offload or more ranks; rows in hand: {rows}")
         elif isinstance(e, RuntimeError) and re.search("[Tt]imed out|[Tt]imeout", text):
-            silent, at_once = ", ".join(map(str, ranks.silent())), False  # all find it at the same time
+            silent, at_once = ", ".join(map(str, ranks.unresponsive_ranks())), False  # all find it at the same time
             problem = (f"a collective waited for {ranks.timeout.total_seconds() / 60:g} minutes "
                        f"(--distributed-timeout-minutes); no sign of life from rank {silent or '(all gave one)'}")
         else:
             log.error("rank %d has failed, with these rows in hand: %s", ranks.rank, rows)
             raise
         mistake = InputError(f"rank {ranks.rank}: {problem}")
-        mistake.said_by_this_rank = at_once
+        mistake.only_on_this_rank = at_once
         raise mistake from e
 
 
@@ -831,16 +833,16 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to save
     start_up = StartUp()
     ops = kernels_npu.select(args.device, args.compute_dtype, args.use_npu_fused_moe)
-    ranks = parallel.Ranks(ops, args.distributed_timeout_minutes, cp=args.context_parallel_size,
+    ranks = parallel.ParallelState(ops, args.distributed_timeout_minutes, cp=args.context_parallel_size,
                            ep=args.expert_parallel_size, fsdp=args.fsdp_size)
     args.global_batch_size, accumulation = batch_sizes(args, ranks.dp_size)
     start_up.done("ranks")
-    with failures_told(ranks), ranks.together(lambda: prepare_directories(args, ranks)):
+    with explain_errors(ranks), ranks.run_synced(lambda: prepare_directories(args, ranks)):
         run(args, ranks, accumulation, start_up)
     ranks.close()
 
 
-def run(args: argparse.Namespace, ranks: parallel.Ranks, accumulation: int, start_up: StartUp) -> None:
+def run(args: argparse.Namespace, ranks: parallel.ParallelState, accumulation: int, start_up: StartUp) -> None:
     """Makes everything that training needs, and trains."""
     ops, say = kernels_npu.ops, log.info if ranks.rank == 0 else (lambda *_: None)
     random.seed(args.seed)
@@ -848,7 +850,7 @@ def run(args: argparse.Namespace, ranks: parallel.Ranks, accumulation: int, star
     torch.manual_seed(args.seed)
 
     config = Qwen3VLConfig.from_json(args.init_from_hf_path)
-    processor = data.Processor(args.init_from_hf_path, **kernels_npu.media_limits(args))
+    processor = data.Processor(args.init_from_hf_path, **data.media_limits(args))
     read = {"dataset_dir": args.dataset_dir, "cache_dir": args.cache_dir}
     paths = args.dataset.split(",")
     if args.streaming:
@@ -856,7 +858,7 @@ def run(args: argparse.Namespace, ranks: parallel.Ranks, accumulation: int, star
     else:
         dataset = data.RowDataset(paths, max_samples=args.max_samples, **read)
     layout = {"dp_rank": ranks.dp_rank, "dp_size": ranks.dp_size, "seed": args.seed, "num_workers": args.num_workers,
-              "on_bad_sample": args.on_bad_sample, "encode_options": kernels_npu.row_options(args),
+              "on_bad_sample": args.on_bad_sample, "encode_options": data.encode_options(args),
               "micro_batch_size": args.micro_batch_size}
     loader = data.Loader(dataset, processor, shuffle=args.shuffle, global_batch_size=args.global_batch_size,
                          packing=args.packing, **layout)
@@ -872,15 +874,15 @@ def run(args: argparse.Namespace, ranks: parallel.Ranks, accumulation: int, star
         + "".join(f"; {name} {value}" for name, value in ops.settings.items()))
     with torch.device("meta"):
         model = Qwen3VL(config)
-    ranks.together(lambda: check_save(args, model, ranks))
-    source = ranks.together(lambda: open_weights(args, model))
+    ranks.run_synced(lambda: check_save(args, model, ranks))
+    source = ranks.run_synced(lambda: open_weights(args, model))
     model = build_model(args, model, ranks, dtype, source)
     for tower, (total, trainable) in parameter_table(model.named_parameters()).items():
         say(f"{tower:17} {total:15,d} parameters, {trainable:15,d} trainable")
     optimizer = make_optimizer(args, model)
     start, position = 0, None
     if args.load:  # together: damage may lie in one rank's slices
-        start, position = ranks.together(lambda: resume(args, source, model, optimizer, ranks))
+        start, position = ranks.run_synced(lambda: resume(args, source, model, optimizer, ranks))
         if ranks.sum(start) != [ranks.world * start]:
             raise InputError(f"{source.path}: its trainer states are of several iterations: take another checkpoint")
     start_up.done("model and weights")
@@ -900,7 +902,7 @@ def run(args: argparse.Namespace, ranks: parallel.Ranks, accumulation: int, star
 
 
 if __name__ == "__main__":
-    status = kernels_npu.run_program(main, sys.argv[1:], data.InputError)
+    status = common.run_program(main, sys.argv[1:])
     sys.stdout.flush()
     if status == 0:
         os._exit(0)  # all is written; now and then gloo's threads abort a process that ends the long way

@@ -23,6 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import tiny  # noqa: E402
 
+import common  # noqa: E402
 import kernels_npu  # noqa: E402
 
 
@@ -169,7 +170,7 @@ def flags(doc: str, cases: list[str], rounds: bool = True) -> argparse.ArgumentP
             raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: give some of {','.join(cases)}")
         return text.split(",")
 
-    parser, at_least_one = argparse.ArgumentParser(description=doc.split("\n\n")[0]), kernels_npu.number(int, 1)
+    parser, at_least_one = argparse.ArgumentParser(description=doc.split("\n\n")[0]), common.number(int, 1)
     devices = ("cpu", "cuda")[: 1 + torch.cuda.is_available()]
     parser.add_argument("--device", choices=devices, default=devices[-1])
     if rounds:

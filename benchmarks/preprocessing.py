@@ -27,7 +27,8 @@ from qwen_tokenizer import build_tokenizer  # noqa: E402
 from transformers.image_utils import load_image  # noqa: E402
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
 
-from data import Loader, Processor, RowDataset, load_picture  # noqa: E402
+import data  # noqa: E402
+from data import Loader, Processor, RowDataset  # noqa: E402
 
 COCO = [(640, 480), (480, 640), (640, 427), (500, 375), (640, 640), (427, 640), (375, 500), (640, 360)]
 LARGE = [(1920, 1080), (2448, 3264), (4000, 3000)]
@@ -60,7 +61,7 @@ def compare(title: str, paths: list[Path], rounds: int, processor: Processor, re
     """Prints pictures per second of both, and their ratio: the least, the median and the most of the rounds."""
 
     def ours(path: Path) -> np.ndarray:
-        return processor.picture(load_picture(path))[0]
+        return processor.process_image(data.load_image(path))[0]
 
     def theirs(path: Path) -> np.ndarray:
         return reference(load_image(str(path)), return_tensors="np")["pixel_values"]

@@ -57,7 +57,7 @@ def main() -> None:
     figures: dict[bool, list[tuple[float, float, float]]] = {False: [], True: []}
     directory = Path(tempfile.mkdtemp(dir=args.dir))
     try:
-        savers = {background: convert.Saver(background, timedelta(minutes=10)) for background in figures}
+        savers = {background: convert.CheckpointWriter(background, timedelta(minutes=10)) for background in figures}
         for iteration in range(1, args.saves + 1):
             for background, saver in savers.items():
                 alone.append(step())

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import convert
+from common import run_program
 from convert import InputError, find_checkpoint, load_checkpoint, load_hf_weights, save_checkpoint
-from kernels_npu import run_program
 from model import Qwen3VL, Qwen3VLConfig
 
 ROOT = Path(__file__).parents[1]
@@ -103,7 +103,7 @@ def published(hf_dir: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # dcp.load says so of a single process
 def test_round_trip_is_bitwise(make_hf, tmp_path, monkeypatch, kind, layout, dtype, sharded):
     """HF -> DCP -> HF; the pieces are cut small, so that every tensor of more than a row has several."""
-    monkeypatch.setattr(convert, "PIECE_BYTES", 20_000)
+    monkeypatch.setattr(convert, "CHUNK_BYTES", 20_000)
     hf = make_hf(kind, dtype, sharded, layout)
     expected = published(make_hf(kind, dtype, sharded))
     convert.main(["hf_to_dcp", "--hf_dir", str(hf), "--dcp_dir", str(tmp_path / "dcp")])
@@ -219,7 +219,7 @@ def test_errors_are_short(make_hf, tmp_path):
         content = len(encoded).to_bytes(8, "little") + encoded + b"\0" * kind.itemsize
         (tmp_path / "hf/model.safetensors").write_bytes(content)
         with pytest.raises(InputError, match="is I8|has shape") as error:
-            convert.HuggingFaceWeights(tmp_path / "hf").fit({NORM: torch.Size([56])})
+            convert.HuggingFaceWeights(tmp_path / "hf").check_compatible({NORM: torch.Size([56])})
         assert len(str(error.value)) < 1000
 
 
@@ -271,12 +271,12 @@ def test_tied_checkpoint_with_a_copy_of_the_embedding_and_cut_layers(make_hf, tm
 def test_shapes_are_checked_before_memory_is_taken(make_hf, tmp_path):
     """A model too large for any machine is compared with the files on the meta device."""
     hf = make_hf("dense, untied")
-    convert.HuggingFaceWeights(hf).fit(convert.expected_shapes(hf))
+    convert.HuggingFaceWeights(hf).check_compatible(convert.expected_shapes(hf))
     raw = json.loads((hf / "config.json").read_text())
     raw["text_config"]["vocab_size"] = 99_999_999
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(InputError, match=r"embed_tokens.weight has shape .*, config.json makes it \[99999999, 56\]"):
-        convert.HuggingFaceWeights(hf).fit(convert.expected_shapes(tmp_path))
+        convert.HuggingFaceWeights(hf).check_compatible(convert.expected_shapes(tmp_path))
 
 
 def cut(path: Path, size: int) -> None:
@@ -410,7 +410,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: 
             if p.requires_grad:
                 p.grad = torch.zeros_like(p.detach())
                 for offset, part in convert._local_pieces(p.grad):
-                    part.copy_(grad[convert._window(offset, part.shape)])
+                    part.copy_(grad[convert._slices(offset, part.shape)])
         optimizer.step()
 
 
@@ -428,7 +428,7 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("kind", KINDS)
 def test_save_and_load_are_exact(make_hf, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(convert, "PIECE_BYTES", 20_000)
+    monkeypatch.setattr(convert, "CHUNK_BYTES", 20_000)
     hf = make_hf(kind)
     model = build(hf)
     load_hf_weights(model, hf)
@@ -553,9 +553,9 @@ def test_pieces_fill_a_tensor_or_do_not():
             boxes[rng.randrange(len(boxes))] = changed
         count = torch.zeros([n + 8 for n in shape], dtype=torch.int64)
         for at, sizes in boxes:
-            count[convert._window((a + 4 for a in at), (max(n, 0) for n in sizes))] += 1
+            count[convert._slices((a + 4 for a in at), (max(n, 0) for n in sizes))] += 1
         expected = torch.zeros_like(count)
-        expected[convert._window([4] * len(shape), shape)] = 1
+        expected[convert._slices([4] * len(shape), shape)] = 1
         whole = torch.equal(count, expected) and all(n >= 0 for _, sizes in boxes for n in sizes)
         assert convert._is_whole(shape, boxes) == whole, (shape, boxes)
         seen[whole] += 1

@@ -72,8 +72,8 @@ def test_offload_keeps_inputs_on_the_host(tmp_path):
         gradients.append(x.grad)
 
     peaks, gradients = [], []
-    for run_block in (recompute_block, Offload(ops)):
-        text.run_block = run_block
+    for block_fn in (recompute_block, Offload(ops)):
+        text.block_fn = block_fn
         step()
         peaks.append(peak(step))
         gradients.pop()

@@ -38,7 +38,8 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 import data
-from data import IGNORE, PACKING_WINDOW, InputError, Loader, Processor, RowDataset, RowStream, collate
+from common import InputError
+from data import IGNORE, PACKING_WINDOW, Loader, Processor, RowDataset, RowStream, collate
 
 TEMPLATE = (Path(__file__).parent / "assets" / "chat_template.jinja").read_text()
 LAYS_ON_WHITE = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
@@ -56,7 +57,7 @@ class Judge:
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_dir / "tokenizer.json"))
         self.images = Qwen2VLImageProcessorPil(patch_size=16, size=dict(SIZE), image_mean=HALF, image_std=HALF)
 
-    def picture(self, path: Path, **size) -> tuple[np.ndarray, np.ndarray]:
+    def process_image(self, path: Path, **size) -> tuple[np.ndarray, np.ndarray]:
         output = self.images(load_image(str(path)), size=SIZE | size, return_tensors="np")
         return output["pixel_values"], output["image_grid_thw"]
 
@@ -67,7 +68,7 @@ class Judge:
         )
         parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
         paths = [part["image"] for part in parts if part["type"] == "image"]
-        pixels, grids = zip(*[self.picture(path) for path in paths], strict=True) if paths else ((), ())
+        pixels, grids = zip(*[self.process_image(path) for path in paths], strict=True) if paths else ((), ())
         pieces = text.split("<|image_pad|>")
         for i, grid in enumerate(grids):  # Qwen3VLProcessor.replace_image_token
             pieces[i] += "<|image_pad|>" * int(grid.prod() // 4)
@@ -89,11 +90,6 @@ def rope_index(ids, types_, image_grid_thw, video_grid_thw):
 @pytest.fixture(scope="session")
 def judge(qwen_dir):
     return Judge(qwen_dir)
-
-
-@pytest.fixture(scope="session")
-def processor(qwen_dir):
-    return Processor(qwen_dir)
 
 
 @pytest.fixture(scope="session")
@@ -194,11 +190,11 @@ def test_picture_equals_transformers(name, pictures, judge, processor):
     limits = {"longest_edge": 4 * 1024 * 1024} if name == "large.jpg" else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's about palettes with transparency
-        pixels, grid = judge.picture(pictures / name, **limits)
-        image = data.load_picture(pictures / name)
+        pixels, grid = judge.process_image(pictures / name, **limits)
+        image = data.load_image(pictures / name)
     if limits:
         processor = changed(processor, image_pixels=(65536, limits["longest_edge"]))
-    ours, our_grid = processor.picture(image)
+    ours, our_grid = processor.process_image(image)
     assert [list(our_grid)] == grid.tolist()
     assert ours.dtype == np.float32 and np.array_equal(ours, pixels)
 
@@ -649,7 +645,7 @@ def test_frames_of_animations(processor, tmp_path):
         shown = [[image.getpixel((x, 5)) for x in (5, 40)] for image in video.read([0, 1], True)]
         assert shown == [[red, red], [blue, red]], name
         assert (video.num_frames, video.fps, video.times) == (2, 2 / 0.75, None)
-        assert np.array_equal(np.asarray(data.load_picture(tmp_path / name)), np.asarray(first.convert("RGB")))
+        assert np.array_equal(np.asarray(data.load_image(tmp_path / name)), np.asarray(first.convert("RGB")))
         holes.save(tmp_path / name, save_all=True, append_images=[part], duration=0, **options)
         video = data.open_video(name, tmp_path, False, 2.0)
         assert [image.getpixel((40, 5)) for image in video.read([0], True)] == [white], name
@@ -713,7 +709,7 @@ def test_measure(options, row, pictures, processor, tmp_path, monkeypatch):
 
         open_ = av.open
         monkeypatch.setattr(av, "open", open_for_packets)
-    assert processor.measure(row, media_dir=pictures, **options) == expected
+    assert processor.count_tokens(row, media_dir=pictures, **options) == expected
 
 
 def test_measure_raises_as_encode(bad_media, processor):
@@ -722,16 +718,16 @@ def test_measure_raises_as_encode(bad_media, processor):
             tokens = len(processor.encode(row, media_dir=bad_media, source="s", seq_length=3000).input_ids)
         except InputError as error:
             if "cut.png" in str(error) or "cut.jpg" in str(error):
-                assert processor.measure(row, media_dir=bad_media, seq_length=3000)  # only decoding finds it
+                assert processor.count_tokens(row, media_dir=bad_media, seq_length=3000)  # only decoding finds it
                 continue
             with pytest.raises(InputError) as caught:
-                processor.measure(row, media_dir=bad_media, source="s", seq_length=3000)
+                processor.count_tokens(row, media_dir=bad_media, source="s", seq_length=3000)
             assert str(caught.value) == str(error)
         else:
-            assert processor.measure(row, media_dir=bad_media, seq_length=3000) == tokens
+            assert processor.count_tokens(row, media_dir=bad_media, seq_length=3000) == tokens
     options = {"media_dir": bad_media, "mask_history": True, "train_on_prompt": True, "source": "row 1"}
     with pytest.raises(InputError, match="row 1: .*exclude"):
-        processor.measure(chat("a", "b"), **options)
+        processor.count_tokens(chat("a", "b"), **options)
 
 
 TRANSFORMERS_4 = """
@@ -829,7 +825,7 @@ def test_videos_equal_transformers_4(qwen_dir, tmp_path):
         text = "Compare <video>" + "<image> and <video>" * len(images)
         row = chat(text, "An answer.", "Why?", "So.", videos=videos, images=images)
         samples.append(processor.encode(row, media_dir=tmp_path))
-        assert processor.measure(row, media_dir=tmp_path) == len(samples[-1].input_ids)
+        assert processor.count_tokens(row, media_dir=tmp_path) == len(samples[-1].input_ids)
         parts = [part for part in data.PLACEHOLDER.split(text) if part]
         content = [{"type": p[1:-1]} if p in ("<image>", "<video>") else {"type": "text", "text": p} for p in parts]
         clips = []
@@ -911,7 +907,7 @@ def test_preprocessor_settings(qwen_dir, tmp_path):
         picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
         kwargs = {"patch_size": 16, "size": {"shortest_edge": 1024, "longest_edge": 9000}, "image_std": HALF}
         reference = Qwen2VLImageProcessorPil(image_mean=mean, **kwargs)(picture, return_tensors="np")
-        assert np.array_equal(processor.picture(picture)[0], reference["pixel_values"])
+        assert np.array_equal(processor.process_image(picture)[0], reference["pixel_values"])
     assert Processor(qwen_dir).image_pixels == (65536, 16777216)
     small = Processor(qwen_dir, image_max_pixels=4096, video_min_pixels=30_000_000)
     assert (small.image_pixels, small.video_pixels) == ((4096, 4096), (30_000_000, 30_000_000))
@@ -1100,7 +1096,7 @@ def test_confined_paths(bad_media, processor, tmp_path):
 def test_large_picture_is_read_in_silence(tmp_path):
     """In a fresh process, as pytest has warnings its own way: Pillow warns from half of the size that it refuses."""
     Image.new("1", (9400, 9400)).save(tmp_path / "large.png")
-    code = "import sys, data; print(data.load_picture(data.Path(sys.argv[1])).size)"
+    code = "import sys, data; print(data.load_image(data.Path(sys.argv[1])).size)"
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "large.png"], capture_output=True, text=True,
         cwd=Path(data.__file__).parent)
     assert (done.stdout, done.stderr) == ("(9400, 9400)\n", "")
@@ -1346,7 +1342,7 @@ def judged(loaders: list[Loader], steps: int) -> None:
     for batches in itertools.islice(zip(*loaders, strict=True), steps):
         read, bad = (np.sum([getattr(batch, name) for batch in batches], 0) for name in ("rows_read", "rows_bad"))
         for loader in loaders:
-            loader.judge(read.tolist(), bad.tolist(), batches[-1].resume_state["epoch"])
+            loader.check_bad_row_rate(read.tolist(), bad.tolist(), batches[-1].resume_state["epoch"])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -20,9 +20,10 @@ import tiny
 import torch
 from PIL import Image
 
+import common
 import data
 import train
-from kernels_npu import UsageError
+from common import UsageError
 from tools import dataset_cli, report
 
 ROOT = Path(__file__).parent.parent
@@ -159,7 +160,7 @@ def test_llava_trains(coco, hf):
 ])
 def test_llava_malformed(coco, row, message):
     write(coco.parent / "bad.json", [llava_rows()[0], row])
-    with pytest.raises(data.InputError, match=re.escape(message)) as error:
+    with pytest.raises(common.InputError, match=re.escape(message)) as error:
         convert(coco, coco / "out.json", annotations="bad.json")
     where = "bad.json row 2" + (" (id 7)" if isinstance(row, dict) else "")
     assert where in str(error.value) and "\n" not in str(error.value)
@@ -169,13 +170,13 @@ def test_llava_malformed(coco, row, message):
 def test_llava_wrong_folder_and_existing_output(coco):
     (coco / "val2017").mkdir()
     argv = ["llava", "--annotations", str(coco.parent / "llava.json"), "--output", str(coco / "out.json")]
-    with pytest.raises(data.InputError, match="picture of none of 3 rows.*--image_dir"):
+    with pytest.raises(common.InputError, match="picture of none of 3 rows.*--image_dir"):
         dataset_cli.main([*argv, "--image-dir", str(coco / "val2017")])
-    with pytest.raises(data.InputError, match="no folder: --image_dir"):
+    with pytest.raises(common.InputError, match="no folder: --image_dir"):
         dataset_cli.main([*argv, "--image-dir", str(coco / "nowhere")])
     assert not (coco / "out.json").exists()
     (coco / "out.json").write_text("mine")
-    with pytest.raises(data.InputError, match="--overwrite"):
+    with pytest.raises(common.InputError, match="--overwrite"):
         convert(coco, coco / "out.json")
     assert (coco / "out.json").read_text() == "mine"
     convert(coco, coco / "out.json", "--overwrite")
@@ -187,7 +188,7 @@ def test_llava_full_disk(coco, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(data.InputError, match=r"out.json cannot be written \(No space left on device\)"):
+    with pytest.raises(common.InputError, match=r"out.json cannot be written \(No space left on device\)"):
         convert(coco, coco / "out.json")
     assert sorted(p.name for p in coco.iterdir()) == ["train2017"]
 
@@ -249,7 +250,7 @@ def figures_in(out: str) -> dict[str, int]:
 
 
 def test_check_figures(rows, hf, capsys):
-    with pytest.raises(data.InputError, match=r"4 of 10 rows are bad, listed above"):
+    with pytest.raises(common.InputError, match=r"4 of 10 rows are bad, listed above"):
         check(hf, rows / "a.json", rows / "b.jsonl", seq_length=200, num_workers=0)
     out = capsys.readouterr().out
     turn = len("<") + len("user\n") + len(">\n")  # <|im_start|>, <|im_end|> and two newlines: one token a byte
@@ -279,7 +280,7 @@ def test_check_does_not_depend_on_workers(rows, hf, capsys):
     write(rows / "many.json", [{"id": i, "messages": say("ask", "tell " * (i % 7))} for i in range(70)])
     seen = set()
     for workers in (0, 1, 2):
-        with pytest.raises(data.InputError):
+        with pytest.raises(common.InputError):
             check(hf, rows / "many.json", rows / "a.json", rows / "b.jsonl", num_workers=workers,
                   report=rows / "report.html")
         seen.add((capsys.readouterr().out, (rows / "report.html").read_text()))
@@ -302,7 +303,7 @@ def test_check_reads_as_training_would(rows, hf, capsys):
     assert figures(**{"video-maxlen": 2})["media"] == plain["media"] - 4
     assert figures(**{"max-samples": 1})["rows"] == 1
     (rows / "elsewhere").mkdir()
-    with pytest.raises(data.InputError, match="2 of 4 rows are bad"):
+    with pytest.raises(common.InputError, match="2 of 4 rows are bad"):
         figures(**{"dataset-dir": rows / "elsewhere", "confine-paths": ""})
 
 
@@ -324,7 +325,7 @@ def test_unusable_files(tmp_path, hf, content, message):
     good = write(tmp_path / "good.json", [{"messages": say("a", "b")}])
     if content is not None:
         (tmp_path / "bad.json").write_bytes(content)
-    with pytest.raises(data.InputError, match=message) as error:
+    with pytest.raises(common.InputError, match=message) as error:
         check(hf, good, tmp_path / "bad.json", report=tmp_path / "r.html")
     assert "bad.json" in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "r.html").exists()
 
@@ -363,7 +364,7 @@ def test_check_ends_at_ctrl_c(tmp_path, hf):
 
 def test_killed_worker_is_explained(rows, hf, monkeypatch):
     monkeypatch.setattr(data.Processor, "encode", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(data.InputError, match="--num-workers"):
+    with pytest.raises(common.InputError, match="--num-workers"):
         check(hf, rows / "a.json", num_workers=1)
 
 
@@ -410,7 +411,7 @@ def test_page_escapes_everything(tmp_path, hf):
         {"id": EVIL, "messages": say(EVIL, f"\0\u202e{EVIL}")},
         {"id": f"\0{EVIL}", "messages": say("<image>", "x"), "images": [EVIL]},
     ])
-    with pytest.raises(data.InputError, match="1 of 2"):
+    with pytest.raises(common.InputError, match="1 of 2"):
         check(hf, folder / "rows.jsonl", num_workers=0, report=tmp_path / "r.html")
     source = (tmp_path / "r.html").read_text()
     assert not set(source) & set("\0\u202e\x1b") and "http" not in source.replace("http-equiv", "")
@@ -454,7 +455,7 @@ def test_thumbnails_undo_the_patches(hf):
     """A picture that needs no resizing comes back exactly, its rows and columns in place."""
     processor = data.Processor(hf)
     pixels = np.random.default_rng(0).integers(0, 256, (96, 64, 3), dtype=np.uint8)
-    patches, grid = processor.picture(Image.fromarray(pixels))
+    patches, grid = processor.process_image(Image.fromarray(pixels))
     assert np.array_equal(report.frames(patches, grid, processor)[0], pixels)
 
 
@@ -466,7 +467,7 @@ def test_page_stays_small(tmp_path, hf):
     bad = [{"id": "j" * 1000, "messages": [{"role": f"<{i}>" * 10, "content": "x" * 10_000}]} for i in range(399)]
     bad.append({"messages": [{"role": "r" * 10**6, "content": "x"}]})
     write(tmp_path / "rows.jsonl", [*bad, long, {"messages": say("a", "b")}])
-    with pytest.raises(data.InputError, match="400 of 402"):
+    with pytest.raises(common.InputError, match="400 of 402"):
         check(hf, tmp_path / "rows.jsonl", num_workers=0, seq_length=10**7, report=tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
     assert len(page) < 600_000 and page.count("<img") <= 9 and "1,000,000 characters" in page
@@ -496,7 +497,7 @@ def test_kinds_of_bad_rows_are_bounded(rows, hf):
         for word in ("x" * i, "x"):
             figures.add(0, dataset_cli.Row("a.json row 1", f"wrong {word}", {"rows": 1, "bad": 1}, [], 0, 0))
     reasons = figures.summary(4096).reasons
-    assert len(reasons) <= dataset_cli.MOST_KINDS + 1 and sum(group[0] for _, group in reasons) == 400
+    assert len(reasons) <= dataset_cli.MAX_KINDS + 1 and sum(group[0] for _, group in reasons) == 400
     assert dict(reasons)["wrong x"][0] == 201 and max(len(group) for _, group in reasons) == 1 + dataset_cli.KEPT
 
 
@@ -509,7 +510,7 @@ def test_page_in_a_browser(rows, hf):
         pytest.skip(f"no browser: none of {', '.join(names)} is installed")
     with open(rows / "b.jsonl", "a") as stream:
         stream.write(json.dumps({"id": EVIL, "messages": say(EVIL, EVIL)}) + "\n")
-    with pytest.raises(data.InputError, match="4 of 11"):
+    with pytest.raises(common.InputError, match="4 of 11"):
         check(hf, rows / "a.json", rows / "b.jsonl", num_workers=0, report=rows / "r.html")
 
     def chromium(*flags) -> str:

@@ -14,10 +14,11 @@ import torch.distributed as dist
 from test_parallel import config_dict, start_ranks
 from torch.distributed.fsdp import FSDPModule
 
+import common
 import kernels_npu
 import parallel
 import train
-from tools.dry_run import imagined_batch
+from tools.dry_run import fake_batch
 
 ROOT = Path(__file__).parent.parent
 
@@ -67,7 +68,8 @@ def real_step(argv: list[str]) -> None:
 
     args = train.parse_args(["--dataset", "none", "--train-iters", "1", "--init", "random", "--fp32", *argv[1:]])
     ops = kernels_npu.ops = EvenRouting(torch.device("cpu"))
-    ranks = parallel.Ranks(ops, 1, cp=args.context_parallel_size, ep=args.expert_parallel_size, fsdp=args.fsdp_size)
+    ranks = parallel.ParallelState(ops, 1, cp=args.context_parallel_size, ep=args.expert_parallel_size,
+                                   fsdp=args.fsdp_size)
     config = train.Qwen3VLConfig.from_json(args.init_from_hf_path)
     with torch.device("meta"):
         model = train.Qwen3VL(config)
@@ -75,7 +77,7 @@ def real_step(argv: list[str]) -> None:
     optimizer = train.make_optimizer(args, model)
     trainable, sharded = [p for p in model.parameters() if p.requires_grad], bool(parallel.fsdp_modules(model))
     _, accumulation = train.batch_sizes(args, ranks.dp_size)
-    batch = imagined_batch(args, config)
+    batch = fake_batch(args, config)
     batch.pixel_values = torch.zeros(batch.pixel_values.shape)
     train.set_loss_weights([batch] * accumulation, args.loss_type, config, ranks)
     batch, cpu = ranks.take(batch), torch.device("cpu")
@@ -234,13 +236,13 @@ def test_fits(folder, capsys):
     (["--dry-run", "--world-size", "8", "--global-batch-size", "12"], "the nearest that are: 8 or 16"),
 ])
 def test_wrong_command_line(folder, capsys, flags, words):
-    status = kernels_npu.run_program(train.main, ["--init-from-hf-path", str(folder / "dense"), *flags])
+    status = common.run_program(train.main, ["--init-from-hf-path", str(folder / "dense"), *flags])
     assert status == 2 and words in capsys.readouterr().err
 
 
 def test_missing_configuration(tmp_path, capsys):
     argv = ["--init-from-hf-path", str(tmp_path), "--dry-run", "--world-size", "2"]
-    assert kernels_npu.run_program(train.main, argv) == 1
+    assert common.run_program(train.main, argv) == 1
     assert "config.json" in capsys.readouterr().err
 
 

@@ -33,13 +33,13 @@ import torch
 from test_parallel import FORKS, lines_of, rank_process
 from test_train import assert_same_weights, read_metrics
 
+import common
 import convert
-import data
 import kernels_npu
 import parallel
 import train
-from convert import Saver, find_checkpoint, load_checkpoint, save_checkpoint
-from kernels_npu import InputError
+from common import InputError
+from convert import CheckpointWriter, find_checkpoint, load_checkpoint, save_checkpoint
 
 ITERATIONS = 12
 
@@ -303,7 +303,7 @@ def test_no_space_at_every_write_of_a_save(tmp_path, monkeypatch, background):
         while failed:
             event += 1
             left = event
-            with Saver(background, timedelta(minutes=1)) as saver:
+            with CheckpointWriter(background, timedelta(minutes=1)) as saver:
                 try:
                     saver.save(tmp_path, 2, model, None, state, None)
                     saver.wait()
@@ -344,7 +344,7 @@ def test_what_is_saved_in_the_background_is_of_the_moment_of_the_save(tmp_path, 
     write, go_on = convert._write_shard, threading.Event()
     monkeypatch.setattr(convert, "_write_shard", lambda *args: (go_on.wait(30), write(*args))[1])
     expected = []
-    with Saver(True, timedelta(minutes=1)) as saver:
+    with CheckpointWriter(True, timedelta(minutes=1)) as saver:
         for iteration in (1, 2):
             expected.append(step())
             state = {"iteration": iteration, "data": data_position}
@@ -365,15 +365,15 @@ def test_the_end_of_a_run_waits_for_the_save_and_tells_its_failure(tmp_path, mon
     write = convert._write_shard
     monkeypatch.setattr(convert, "_write_shard", lambda *args: (time.sleep(0.3), write(*args))[1])
     save = {"save_dir": tmp_path, "model": torch.nn.Linear(4, 4), "optimizer": None, "retain": None}
-    with Saver(True, timedelta(minutes=1)) as saver:
+    with CheckpointWriter(True, timedelta(minutes=1)) as saver:
         saver.save(iteration=1, trainer_state={"iteration": 1, "data": {}}, **save)
     assert complete(tmp_path) == [1]
     unloadable = {"iteration": 2, "data": {"path": Path("/")}}
     with pytest.raises(InputError, match="iter_0000002: was not saved"):
-        with Saver(True, timedelta(minutes=1)) as saver:
+        with CheckpointWriter(True, timedelta(minutes=1)) as saver:
             saver.save(iteration=2, trainer_state=unloadable, **save)
     with pytest.raises(KeyError, match="the reason"):  # which the failure of a save does not hide
-        with Saver(True, timedelta(minutes=1)) as saver:
+        with CheckpointWriter(True, timedelta(minutes=1)) as saver:
             saver.save(iteration=2, trainer_state=unloadable, **save)
             raise KeyError("the reason")
     assert "iter_0000002: was not saved" in caplog.text and complete(tmp_path) == [1]
@@ -451,7 +451,7 @@ def test_room_is_looked_at_before_loading(folder, tmp_path, monkeypatch, capsys,
     ):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(free, 0, free))
         caplog.clear()
-        assert kernels_npu.run_program(train.main, flags(folder, tmp_path / "save", *more)) == 1
+        assert common.run_program(train.main, flags(folder, tmp_path / "save", *more)) == 1
         assert re.search(f"^error: .*{message}", capsys.readouterr().err, re.M), (free, more)
         assert ("the checkpoints will take" in caplog.text) == warned, (free, more)
         torch.distributed.destroy_process_group()
@@ -467,7 +467,7 @@ def test_a_directory_that_cannot_be_written_is_found_before_loading(folder):
 def run_quietly(argv: list[str]) -> tuple[int, str]:
     """train.py in this process: its exit status, and what it wrote to standard error."""
     with contextlib.redirect_stderr(io.StringIO()) as words:
-        status = kernels_npu.run_program(train.main, argv, data.InputError)
+        status = common.run_program(train.main, argv)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return status, words.getvalue()
@@ -631,7 +631,7 @@ def test_sigterm_in_an_accumulation(folder, tmp_path, whole, monkeypatch, more, 
 
 def both_get_sigterm(argv: list[str]) -> None:
     """train.py that gets SIGTERM when it has taken the first micro-batch of its third step."""
-    take, taken = parallel.Ranks.take, []
+    take, taken = parallel.ParallelState.take, []
 
     def taking(self, batch):
         taken.append(batch)
@@ -639,7 +639,7 @@ def both_get_sigterm(argv: list[str]) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return take(self, batch)
 
-    parallel.Ranks.take = taking
+    parallel.ParallelState.take = taking
     train.main(argv)
 
 
@@ -779,7 +779,7 @@ def test_a_hanging_step_that_was_asked_to_stop_ends(folder, tmp_path):
 def show_timeouts(argv: list[str]) -> None:
     """Makes the ranks that train.py would, and prints the timeout of each group there is."""
     args = train.parse_args(argv)
-    ranks = parallel.Ranks(kernels_npu.select("cpu"), args.distributed_timeout_minutes, cp=2, ep=2, fsdp=2)
+    ranks = parallel.ParallelState(kernels_npu.select("cpu"), args.distributed_timeout_minutes, cp=2, ep=2, fsdp=2)
     for group in torch.distributed.distributed_c10d._world.pg_map:
         print("timeout:", group._get_backend(torch.device("cpu")).options._timeout.total_seconds(), flush=True)
     torch.distributed.barrier()  # rank 0 keeps the store, and must not leave while others make groups
@@ -798,7 +798,7 @@ def test_every_group_has_the_timeout(folder, tmp_path):
 
 def goes_bad(argv: list[str]) -> None:
     """train.py whose rank 1 has a loss that is no number: in step 2, and from step 5 on."""
-    take, taken = parallel.Ranks.take, []
+    take, taken = parallel.ParallelState.take, []
 
     def bad(self, batch):
         taken.append(1)
@@ -806,7 +806,7 @@ def goes_bad(argv: list[str]) -> None:
             batch.loss_weights[:] = math.nan
         return take(self, batch)
 
-    parallel.Ranks.take = bad
+    parallel.ParallelState.take = bad
     train.main(argv)
 
 

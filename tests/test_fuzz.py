@@ -38,13 +38,13 @@ from PIL import Image  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch.distributed.checkpoint import metadata as dcp_metadata  # noqa: E402
 
+import common  # noqa: E402
 import convert  # noqa: E402
 import data  # noqa: E402
 import infer  # noqa: E402
-import kernels_npu  # noqa: E402
 import model  # noqa: E402
 
-CLEAN = (data.InputError, kernels_npu.InputError)  # one line for the user
+CLEAN = common.InputError  # one line for the user
 SECONDS = 10  # for one input
 MEGABYTES = 800  # on top of what the process holds before; a picture at Pillow's limit takes 540
 
@@ -251,7 +251,7 @@ class Encode(Target):
         options["for_generation"] = rng.random() < 0.2
         sample = self.processor.encode(row, **options)
         assert len(sample.labels) == len(sample.input_ids) == sample.position_ids.shape[1]
-        assert self.processor.measure(row, **options) == len(sample.input_ids)
+        assert self.processor.count_tokens(row, **options) == len(sample.input_ids)
 
 
 class RowFiles(Target):
@@ -284,7 +284,7 @@ class RowFiles(Target):
             lines = self.input.removeprefix(b"\xef\xbb\xbf").split(b"\n")
             assert len(spans) == sum(bool(line.strip()) for line in lines), "rows are not the lines"
         if spans is None:
-            raise data.InputError("refused")
+            raise common.InputError("refused")
         assert spans == streamed, "RowDataset and RowStream differ"
         dataset = data.RowDataset([str(path)])
         for i in range(len(spans)):
@@ -297,7 +297,7 @@ class RowFiles(Target):
         try:
             dataset = data.RowDataset([str(path)])
             return [dataset.span(i) for i in range(len(dataset))]
-        except data.InputError:
+        except common.InputError:
             return None
 
     def streamed(self, path: Path) -> list | None:
@@ -311,7 +311,7 @@ class RowFiles(Target):
             spans = [span for span, _ in pairs]
             assert again == (spans * 3)[count // 2 + 1 :][:count], "a stream begun in the middle differs"
             return spans
-        except data.InputError:
+        except common.InputError:
             return None
 
     def parsed(self) -> list | None:
@@ -391,8 +391,8 @@ class Safetensors(HuggingFace):
         else:
             content = mutate_bytes(valid, rng, end=rng.choice((8, size, None)))
         self.damage_one("model.safetensors", content)
-        read_all(convert.HuggingFaceWeights(self.dir).fit(self.expected), rng)
-        convert.HuggingFaceWeights(self.dir).fit(self.expected)
+        read_all(convert.HuggingFaceWeights(self.dir).check_compatible(self.expected), rng)
+        convert.HuggingFaceWeights(self.dir).check_compatible(self.expected)
 
 
 class Index(HuggingFace):
@@ -400,7 +400,7 @@ class Index(HuggingFace):
 
     def run(self, rng: random.Random) -> None:
         self.damage_json(rng, convert.INDEX)
-        read_all(convert.HuggingFaceWeights(self.dir).fit(self.expected), rng)
+        read_all(convert.HuggingFaceWeights(self.dir).check_compatible(self.expected), rng)
 
 
 def read_all(source: convert.HuggingFaceWeights | convert.CheckpointWeights, rng: random.Random) -> None:
@@ -458,7 +458,7 @@ class Metadata(Checkpoint):
             content = pickle.dumps(metadata, rng.choice((2, 4, 5)))
         self.damage_one(".metadata", content)
         directory = convert.find_checkpoint(self.dir)
-        read_all(convert.CheckpointWeights(directory).fit(self.expected), rng)
+        read_all(convert.CheckpointWeights(directory).check_compatible(self.expected), rng)
 
 
 class Shard(Checkpoint):
@@ -525,12 +525,12 @@ class Pictures(Target):
         content = self.valid[name]
         self.damage(path, mutate_bytes(content, rng, end=rng.choice((None, 64, 200))))
         try:
-            assert data.load_picture(path, decode=False).size
-            self.processor.picture(data.load_picture(path))
-        except data.InputError:
+            assert data.load_image(path, decode=False).size
+            self.processor.process_image(data.load_image(path))
+        except common.InputError:
             pass
         video = data.open_video(path.name, self.root, True, 2.0)
-        self.processor.frames(video)
+        self.processor.process_video(video)
 
 
 TARGETS = {  # inputs of the long form; the short one takes a fiftieth
@@ -683,7 +683,7 @@ def read_hf(root: Path) -> None:
         processor.encode(row, media_dir=root)
     infer.end_token_ids(root / "hf", processor)
     assert config.text.num_hidden_layers == 1
-    convert.HuggingFaceWeights(root / "hf").fit(convert.expected_shapes(root / "hf"))
+    convert.HuggingFaceWeights(root / "hf").check_compatible(convert.expected_shapes(root / "hf"))
 
 
 def read_run(root: Path) -> None:

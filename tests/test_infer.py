@@ -20,7 +20,7 @@ from test_model import positions
 import convert
 import data
 import infer
-from kernels_npu import InputError, run_program
+from common import InputError, run_program
 
 ROWS = {
     "picture": [5, ("image", 4, 6), 9],
@@ -187,7 +187,7 @@ def run(world, capfd, monkeypatch):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         capfd.readouterr()
         argv = ["--model", str(world.model), *map(str, argv)]
-        status = run_program(infer.main, argv, data.InputError)
+        status = run_program(infer.main, argv)
         return status, *capfd.readouterr()
 
     return run

@@ -67,7 +67,7 @@ def test_attention(form, cu_seqlens, causal):
             scores = k[start:end, h // 3] @ q[t, h] / 5**0.5
             expected.append(scores.softmax(0) @ v[start:end, h // 3])
     expected = torch.stack(expected).unflatten(0, (T, 6))
-    y = ops.attention(form)(q, k, v, cu_seqlens, causal=causal)
+    y = ops.attention_implementation(form)(q, k, v, cu_seqlens, causal=causal)
     assert torch.allclose(y, expected, atol=1e-6)  # eager's softmax is in float32
     dy = torch.randn_like(y)
     grads = (torch.autograd.grad(out, (q, k, v), dy) for out in (y, expected))

@@ -17,16 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels_npu
-from kernels_npu import InputError, UsageError
+from common import InputError, UsageError
 from model import (
-    TOWERS,
+    COMPONENTS,
     LMHead,
     Qwen3VL,
     Qwen3VLConfig,
+    component_of,
     load_balancing_loss,
     parameter_table,
     step_flops,
-    tower_of,
 )
 
 ROWS = {
@@ -264,7 +264,7 @@ def test_tied_embeddings_stay_tied_off_the_meta_device(tmp_path):
     assert "lm_head.weight" not in dict(model.named_parameters())
 
 
-@pytest.mark.parametrize("trained", [TOWERS, TOWERS[:1], TOWERS[1:2], TOWERS[2:]], ids=", ".join)
+@pytest.mark.parametrize("trained", [COMPONENTS, COMPONENTS[:1], COMPONENTS[1:2], COMPONENTS[2:]], ids=", ".join)
 @pytest.mark.parametrize("kind", MODELS)
 def test_flops_are_those_that_pytorch_counts(tmp_path, monkeypatch, kind, trained):
     """Within 3 %: the product next to what is frozen is counted with a gradient that nobody needs. PyTorch does count
@@ -276,7 +276,7 @@ def test_flops_are_those_that_pytorch_counts(tmp_path, monkeypatch, kind, traine
     model.init_weights(0)
     model.set_attention("eager", "eager")
     for name, p in model.named_parameters():
-        p.requires_grad_(tower_of(name) in trained)
+        p.requires_grad_(component_of(name) in trained)
     samples = [tiny.row(ROWS["pictures"] + [90]), tiny.row(ROWS["text"]), tiny.row(ROWS["picture"] + [50])]
     batch = tiny.batch_of(samples, [torch.arange(len(s.input_ids)).expand(3, -1) for s in samples])
     with FlopCounterMode(display=False) as counter:

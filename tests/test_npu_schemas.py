@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import kernels_npu
-from kernels_npu import UsageError
+from common import UsageError
 
 ROOT = Path(__file__).parent.parent
 SCHEMAS = json.loads((ROOT / "tests/npu/schemas.json").read_text())

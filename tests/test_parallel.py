@@ -36,6 +36,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import common
 import convert
 import data
 import kernels_npu
@@ -59,7 +60,7 @@ def rank_process(rank: int, world: int, port: int, main: Callable, argv: list[st
     os.dup2(file, 2)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    status = kernels_npu.run_program(main, argv, data.InputError)
+    status = common.run_program(main, argv)
     sys.stdout.flush()
     os._exit(status)
 
@@ -415,7 +416,7 @@ def breaks(*args, **kwargs):
     return clip(*args, **kwargs)
 
 parallel.clip_grad_norm = breaks
-sys.exit(kernels_npu.run_program(train.main, sys.argv[1:], data.InputError))
+sys.exit(common.run_program(train.main, sys.argv[1:]))
 """
 
 
@@ -497,7 +498,7 @@ def test_training_goes_on_in_another_layout(folder, tmp_path, one_rank):
 def test_packed_rows_are_dealt_to_other_ranks(folder, tmp_path, reading):
     """Two ranks, then two pairs, then one alone: samples and tokens up to an epoch's end are those of each row once."""
     processor, rows = data.Processor(folder / "moe"), data.RowDataset([str(folder / "kinds.json")])
-    lengths = [processor.measure(rows[i][0], media_dir=folder, seq_length=150) for i in range(len(rows))]
+    lengths = [processor.count_tokens(rows[i][0], media_dir=folder, seq_length=150) for i in range(len(rows))]
     for last, (world, *flags) in {1: (2,), 2: (4, *CP2), 8: (1,)}.items():
         flags = [*PACKED, *reading.split(), "--global-batch-size", 2 if world > 1 else 1, *flags]
         load = ["--load", tmp_path / "save"] * (last > 1)
@@ -530,8 +531,8 @@ def load_and_measure(arguments: list[str]) -> None:
     def report(args, model, optimizer, *rest) -> None:
         done.set()
         thread.join()
-        parts = [parallel.local_part(p)[0] for p in model.parameters()]
-        parts += [parallel.local_part(v)[0] for state in optimizer.state.values() for v in state.values()]
+        parts = [parallel.local_shard_and_offset(p)[0] for p in model.parameters()]
+        parts += [parallel.local_shard_and_offset(v)[0] for state in optimizer.state.values() for v in state.values()]
         result = {"shards": sum(part.nbytes for part in parts), "peak": peak[0]}
         (Path(args.save) / f"memory{os.environ['RANK']}.json").write_text(json.dumps(result))
 
@@ -640,7 +641,7 @@ def test_offload_leaves_two_inputs_on_the_device(tmp_path, moe):
     positions = torch.arange(len(sample.input_ids)).expand(3, -1)
     gradients, counts = [], []
     for offload in (False, True):
-        ranks = parallel.Ranks(kernels_npu.select("cpu"), 1)
+        ranks = parallel.ParallelState(kernels_npu.select("cpu"), 1)
         with torch.device("meta"):
             model = Qwen3VL(Qwen3VLConfig.from_json(hf_dir))
         storages = Storages()
@@ -657,7 +658,7 @@ def test_offload_leaves_two_inputs_on_the_device(tmp_path, moe):
             with storages:
                 model(batch)[0].backward()
         counts.append([storages.most_inputs(tower) for tower in towers])
-        gradients.append({name: parallel.local_part(p.grad)[0] for name, p in model.named_parameters()})
+        gradients.append({name: parallel.local_shard_and_offset(p.grad)[0] for name, p in model.named_parameters()})
         ranks.close()
     kept, offloaded = counts
     assert min(kept) >= 7 and max(offloaded) <= 2, counts

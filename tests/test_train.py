@@ -22,10 +22,10 @@ import tiny
 import torch
 from PIL import Image
 
+import common
 import data
-import kernels_npu
 import train
-from model import TOWERS, tower_of
+from model import COMPONENTS, component_of
 
 ROOT = Path(__file__).parent.parent
 MODELS = {"dense": tiny.config_dict(), "moe": tiny.config_dict(moe=True), "tied": tiny.config_dict(tied=True)}
@@ -99,8 +99,8 @@ def reference(folder: Path, model: str, dataset: str, *, micro=1, accumulation=1
     processor = data.Processor(folder / model)
     rows = data.RowDataset([str(folder / dataset)])
     groups = []
-    for tower in TOWERS:
-        params = [p for n, p in hf.named_parameters() if tower_of(n) == tower]
+    for tower in COMPONENTS:
+        params = [p for n, p in hf.named_parameters() if component_of(n) == tower]
         for p in params:
             p.requires_grad_(tower not in frozen)
         groups.append({"params": params, "max_lr": (lrs or {}).get(tower, lr)})
@@ -286,8 +286,8 @@ def test_frozen_towers_do_not_move_and_the_table_says_so(folder, tmp_path, caplo
     after = weights(tmp_path)
     for name, value in start.items():
         assert torch.equal(value, after[name]) == (".visual." in name), name
-    for tower in TOWERS:
-        size = sum(v.numel() for k, v in start.items() if tower_of(k) == tower)
+    for tower in COMPONENTS:
+        size = sum(v.numel() for k, v in start.items() if component_of(k) == tower)
         assert rows[tower] == [f"{size:,}", f"{size if tower == 'text decoder' else 0:,}"]
 
 
@@ -373,7 +373,7 @@ def test_not_finite_is_not_applied_and_ends_the_run(folder, tmp_path, monkeypatc
     hf = tiny.hf_model(raw)
     hf.lm_head.weight.data[0, 0] = float("inf")
     tiny.hf_dir(folder / "broken", raw, hf)
-    status = kernels_npu.run_program(train.main, [
+    status = common.run_program(train.main, [
         "--init-from-hf-path", str(folder / "broken"), "--dataset", str(folder / "text.json"), "--save", str(tmp_path),
         "--train-iters", "30", "--num-workers", "0"])
     assert status == 1
@@ -384,8 +384,8 @@ def test_not_finite_is_not_applied_and_ends_the_run(folder, tmp_path, monkeypatc
 
 
 ERRORS = [
-    (["--train-iters", 0], 2, r"--train-iters: '0' is not a whole number at least 1"),
-    (["--eval-iters", 10**30], 2, r"--eval-iters: '1000.*' is not a whole number at least 1 and at most 1e\+09"),
+    (["--train-iters", 0], 2, r"--train-iters: '0' is not an integer at least 1"),
+    (["--eval-iters", 10**30], 2, r"--eval-iters: '1000.*' is not an integer at least 1 and at most 1e\+09"),
     (["--distributed-timeout-minutes", 1e300], 2, "--distributed-timeout-minutes: .* at most 1e"),
     (["--dataset", "a\x1b[2Jb.json"], 1, r"a\\x1b\[2Jb.json"),  # a terminal would obey
     (["--lr", "fast"], 2, r"--lr: 'fast' is not a number"),
@@ -420,7 +420,7 @@ def test_errors_are_one_line(folder, tmp_path, capsys, flags, status, message):
         pytest.skip("this machine has a CUDA device")
     argv = ["--init-from-hf-path", folder / "moe", "--dataset", folder / "mixed.jsonl", "--train-iters", 2,
             "--device", "cpu", "--save", tmp_path / "new", "--num-workers", 0, *flags]
-    assert kernels_npu.run_program(train.main, list(map(str, argv)), data.InputError) == status
+    assert common.run_program(train.main, list(map(str, argv))) == status
     error = capsys.readouterr().err
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and re.search(message, lines[0]) and "Traceback" not in error
@@ -430,7 +430,7 @@ def test_a_directory_without_weights(folder, tmp_path, capsys):
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((folder / "moe" / name).read_bytes())
     argv = ["--init-from-hf-path", tmp_path, "--dataset", folder / "text.json", "--train-iters", 1]
-    assert kernels_npu.run_program(train.main, list(map(str, argv)), data.InputError) == 1
+    assert common.run_program(train.main, list(map(str, argv))) == 1
     assert "holds no safetensors: give a directory with weights, --init random" in capsys.readouterr().err
 
 
@@ -438,7 +438,7 @@ def test_save_must_not_hold_another_run(folder, tmp_path, capsys):
     run(folder, tmp_path, iters=1)
     argv = ["--init-from-hf-path", folder / "moe", "--dataset", folder / "text.json", "--train-iters", 2,
             "--save", tmp_path]
-    assert kernels_npu.run_program(train.main, list(map(str, argv)), data.InputError) == 2
+    assert common.run_program(train.main, list(map(str, argv))) == 2
     assert f"--save {tmp_path} holds another run: give --load {tmp_path}" in capsys.readouterr().err
 
 
@@ -449,7 +449,7 @@ def test_only_the_run_that_load_names_may_be_in_save(folder, tmp_path, capsys):
     base = ["--init-from-hf-path", folder / "moe", "--dataset", folder / "text.json", "--train-iters", 2,
             "--save", tmp_path]
     for flags in (["--load", tmp_path / "inner"], ["--load", tmp_path, "--finetune"]):
-        assert kernels_npu.run_program(train.main, list(map(str, base + flags)), data.InputError) == 2
+        assert common.run_program(train.main, list(map(str, base + flags))) == 2
         assert "error: --" in capsys.readouterr().err
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -463,7 +463,7 @@ def test_a_damaged_metrics_file_is_named(folder, tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("[]\n")
     argv = ["--init-from-hf-path", folder / "moe", "--dataset", folder / "text.json", "--train-iters", 2,
             "--save", tmp_path, "--load", tmp_path, "--num-workers", 0]
-    assert kernels_npu.run_program(train.main, list(map(str, argv)), data.InputError) == 1
+    assert common.run_program(train.main, list(map(str, argv))) == 1
     assert "metrics.jsonl: is damaged" in capsys.readouterr().err
 
 
@@ -476,7 +476,7 @@ def test_what_was_not_saved_is_said(folder, tmp_path, capsys):
 def test_damaged_flag_files(tmp_path, capsys):
     for content, message in ((b"--lr 1 'x", "No closing quotation"), (b"\xff\xfe", "decode"), (b"@self", "recursion")):
         (tmp_path / "flags").write_bytes(content.replace(b"@self", f"@{tmp_path / 'flags'}".encode()))
-        assert kernels_npu.run_program(train.main, [f"@{tmp_path / 'flags'}"]) == 2
+        assert common.run_program(train.main, [f"@{tmp_path / 'flags'}"]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error and error.count("\n") == 1
 

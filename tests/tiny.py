@@ -165,6 +165,6 @@ def batch_of(samples: list, positions: list[torch.Tensor], labels: list[torch.Te
         input_ids=ids, labels=labels, position_ids=torch.cat(positions, dim=1), supervised_index=supervised,
         cu_seqlens=[0, *lengths.cumsum(0).tolist()], pixel_values=torch.cat([s.pixel_values for s in samples]),
         grid_thw=torch.cat([s.grid_thw for s in samples]),
-        visual_index=((ids == IMAGE) | (ids == VIDEO)).nonzero()[:, 0], visual_tokens=slice(None),
+        visual_index=((ids == IMAGE) | (ids == VIDEO)).nonzero()[:, 0], local_visual_tokens=slice(None),
         loss_weights=torch.full((len(ids),), 1.0 / max(1, len(supervised))), aux_weight=1.0,
     )

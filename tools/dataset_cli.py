@@ -22,14 +22,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-import kernels_npu
-from data import InputError
-from kernels_npu import Parser, UsageError, number, run_program
+from common import InputError, Parser, UsageError, leave_process_group, number, run_program
 from tools import report
 from tools.report import visible
 
 CHUNK = 16  # rows that a worker reads at a time
-MOST_KINDS, KEPT = 40, 10  # kinds of bad rows that are told apart, and rows of a kind that the page shows
+MAX_KINDS, KEPT = 40, 10  # kinds of bad rows that are told apart, and rows of a kind that the page shows
 SHOWN = 12  # rows that the page renders
 
 
@@ -198,7 +196,7 @@ class Figures:
         self.contents[index], self.identities[index] = row.content, row.identity
         if row.reason:  # of one kind are those that differ in paths, quotations and numbers
             kind = re.sub(r"\S*/\S*|'[^']*'|\"[^\"]*\"|(?<![\w-])\d+", "…", row.reason)[:150]
-            known = kind in self.reasons or len(self.reasons) < MOST_KINDS
+            known = kind in self.reasons or len(self.reasons) < MAX_KINDS
             group = self.reasons.setdefault(kind if known else "other reasons", [0])
             group[0] += 1
             if len(group) <= KEPT:
@@ -296,13 +294,13 @@ def histogram(values: Counter, most: int = 12) -> list[tuple[str, int]]:
 
 def check(args: argparse.Namespace) -> None:
     """Reads every row, prints what it found and writes the page. Raises InputError if rows are bad."""
-    processor = data.Processor(args.init_from_hf_path, **kernels_npu.media_limits(args))
+    processor = data.Processor(args.init_from_hf_path, **data.media_limits(args))
     dataset = data.RowDataset(args.dataset.split(","), args.dataset_dir, args.cache_dir, args.max_samples)
-    reader = RowReader(dataset, processor, kernels_npu.row_options(args))
+    reader = RowReader(dataset, processor, data.encode_options(args))
     figures = Figures(reader)
     starts = range(0, len(dataset), CHUNK)
     chunks = DataLoader(reader, batch_size=None, sampler=starts, num_workers=min(args.num_workers, len(starts)),
-                        collate_fn=list, worker_init_fn=data.leave_process_group)
+                        collate_fn=list, worker_init_fn=leave_process_group)
     try:
         with tqdm(total=len(dataset), unit=" rows", desc="check") as bar:
             for start, rows in zip(starts, chunks, strict=True):
@@ -373,8 +371,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     g.add_argument("--max-samples", type=count, metavar="N", help="the first N rows of each dataset")
     g = check_parser.add_argument_group("as in training")
     g.add_argument("--seq-length", type=count, default=4096, metavar="N", help="the longest sample, in tokens")
-    kernels_npu.add_media_flags(g)
-    kernels_npu.add_row_flags(g)
+    data.add_media_flags(g)
+    data.add_row_flags(g)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show a traceback with an error")
 
@@ -385,8 +383,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         if getattr(args, name, None) == "":
             raise UsageError(f"--{name.replace('_', '-')} is empty: give a path, or leave it out")
     if args.command == "check":
-        kernels_npu.row_options(args)  # those that exclude each other are told now
-        kernels_npu.media_limits(args)  # and a minimum above its maximum
+        data.encode_options(args)  # those that exclude each other are told now
+        data.media_limits(args)  # and a minimum above its maximum
     target = args.output if args.command == "llava" else args.report
     if target and (os.path.isdir(target) or not os.access(Path(target).absolute().parent, os.W_OK)):
         raise UsageError(f"{target} cannot be written: give a file in a folder that exists and that you may write in")
@@ -407,7 +405,7 @@ def run(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.stdout.reconfigure(errors="backslashreplace")  # rows may hold what the terminal's encoding has not
     try:
-        return run_program(main, argv, InputError)
+        return run_program(main, argv)
     except KeyboardInterrupt:
         print("error: interrupted: nothing is written", file=sys.stderr)
         return 130

@@ -22,17 +22,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import kernels_npu
 import parallel
-from kernels_npu import InputError, UsageError
-from model import Qwen3VL, Qwen3VLConfig, call, trained_towers
+from common import InputError, UsageError
+from model import Qwen3VL, Qwen3VLConfig, plain_block, trainable_components
 from train import batch_sizes, make_optimizer, prepare, set_loss_weights
 
 
-class ImaginedDevice(kernels_npu.Accelerator):
+class FakeDevice(kernels_npu.Accelerator):
     """An accelerator that is not there: its defaults, and even routing for counts that nobody knows."""
 
     expert_rows = 0  # copies of its tokens that a rank sends to experts, and as many that it gets
 
-    def attention(self, implementation: str | None = None):
+    def attention_implementation(self, implementation: str | None = None):
         return self.attention_eager if implementation == "eager" else self.attention_sdpa  # flash takes sdpa's memory
 
     def to_host(self, counts: torch.Tensor) -> list:
@@ -58,7 +58,7 @@ class GroupedMatmul(torch.autograd.Function):
         return tuple(torch.empty_like(t) if needed else None for t, needed in pairs)
 
 
-class ImaginedRanks(parallel.Ranks):
+class FakeParallelState(parallel.ParallelState):
     """All ranks have what this one has."""
 
     def sum(self, *values: float | torch.Tensor) -> list[float]:
@@ -142,7 +142,7 @@ class MemoryTracker(TorchDispatchMode):
         super().__exit__(*error)
 
 
-def imagined_batch(args: argparse.Namespace, config: Qwen3VLConfig) -> data.Batch:
+def fake_batch(args: argparse.Namespace, config: Qwen3VLConfig) -> data.Batch:
     """--micro-batch-size rows of --seq-length tokens: pictures of 1024 tokens in the first half (one that fits where
     that is shorter), then text, all of it supervised. The pixels are on the meta device."""
     length, merge = args.seq_length, config.vision.spatial_merge_size
@@ -161,13 +161,13 @@ def imagined_batch(args: argparse.Namespace, config: Qwen3VLConfig) -> data.Batc
 
 
 def trace_step(
-    args: argparse.Namespace, model: Qwen3VL, ranks: parallel.Ranks, batch: data.Batch, accumulation: int
+    args: argparse.Namespace, model: Qwen3VL, ranks: parallel.ParallelState, batch: data.Batch, accumulation: int
 ) -> dict[str, int | str | dict]:
     """A step of a prepared model with tensors that have no memory -> the numbers of `dry_run`."""
     text, visual, ops = model.model.language_model, model.model.visual, kernels_npu.ops
-    chosen, activations, all_gathers = text.run_block, {}, {}
-    setting = "none" if chosen is call else "recompute_offload" if args.activation_offload else "recompute"
-    other = {"none": call, "recompute": parallel.recompute_block, "recompute_offload": parallel.Offload(ops)}
+    chosen, activations, all_gathers = text.block_fn, {}, {}
+    setting = "none" if chosen is plain_block else "recompute_offload" if args.activation_offload else "recompute"
+    other = {"none": plain_block, "recompute": parallel.recompute_block, "recompute_offload": parallel.Offload(ops)}
     del other[setting]
     with FakeTensorMode(allow_non_fake_inputs=True) as fake_mode, MemoryTracker(fake_mode) as memory:
         with memory.of("parameters"):
@@ -202,11 +202,11 @@ def trace_step(
             return loss
 
         while other:  # what the settings that were not chosen would keep
-            name, text.run_block = other.popitem()
-            visual.run_block = text.run_block
+            name, text.block_fn = other.popitem()
+            visual.block_fn = text.block_fn
             forward(name)
             parallel.reshard(model)
-        text.run_block = visual.run_block = chosen
+        text.block_fn = visual.block_fn = chosen
         memory.reset()
         traced = min(2, accumulation)  # from the second micro-batch on, there are gradients
         for _ in range(traced):
@@ -251,8 +251,8 @@ def dry_run(args: argparse.Namespace) -> None:
     # of the ranks that share a row the last, which has the most text, and so the most logits
     rank = min(args.context_parallel_size, args.world_size) - 1
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=args.world_size)
-    ops = kernels_npu.ops = ImaginedDevice(torch.device("cpu"))  # PyTorch has no fake tensors of a device it lacks
-    ranks = ImaginedRanks(ops, cp=args.context_parallel_size, ep=args.expert_parallel_size, fsdp=args.fsdp_size)
+    ops = kernels_npu.ops = FakeDevice(torch.device("cpu"))  # PyTorch has no fake tensors of a device it lacks
+    ranks = FakeParallelState(ops, cp=args.context_parallel_size, ep=args.expert_parallel_size, fsdp=args.fsdp_size)
     ranks.backend_averages = False  # nobody answered, and torch 2.7.1 has no replicas on a CPU
     if args.compile:
         raise UsageError("--compile: a dry run cannot trace compiled blocks: leave it out")
@@ -262,8 +262,8 @@ def dry_run(args: argparse.Namespace) -> None:
     total = sum(p.numel() for p in model.parameters())
     dtype = args.compute_dtype or ops.compute_dtype
     prepare(args, model, ranks, dtype)
-    batch = imagined_batch(args, config)
-    flops = set_loss_weights([batch] * accumulation, args.loss_type, config, ranks, trained_towers(model)).flops
+    batch = fake_batch(args, config)
+    flops = set_loss_weights([batch] * accumulation, args.loss_type, config, ranks, trainable_components(model)).flops
     report = {
         "rank": ranks.rank, "world_size": ranks.world, "context_parallel_size": ranks.cp_size,
         "expert_parallel_size": ranks.ep_size, "fsdp_size": ranks.world // ranks.replicas,

@@ -20,7 +20,7 @@ from PIL import Image
 import data
 
 THUMBNAIL = 256  # pixels of the longer side
-MOST_PICTURES, MOST_TURNS, MOST_CHARACTERS = 8, 24, 1200  # of a row shown: thumbnails, turns, and of each text
+MAX_PICTURES, MAX_TURNS, MAX_CHARACTERS = 8, 24, 1200  # of a row shown: thumbnails, turns, and of each text
 COLUMNS = ("rows", "bad", "turns", "pictures", "videos", "tokens", "supervised", "truncated")  # of the datasets' table
 # Control characters, lone surrogates, and what turns the direction of the text around it.
 UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
@@ -44,7 +44,7 @@ def visible(value: str) -> str:
     return UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode(), value)
 
 
-def text(value: str, most: int = MOST_CHARACTERS) -> str:
+def text(value: str, most: int = MAX_CHARACTERS) -> str:
     """The text for HTML: escaped, unseen characters shown, cut if it is too long."""
     cut = html.escape(visible(value[:most]), quote=True)
     return cut if len(value) <= most else f"{cut}<i>… {len(value):,} characters</i>"
@@ -83,7 +83,7 @@ def _row(sample: data.Sample, processor: data.Processor) -> str:
     figures = _figures(sample, processor)
     starts = [i for i, token in enumerate(ids) if token == processor.im_start_token_id] + [len(ids)]
     turns = []
-    for start, end in itertools.islice(itertools.pairwise(starts), MOST_TURNS):
+    for start, end in itertools.islice(itertools.pairwise(starts), MAX_TURNS):
         pieces, at, role = [], start + 1, None
         while at < end:
             kind = _kind(ids[at], processor)
@@ -108,7 +108,7 @@ def _row(sample: data.Sample, processor: data.Processor) -> str:
                 pieces.append(f"<mark>{piece}</mark>" if supervised[at] and piece else piece)
             at = stop
         turns.append(f'<div class="turn"><b>{text(role or "", 20)}</b><div dir="auto">{"".join(pieces)}</div></div>')
-    if len(starts) - 1 > MOST_TURNS:
+    if len(starts) - 1 > MAX_TURNS:
         turns.append(f"<p><i>… {len(starts) - 1:,} turns</i></p>")
     share = 100 * sum(supervised) // len(ids)
     note = f"{len(ids):,} tokens, {share} % supervised{', truncated' if sample.truncated else ''}"
@@ -129,7 +129,7 @@ def _figures(sample: data.Sample, processor: data.Processor) -> Iterator[str]:
         at += t * h * w
         rows, columns = h // processor.merge, w // processor.merge
         for i in range(t):
-            image = _thumbnail(frames(patches[i], (1, h, w), processor)[0]) if shown < MOST_PICTURES else ""
+            image = _thumbnail(frames(patches[i], (1, h, w), processor)[0]) if shown < MAX_PICTURES else ""
             shown += 1
             name = kind if kind == "picture" else f"frames {i + 1}/{t}"
             size = f"{name} {rows}×{columns} = {rows * columns} tokens"

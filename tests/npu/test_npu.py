@@ -64,7 +64,7 @@ LENGTHS = {"packed": [0, 5, 6, 13], "single": [0, 9], "equal": [0, 4, 8]}
 
 def attention(form: str, cu_seqlens: list[int], causal: bool, heads: int = 6, groups: int = 3, size: int = 24):
     def run(ops, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ops.attention("eager" if ops is CPU else form)(q, k, v, cu_seqlens, causal)
+        return ops.attention_implementation("eager" if ops is CPU else form)(q, k, v, cu_seqlens, causal)
 
     return [torch.randn(cu_seqlens[-1], n, size) for n in (heads, heads // groups, heads // groups)], run
 
