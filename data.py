@@ -33,7 +33,7 @@ import sys
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -59,49 +59,76 @@ IGNORE = -100  # the label of a token that is not supervised
 # ---------------------------------------------------------------------------------------------- samples and batches
 
 
+def _declare(kind: str, **options):
+    """Declare a field's kind, which `collate`, `Batch.to` and `parallel.local_batch` follow.
+
+    token   one entry per token, in the last dimension: concatenated; on the device; sliced by context parallelism
+    index   positions of tokens: concatenated, offset by the sample's first token; on the device; sliced
+    patch   one row per patch of pixels: concatenated; on the device; sliced with the visual tokens
+    media   one row per image or video: concatenated; on the host
+    sample  one value per sample: a list; on the host
+    host    everything else; on the host
+    """
+    return field(metadata={"kind": kind}, **options)
+
+
+ON_DEVICE = ("token", "index", "patch")
+
+
 @dataclass
 class Sample:
-    """One row, encoded."""
+    """One encoded row."""
 
-    input_ids: Tensor  # [T] int64
-    labels: Tensor  # [T] int64, shifted already: labels[i] is the token to predict at i; -100: not supervised
-    position_ids: Tensor  # [3, T] int64, (temporal, height, width), from 0
-    pixel_values: Tensor  # [P, 1536] float32, pictures and videos in token order
-    grid_thw: Tensor  # [N, 3] int64, in token order
-    visual_index: Tensor  # [Nv] int64, positions of the media tokens
-    source: str  # "train.json row 12 (id 33471)"
-    truncated: bool  # cut to the sequence length
+    input_ids: Tensor = _declare("token")  # [T] int64
+    labels: Tensor = _declare("token")  # [T] int64, shifted: labels[i] is the token to predict at i, or IGNORE
+    position_ids: Tensor = _declare("token")  # [3, T] int64 (temporal, height, width), from 0
+    pixel_values: Tensor = _declare("patch")  # [P, 1536] float32, images and videos in token order
+    grid_thw: Tensor = _declare("media")  # [N, 3] int64: frame pairs, rows and columns of patches, in token order
+    visual_index: Tensor = _declare("index")  # [Nv] int64, positions of the media tokens
+    source: str = _declare("sample")  # "train.json row 12 (id 33471)"
+    truncated: bool = _declare("sample")  # cut to the sequence length
 
 
 @dataclass
 class Batch:
-    """Samples laid end to end, each with positions from 0; `cu_seqlens` bounds what attends to what."""
+    """Samples packed end to end, each with positions from 0; `cu_seqlens` bounds their attention.
 
-    input_ids: Tensor  # [T] int64
-    labels: Tensor  # [T] int64, shifted already
-    position_ids: Tensor  # [3, T] int64
-    pixel_values: Tensor  # [P, 1536] float32
-    grid_thw: Tensor  # [N, 3] int64, stays on the host
-    cu_seqlens: list[int]  # [0, ..., T]
-    visual_index: Tensor  # [Nv] int64, positions of the media tokens
-    supervised_index: Tensor  # [Ns] int64, positions whose label is not -100
-    loss_weights: Tensor | None  # [T] float32, set by the trainer before the forward
-    aux_weight: float  # this batch's share of the step's router auxiliary loss, set with it
-    sources: list[str]
-    rows_read: list[int]  # of each file of the dataset
-    rows_bad: list[int]  # and those of them left out
-    truncated: int  # samples cut to the sequence length
-    resume_state: dict  # the position in the stream after this batch; json-able
-    # Where several ranks share a batch, each has a run of its tokens and, of another cut, a run of its patches;
-    # cu_seqlens and grid_thw stay those of the whole. Set by parallel.py.
-    local_visual_tokens: slice = field(default_factory=lambda: slice(None))  # whose patches pixel_values holds, of all
-    feature_splits: tuple[list[int], list[int]] | None = None  # visual tokens to send to, and to get from, each rank
+    Under context parallelism a rank holds one slice of the tokens and another, independent slice of the patches. Fields
+    of the kinds media, sample and host still describe the full batch.
+    """
+
+    input_ids: Tensor = _declare("token")  # [T] int64
+    labels: Tensor = _declare("token")  # [T] int64, shifted
+    position_ids: Tensor = _declare("token")  # [3, T] int64
+    pixel_values: Tensor = _declare("patch")  # [P, 1536] float32
+    grid_thw: Tensor = _declare("media")  # [N, 3] int64
+    visual_index: Tensor = _declare("index")  # [Nv] int64, positions of the media tokens
+    supervised_index: Tensor = _declare("index")  # [Ns] int64, positions whose label is not IGNORE
+    sources: list[str] = _declare("sample")
+    cu_seqlens: list[int] = _declare("host")  # [0, ..., T]
+    truncated: int = _declare("host", default=0)  # samples cut to the sequence length
+    rows_read: list[int] = _declare("host", default_factory=list)  # of each dataset file
+    rows_bad: list[int] = _declare("host", default_factory=list)  # the bad ones among them
+    resume_state: dict = _declare("host", default_factory=dict)  # JSON: the position in the stream after this batch
+    # Set by train.set_loss_weights before the forward:
+    loss_weights: Tensor | None = _declare("token", default=None)  # [T] float32
+    aux_weight: float = _declare("host", default=0.0)  # this batch's share of the step's router auxiliary loss
+    # Set by parallel.local_batch:
+    local_visual_tokens: slice = _declare("host", default_factory=lambda: slice(None))  # whose patches are here
+    feature_splits: tuple[list[int], list[int]] | None = _declare("host", default=None)  # sizes to send, to receive
+
+    def _convert(self, convert: Callable[[Tensor], Tensor]) -> Batch:
+        """Return a copy with `convert` applied to the tensors that belong on the device."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["kind"] in ON_DEVICE}
+        return replace(self, **{name: convert(value) for name, value in values.items() if value is not None})
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`; `grid_thw` and the lists stay on the host."""
-        names = ("input_ids", "labels", "position_ids", "pixel_values", "visual_index", "supervised_index")
-        names += ("loss_weights",) if self.loss_weights is not None else ()
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        """Return a copy on `device`; the copy is asynchronous from pinned memory."""
+        return self._convert(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Return a copy in pinned memory (DataLoader calls this)."""
+        return self._convert(Tensor.pin_memory)
 
 
 def collate(
@@ -110,28 +137,32 @@ def collate(
     rows_read: list[int] | None = None,
     rows_bad: list[int] | None = None,
 ) -> Batch:
-    """Lays samples end to end. No samples (all of them were bad) make a batch of one unsupervised token."""
+    """Pack samples end to end. An empty list (every row was bad) gives a batch of one unsupervised token."""
     sources = [sample.source for sample in samples]
     if not samples:
-        none, one = torch.zeros(0, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int64)
-        samples = [Sample(one[0], one[0] + IGNORE, one, torch.zeros(0, 1536), none.view(0, 3), none, "", False)]
-    starts = np.cumsum([0] + [len(sample.input_ids) for sample in samples]).tolist()
-    labels = torch.cat([sample.labels for sample in samples])
+        empty, zero = torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        samples = [Sample(
+            input_ids=zero, labels=zero + IGNORE, position_ids=zero.expand(3, 1), pixel_values=torch.zeros(0, 1536),
+            grid_thw=empty.view(0, 3), visual_index=empty, source="", truncated=False,
+        )]
+    cu_seqlens = [0, *itertools.accumulate(len(sample.input_ids) for sample in samples)]
+    packed: dict[str, Tensor | list] = {}
+    for f in fields(Sample):
+        values = [getattr(sample, f.name) for sample in samples]
+        if f.metadata["kind"] == "sample":
+            packed[f.name] = values
+        elif f.metadata["kind"] == "index":
+            packed[f.name] = torch.cat([v + start for v, start in zip(values, cu_seqlens, strict=False)])
+        else:
+            packed[f.name] = torch.cat(values, dim=-1 if f.metadata["kind"] == "token" else 0)
+    del packed["source"]
     return Batch(
-        input_ids=torch.cat([sample.input_ids for sample in samples]),
-        labels=labels,
-        position_ids=torch.cat([sample.position_ids for sample in samples], dim=1),
-        pixel_values=torch.cat([sample.pixel_values for sample in samples]),
-        grid_thw=torch.cat([sample.grid_thw for sample in samples]),
-        cu_seqlens=starts,
-        visual_index=torch.cat([s.visual_index + start for s, start in zip(samples, starts, strict=False)]),
-        supervised_index=torch.nonzero(labels != IGNORE).flatten(),
-        loss_weights=None,
-        aux_weight=0.0,
+        **packed | {"truncated": sum(packed["truncated"])},
+        supervised_index=torch.nonzero(packed["labels"] != IGNORE).flatten(),
         sources=sources,
+        cu_seqlens=cu_seqlens,
         rows_read=rows_read or [],
         rows_bad=rows_bad or [],
-        truncated=sum(sample.truncated for sample in samples),
         resume_state=resume_state or {},
     )
 

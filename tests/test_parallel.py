@@ -406,7 +406,7 @@ def test_a_bad_picture_on_one_rank_ends_all(folder, tmp_path):
 BREAKS = """
 import os, sys
 sys.path.insert(0, {root!r})
-import data, kernels_npu, parallel, train
+import common, data, kernels_npu, parallel, train
 clip, calls = parallel.clip_grad_norm, []
 
 def breaks(*args, **kwargs):
