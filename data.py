@@ -169,6 +169,22 @@ def collate(
 
 # ---------------------------------------------------------------------------------------- flags of rows and media
 
+@dataclass(frozen=True)
+class EncodeOptions:
+    """Choose what `Processor.encode` makes of a row."""
+
+    seq_length: int | None = None  # cut longer samples to this many tokens
+    train_on_prompt: bool = False  # supervise every token except media tokens
+    mask_history: bool = False  # supervise the last answer only
+    for_generation: bool = False  # drop a last answer and end with the start of an answer
+    confine_paths: bool = False  # refuse media outside the media directory
+
+    def __post_init__(self):
+        if self.train_on_prompt and self.mask_history:
+            raise UsageError("--train-on-prompt and --mask-history exclude each other: give one of them")
+
+
+ENCODE_DEFAULTS = EncodeOptions()
 MEDIA_LIMITS = ("image_min_pixels", "image_max_pixels", "video_min_pixels", "video_max_pixels", "video_fps",
                 "video_maxlen")
 
@@ -202,12 +218,14 @@ def add_row_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--mask-history", action=switch, default=False, help="supervise the last answer only")
 
 
-def encode_options(args: argparse.Namespace) -> dict[str, int | bool]:
-    """Those flags as `Processor.encode` takes them. Raises UsageError where two exclude each other."""
-    if args.train_on_prompt and args.mask_history:
-        raise UsageError("--train-on-prompt and --mask-history exclude each other: give one of them")
-    return {"seq_length": args.seq_length, "train_on_prompt": args.train_on_prompt,
-            "mask_history": args.mask_history, "confine": args.confine_paths}
+def encode_options(args: argparse.Namespace) -> EncodeOptions:
+    """Return the options that the flags give. Raises UsageError if two flags exclude each other."""
+    return EncodeOptions(
+        seq_length=args.seq_length,
+        train_on_prompt=args.train_on_prompt,
+        mask_history=args.mask_history,
+        confine_paths=args.confine_paths,
+    )
 
 
 # -------------------------------------------------------------------------------------------------- what a row may hold
@@ -814,38 +832,27 @@ class Processor:
         return patches.reshape(t * h * w, -1)
 
     def encode(
-        self,
-        row: dict,
-        *,
-        media_dir: str | Path,
-        source: str = "",
-        seq_length: int | None = None,
-        train_on_prompt: bool = False,
-        mask_history: bool = False,
-        for_generation: bool = False,
-        confine: bool = False,
+        self, row: dict, media_dir: str | Path, source: str = "", options: EncodeOptions = ENCODE_DEFAULTS
     ) -> Sample:
-        """A row of either format as token ids, labels, positions and patches.
+        """Encode a row of either format as token ids, labels, positions and patches.
 
-        Supervised are each answer, its <|im_end|> and the newline after it; with `mask_history` the last answer
-        only; with `train_on_prompt` every token but the media's (pads, <|vision_start|>, <|vision_end|>). A sample
-        longer than `seq_length` loses whole exchanges (question and answer) from its end; if the first alone is too
-        long, the end of its answer. `for_generation` drops a last answer and ends with "<|im_start|>assistant\\n".
-        `confine` refuses media outside `media_dir`. Raises InputError, whose message begins with `source`.
+        Supervised tokens are each answer, its <|im_end|> and the newline after it; with `mask_history` only those of
+        the last answer; with `train_on_prompt` all tokens except media tokens, <|vision_start|> and <|vision_end|>.
+        A sample longer than `seq_length` loses whole exchanges (question and answer) from its end; if the first
+        exchange alone is too long, the end of its answer is cut. With `for_generation` a last answer is dropped and
+        the sample ends with "<|im_start|>assistant\\n". Raises InputError, whose message begins with `source`.
         """
-        chunks, truncated = self._encode_row(
-            row, True, media_dir, source, seq_length, train_on_prompt, mask_history, for_generation, confine
-        )
+        chunks, truncated = self._encode_row(row, media_dir, source, options, decode=True)
         ids = np.array([token for chunk in chunks for token in chunk.ids], np.int64)
         starts = np.cumsum([0] + [len(chunk.ids) for chunk in chunks]).tolist()
         runs = [(start + at, h, w) for chunk, start in zip(chunks, starts, strict=False) for at, h, w in chunk.runs]
         media = np.isin(ids, (self.image_token_id, self.video_token_id))
         supervised = np.zeros(len(ids), bool)
-        if train_on_prompt and not for_generation:
+        if options.train_on_prompt and not options.for_generation:
             supervised = ~media & ~np.isin(ids, (self.vision_start_token_id, self.vision_end_token_id))
-        elif not for_generation:
+        elif not options.for_generation:
             answers = [i for i, chunk in enumerate(chunks) if chunk.answer is not None]
-            for i in answers[-1:] if mask_history else answers:
+            for i in answers[-1:] if options.mask_history else answers:
                 supervised[starts[i] + chunks[i].answer : starts[i + 1]] = True
         labels = np.full(len(ids), IGNORE, np.int64)
         labels[:-1] = np.where(supervised[1:], ids[1:], IGNORE)
@@ -862,36 +869,28 @@ class Processor:
             truncated=truncated,
         )
 
-    def count_tokens(self, row: dict, *, media_dir: str | Path, source: str = "", **options) -> int:
+    def count_tokens(
+        self, row: dict, media_dir: str | Path, source: str = "", options: EncodeOptions = ENCODE_DEFAULTS
+    ) -> int:
         """How many tokens `encode` makes of a row, given the same options, without decoding its media.
 
         Of pictures and frames only headers are read, of video files only packets; an animation's times are known after
         decoding it only. Raises the InputErrors of `encode` that can be seen so.
         """
-        chunks, _ = self._encode_row(row, False, media_dir, source, **options)
+        chunks, _ = self._encode_row(row, media_dir, source, options, decode=False)
         return sum(len(chunk.ids) for chunk in chunks)
 
     def _encode_row(
-        self,
-        row: dict,
-        decode: bool,
-        media_dir: str | Path,
-        source: str,
-        seq_length: int | None = None,
-        train_on_prompt: bool = False,
-        mask_history: bool = False,
-        for_generation: bool = False,
-        confine: bool = False,
+        self, row: dict, media_dir: str | Path, source: str, options: EncodeOptions, decode: bool
     ) -> tuple[list[EncodedTurn], bool]:
         """The turns that fit in `seq_length`, and whether that is not all. Without `decode` they lack the pixels.
         Media of turns beyond the length are not read."""
         try:
-            if train_on_prompt and mask_history:
-                raise InputError("train_on_prompt and mask_history exclude each other")
-            limit = seq_length or sys.maxsize
+            for_generation = options.for_generation
+            limit = options.seq_length or sys.maxsize
             chunks, length = [], 0
             for turn in parse_row(row, for_generation):
-                chunks.append(self._encode_turn(turn, media_dir, confine, decode, limit - length))
+                chunks.append(self._encode_turn(turn, media_dir, options.confine_paths, decode, limit - length))
                 length += len(chunks[-1].ids)
                 if length > limit and turn.role == "assistant" and not for_generation:
                     break
@@ -1379,7 +1378,7 @@ class Loader:
     shuffle: bool
     num_workers: int
     on_bad_sample: str
-    encode_options: dict  # keyword arguments of Processor.encode
+    options: EncodeOptions
     packing: bool = False
     resume_state: dict | list[dict] | None = None  # or those of all ranks, where their number may have changed
     num_samples: int | None = None  # the stream ends after so many, for held-out rows; ranks may come away empty
@@ -1442,7 +1441,7 @@ class Loader:
             return rows
         order = self.dataset.stream({}, self._order_seed)
         measured = [self._measure((span, {}))[::2] for span, _ in itertools.islice(order, min(rows, 1000))]
-        judged, packed, space, waiting = len(measured), 0.0, self.encode_options["seq_length"], []
+        judged, packed, space, waiting = len(measured), 0.0, self.options.seq_length, []
         for sample in [*measured, None]:
             while waiting and (sample is None or ready_to_pack(waiting, space)):
                 row, waiting = pack_row(waiting, space)
@@ -1477,7 +1476,7 @@ class Loader:
             rows_read[span.file] += 1
             try:
                 row, source, media_dir = self.dataset.read(span)
-                samples.append(self.processor.encode(row, media_dir=media_dir, source=source, **self.encode_options))
+                samples.append(self.processor.encode(row, media_dir=media_dir, source=source, options=self.options))
             except InputError as error:
                 rows_bad[span.file] += 1
                 failures.append(str(error))
@@ -1504,7 +1503,7 @@ class Loader:
         left, state = self._left_over()
         rows = itertools.chain(((span, state) for span in left), self._own_rows(state))
         waiting: list[tuple[Span, int]] = []
-        space = self.encode_options["seq_length"]
+        space = self.options.seq_length
         position: dict = {}
         for taken, (span, behind, length) in enumerate(self._in_workers(self._measure, rows, min(1, self.num_workers))):
             again = taken >= len(left)  # as where the run ended: not before goes a resumed one on
@@ -1520,9 +1519,9 @@ class Loader:
         where it ends the run, so many that this is soon."""
         try:
             row, source, media_dir = self.dataset.read(item[0])
-            return *item, self.processor.count_tokens(row, media_dir=media_dir, source=source, **self.encode_options)
+            return *item, self.processor.count_tokens(row, media_dir=media_dir, source=source, options=self.options)
         except InputError:
-            return *item, self.encode_options["seq_length"] if self.on_bad_sample == "error" else 1
+            return *item, self.options.seq_length if self.on_bad_sample == "error" else 1
 
     def _left_over(self) -> tuple[list[Span], dict]:
         """The rows that waited at a checkpoint and are this rank's to pack now, and the position that all go on from.
