@@ -660,14 +660,22 @@ class Qwen3VL(nn.Module):
             p.grad = None
 
     @torch.no_grad()
-    def init_weights(self, seed: int, local_shard_and_offset: Callable = full_tensor_and_offset) -> None:
+    def init_weights(
+        self, seed: int, local_shard_and_offset: Callable = full_tensor_and_offset, names: Collection[str] | None = None
+    ) -> None:
         """Fills every parameter for training from scratch: normal with the config's deviation, biases 0, norms 1.
 
         `local_shard_and_offset` returns a parameter's slice on this rank and where the slice begins. Values come in
         blocks of rows, each with a generator seeded by `seed`, the name and the row: they do not depend on how the
-        model is sharded, and a rank makes little more than its own slice.
+        model is sharded, and a rank makes little more than its own slice. Buffers start as zeros. `names` restricts
+        this to some parameters and buffers.
         """
+        for name, buffer in self.named_buffers():
+            if names is None or name in names:
+                buffer.zero_()
         for name, param in self.named_parameters():
+            if names is not None and name not in names:
+                continue
             module, _, leaf = name.rpartition(".")
             local, (first, *inner) = local_shard_and_offset(param)
             if leaf == "bias" or isinstance(self.get_submodule(module), (RMSNorm, nn.LayerNorm)):
