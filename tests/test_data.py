@@ -34,8 +34,8 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 import data
-from common import InputError
-from data import IGNORE, Processor, RowDataset
+from common import InputError, UsageError
+from data import IGNORE, EncodeOptions, Processor, RowDataset
 
 TEMPLATE = (Path(__file__).parent / "assets" / "chat_template.jinja").read_text()
 LAYS_ON_WHITE = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
@@ -226,7 +226,7 @@ def test_prompt_equals_transformers(row, pictures, judge, processor):
     question = {**row, "messages": row["messages"][:-1]}
     prompt = judge(for_judge(question, pictures), generation=True)
     for given in (row, question):  # an answer that is there is dropped
-        sample = processor.encode(given, media_dir=pictures, for_generation=True)
+        sample = processor.encode(given, media_dir=pictures, options=EncodeOptions(for_generation=True))
         assert_equal(sample, prompt)
         assert (sample.labels == IGNORE).all()
 
@@ -302,7 +302,7 @@ def test_supervised_tokens(pictures, processor):
     row = chat("system:Be brief.", "<image>What?", "A bus.", "Sure?", "Yes.", images=["small.png"])
 
     def encode(**options):
-        return processor.encode(row, media_dir=pictures, **options)
+        return processor.encode(row, pictures, options=EncodeOptions(**options))
 
     assert marked(processor, encode()) == ["A bus.<|im_end|>\n", "Yes.<|im_end|>\n"]
     assert marked(processor, encode(mask_history=True)) == ["Yes.<|im_end|>\n"]
@@ -311,7 +311,7 @@ def test_supervised_tokens(pictures, processor):
         "What?<|im_end|>\n<|im_start|>assistant\nA bus.<|im_end|>\n"
         "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n",
     ]
-    with pytest.raises(InputError, match="exclude"):
+    with pytest.raises(UsageError, match="exclude"):
         encode(mask_history=True, train_on_prompt=True)
 
 
@@ -357,9 +357,9 @@ def test_truncation(pictures, processor):
     for length in range(prompt - 2, len(whole.input_ids) + 2):
         if length <= prompt:  # no room for a token of the answer
             with pytest.raises(InputError, match=f"x: .*{prompt} of them, {media} of pictures.*--seq-length"):
-                processor.encode(row, media_dir=pictures, seq_length=length, source="x")
+                processor.encode(row, media_dir=pictures, options=EncodeOptions(seq_length=length), source="x")
             continue
-        sample = processor.encode(row, media_dir=pictures, seq_length=length)
+        sample = processor.encode(row, media_dir=pictures, options=EncodeOptions(seq_length=length))
         expected = next((s for s in (whole, second, first) if len(s.input_ids) <= length), None)
         assert sample.truncated == (expected is not whole)
         if expected is None:  # the only answer is cut
@@ -371,7 +371,7 @@ def test_truncation(pictures, processor):
             assert torch.equal(getattr(sample, name), getattr(expected, name))
         assert (sample.labels != IGNORE).any() and len(sample.input_ids) <= length
     with pytest.raises(InputError, match="do not fit"):
-        processor.encode(row, media_dir=pictures, seq_length=20, for_generation=True)
+        processor.encode(row, media_dir=pictures, options=EncodeOptions(seq_length=20, for_generation=True))
 
 
 # -------------------------------------------------------------------------------------------------------------- videos
@@ -429,7 +429,7 @@ def test_video_frames(count, fps, size, judge, processor, tmp_path):
     listed = [f"f{i}.png" for i in range(count)]
     for video in ({"path": listed, "fps": fps}, {"path": ".", "fps": fps}):
         row = {"conversations": [{"from": "human", "value": "<video>What?"}], "video": video}
-        sample = processor.encode(row, media_dir=tmp_path, for_generation=True)
+        sample = processor.encode(row, media_dir=tmp_path, options=EncodeOptions(for_generation=True))
         assert sample.input_ids.tolist() == ids.tolist()
         assert sample.position_ids.tolist() == positions.tolist()
         assert sample.grid_thw.tolist() == grid.tolist()
@@ -680,7 +680,7 @@ MEASURED = [
     ({"seq_length": 200}, chat("<image>What?", "word " * 300, images=["small.png"])),
     ({"seq_length": 300}, chat("<image>What?", "word " * 60, "And?", "word " * 300, images=["small.png"])),
     ({"seq_length": 90, "train_on_prompt": True}, chat("<image>What?", "A", "<image>", "B", images=["small.png"] * 2)),
-    ({"mask_history": True, "source": "s", "confine": True}, chat("\n<image>\n", "\n\n", images=["small.png"])),
+    ({"mask_history": True, "confine_paths": True}, chat("\n<image>\n", "\n\n", images=["small.png"])),
 ]
 
 
@@ -691,7 +691,7 @@ def test_measure(options, row, pictures, processor, tmp_path, monkeypatch):
         write_video(tmp_path / "clip.mp4", 40, 15)
         write_video(tmp_path / "uneven.mkv", len(UNEVEN), 25, pts=UNEVEN)
         pictures = tmp_path
-    expected = len(processor.encode(row, media_dir=pictures, **options).input_ids)
+    expected = len(processor.encode(row, pictures, options=EncodeOptions(**options)).input_ids)
     if "webp" not in json.dumps(row):
         monkeypatch.setattr(ImageFile.ImageFile, "load", None)
         monkeypatch.setattr(Processor, "_patchify", None)
@@ -705,25 +705,23 @@ def test_measure(options, row, pictures, processor, tmp_path, monkeypatch):
 
         open_ = av.open
         monkeypatch.setattr(av, "open", open_for_packets)
-    assert processor.count_tokens(row, media_dir=pictures, **options) == expected
+    assert processor.count_tokens(row, pictures, options=EncodeOptions(**options)) == expected
 
 
 def test_measure_raises_as_encode(bad_media, processor):
+    options = EncodeOptions(seq_length=3000)
     for row, _ in BAD_ROWS:
         try:
-            tokens = len(processor.encode(row, media_dir=bad_media, source="s", seq_length=3000).input_ids)
+            tokens = len(processor.encode(row, bad_media, "s", options).input_ids)
         except InputError as error:
             if "cut.png" in str(error) or "cut.jpg" in str(error):
-                assert processor.count_tokens(row, media_dir=bad_media, seq_length=3000)  # only decoding finds it
+                assert processor.count_tokens(row, bad_media, options=options)  # only decoding finds it
                 continue
             with pytest.raises(InputError) as caught:
-                processor.count_tokens(row, media_dir=bad_media, source="s", seq_length=3000)
+                processor.count_tokens(row, bad_media, "s", options)
             assert str(caught.value) == str(error)
         else:
-            assert processor.count_tokens(row, media_dir=bad_media, seq_length=3000) == tokens
-    options = {"media_dir": bad_media, "mask_history": True, "train_on_prompt": True, "source": "row 1"}
-    with pytest.raises(InputError, match="row 1: .*exclude"):
-        processor.count_tokens(chat("a", "b"), **options)
+            assert processor.count_tokens(row, bad_media, options=options) == tokens
 
 
 TRANSFORMERS_4 = """
@@ -1062,13 +1060,13 @@ def test_bad_row(row, message, bad_media, processor, tmp_path):
 def test_pictures_beyond_the_length_are_not_decoded(bad_media, processor):
     row = chat("x", "y", images=["rgb.png", "cut.png"])  # the second has a header
     with pytest.raises(InputError, match="tokens do not fit in a sequence length of 10"):
-        processor.encode(row, media_dir=bad_media, seq_length=10)
+        processor.encode(row, media_dir=bad_media, options=EncodeOptions(seq_length=10))
     with pytest.raises(InputError, match=r"images\[1\]: .*cut.png cannot be read"):
-        processor.encode(row, media_dir=bad_media, seq_length=4096)
+        processor.encode(row, media_dir=bad_media, options=EncodeOptions(seq_length=4096))
 
 
 def test_confined_paths(bad_media, processor, tmp_path):
-    inside = tmp_path / "inside"
+    inside, confined = tmp_path / "inside", EncodeOptions(confine_paths=True)
     inside.mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "outside.png")
     Image.new("RGB", (64, 64)).save(inside / "a.png")
@@ -1078,15 +1076,15 @@ def test_confined_paths(bad_media, processor, tmp_path):
         row = chat("x", "y", images=[path])
         assert len(processor.encode(row, media_dir=inside).grid_thw) == 1
         with pytest.raises(InputError, match="outside .*--confine-paths"):
-            processor.encode(row, media_dir=inside, confine=True)
+            processor.encode(row, media_dir=inside, options=confined)
         with pytest.raises(InputError, match="outside .*--confine-paths"):
-            processor.encode(chat("x", "y", videos=[["a.png", path]]), media_dir=inside, confine=True)
+            processor.encode(chat("x", "y", videos=[["a.png", path]]), media_dir=inside, options=confined)
     for path in ("\ud800", "a\udd00.png", "\udc7f/a.png"):  # no file system can hold such a name
         with pytest.raises(InputError, match=r"^images\[0\]: a path is needed, this is a string: .*\\ud"):
-            processor.encode(chat("x", "y", images=[path]), media_dir=inside, confine=True)
+            processor.encode(chat("x", "y", images=[path]), media_dir=inside, options=confined)
     os.symlink("a.png", os.fsencode(inside) + b"/\xff.png")  # JSON names a byte that is not UTF-8 as "\udcff"
     for path in ("a.png", "../inside/a.png", "good.png", str(inside / "a.png"), "\udcff.png"):
-        processor.encode(chat("x", "y", images=[path]), media_dir=inside, confine=True)
+        processor.encode(chat("x", "y", images=[path]), media_dir=inside, options=confined)
 
 
 def test_large_picture_is_read_in_silence(tmp_path):
