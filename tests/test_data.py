@@ -1049,11 +1049,9 @@ def test_bad_row(row, message, bad_media, processor, tmp_path):
     path.write_text(json.dumps([good, {**row, "id": "r-1"} if isinstance(row, dict) else row]))
     dataset = RowDataset([str(path)], dataset_dir=str(bad_media))
     named = " \\(id (r-1)\\)" if isinstance(row, dict) else ""
-    loader = make_loader(dataset, processor, shuffle=False)
-    stream = iter(loader)
-    next(stream)
     with pytest.raises(InputError, match=f"^{path} row 2{named}: .*{message}") as caught:
-        next(stream)
+        read, source, media_dir = dataset[1]
+        processor.encode(read, media_dir, source)
     assert "\n" not in str(caught.value)
 
 
