@@ -241,8 +241,8 @@ class Media:
     """An image or video of a row."""
 
     kind: str  # "image" or "video"
-    key: str  # its place in the row, for error messages: "images[0]"
-    spec: str | list | dict | None  # a path, a list of paths, or {"path": ..., "fps": ...}; None: an empty placeholder
+    key: str  # the key that names it, for error messages: "images[0]"
+    spec: str | list | dict | None  # a path, a list of paths or {"path": ..., "fps": ...}; None for a placeholder
 
 
 @dataclass
@@ -262,14 +262,14 @@ def parse_row(row: dict, for_generation: bool = False) -> list[Turn]:
     are ordinary text. `for_generation` drops a final answer. Raises InputError.
     """
     if not isinstance(row, dict):
-        raise InputError(f"a row must be an object with 'messages' or 'conversations', this is {describe_type(row)}")
+        raise InputError(f"a row must be an object with 'messages' or 'conversations', not {shorten(row)}")
     name = "messages" if "messages" in row else "conversations"
     role_key, text_key = ("role", "content") if name == "messages" else ("from", "value")
     if name not in row:
         keys = ", ".join(row) or "none"
         raise InputError(f"the row has neither 'messages' nor 'conversations'; its keys: {keys[:200]}")
     if not isinstance(row[name], list) or not row[name]:
-        raise InputError(f"'{name}' must be a list of turns, this is {describe_type(row[name])}")
+        raise InputError(f"'{name}' must be a list of turns, not {shorten(row[name])}")
 
     turns = []
     for i, message in enumerate(row[name]):
@@ -303,7 +303,7 @@ def _split_content(content, role: str, key: str) -> list[str | Media]:
         parts[1::2] = [Media(placeholder[1:-1], key, None) for placeholder in parts[1::2]]
         return parts
     if not isinstance(content, list):
-        raise InputError(f"{key} must be a string, this is {describe_type(content)}")
+        raise InputError(f"{key} must be a string, not {shorten(content)}")
     parts = []
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
@@ -349,13 +349,6 @@ def _fill_placeholders(turns: list[Turn], images: list[Media], videos: list[Medi
             slot.key, slot.spec = media.key, media.spec
 
 
-def describe_type(value) -> str:
-    """Name the JSON type of a value for an error message."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    is_empty = isinstance(value, dict | list | str) and not value
-    return "empty" if is_empty else names.get(type(value), "a number")
-
-
 # ------------------------------------------------------------------------------------------------ images and videos
 
 # A file's name may lie about its content. Without these lists Pillow starts Ghostscript for PostScript, and FFmpeg
@@ -371,14 +364,14 @@ def resolve_path(path: str, media_dir: str | Path, confine: bool) -> Path:
     Raises InputError if the file does not exist, or if `confine` is set and it is outside `media_dir`.
     """
     if not isinstance(path, str) or not path or "\0" in path:
-        raise InputError(f"a path is needed, this is {describe_type(path)}{': ' + shorten(path) if path else ''}")
+        raise InputError(f"a path is needed, not {shorten(path)}")
     if path.startswith(("http://", "https://", "data:")):
         raise InputError(f"{path[:80]} is not a file on disk: download it first")
     full = Path(media_dir, path)
     if confine and not Path(os.path.realpath(full)).is_relative_to(os.path.realpath(media_dir)):
-        raise InputError(f"{path[:1000]} is outside {media_dir}, which --confine-paths forbids")
+        raise InputError(f"{path} is outside {media_dir}, which --confine-paths forbids")
     if not os.path.exists(full):
-        raise InputError(f"{str(full)[:1000]} does not exist")
+        raise InputError(f"{full} does not exist")
     return full
 
 
@@ -435,14 +428,15 @@ class Video:
 
 
 def open_video(spec: str | list | dict, media_dir: str | Path, confine: bool, default_fps: float) -> Video:
-    """Open a list of images, a folder of images (in the order of the numbers in their names), an animated image or a
-    video file; or `{"path": any of these, "fps": rate}`, whose rate takes precedence over the file's.
+    """Open the video that a row names. Raises InputError.
 
-    Images without a rate count as sampled at `default_fps`, as in the Qwen team's own tools. Raises InputError.
+    It is a list of images, a folder of images (sorted by the numbers in their names), an animated image, a video file,
+    or `{"path": any of these, "fps": rate}`. A rate given there takes precedence over the file's. Images without a rate
+    count as sampled at `default_fps`, as in the Qwen team's own tools.
     """
     path, fps = (spec.get("path"), spec.get("fps")) if isinstance(spec, dict) else (spec, None)
     if fps is not None and (type(fps) not in (int, float) or not 0.001 <= fps <= 1e6):
-        raise InputError(f"'fps' must be a number of frames per second, 0.001 at least, this is {shorten(fps)}")
+        raise InputError(f"'fps' must be a number of frames per second, 0.001 or more, not {shorten(fps)}")
     if isinstance(path, list):
         paths = [resolve_path(item, media_dir, confine) for item in path]
     else:
@@ -490,7 +484,7 @@ def _open_animation(path: Path, fps: float | None) -> Video:
     return Video(count, float(fps), times, read)
 
 
-MIN_COMPLETE = 0.9  # the share of its frames without which a file was cut off; headers and old codecs miscount a few
+MIN_COMPLETE = 0.9  # a file with a smaller share of its frames was cut off; headers and old codecs miscount a few
 SEEK_FRAMES = 16  # decoding this many frames takes about as long as seeking
 
 
@@ -553,7 +547,7 @@ def _open_video_file(path: Path, fps: float | None) -> Video:
 def _decode_frames(path: Path, numbers: list[int], ticks: np.ndarray, keys: np.ndarray) -> Iterator[Image.Image]:
     """Decode the frames with these rising numbers; seek over long gaps.
 
-    ticks: each frame's time in the file's units, for seeking; keys: numbers of the key frames to which to seek.
+    ticks: each frame's time in the file's unit, for seeking. keys: numbers of the key frames to which it may seek.
     """
     with _open_container(path) as container:
         stream = container.streams.video[0]
@@ -577,7 +571,7 @@ def _decode_frames(path: Path, numbers: list[int], ticks: np.ndarray, keys: np.n
 
 
 def _is_steady(times: np.ndarray, fps: float) -> bool:
-    """Return whether each frame i is shown within half a frame of i / fps: files round times."""
+    """Return whether each frame i is shown at i / fps, within half a frame because files round their times."""
     return bool(np.abs(times[:-1] * fps - np.arange(len(times) - 1)).max() <= 0.5)
 
 
@@ -877,7 +871,7 @@ class Processor:
             raise InputError(f"{source}: {one_line(error)}" if source else one_line(error)) from error
 
     def _truncate(self, turns: list[EncodedTurn], limit: int) -> list[EncodedTurn]:
-        """Cut turns, of which only the last exchange exceeds `limit` tokens. Raises InputError if no answer is left."""
+        """Cut the last exchange, which exceeds `limit` tokens. Raises InputError if no token of an answer would remain."""
         answer_start = turns[-1].answer_start  # None for a generation prompt, which is never cut
         if answer_start is not None and sum(turn.answer_start is not None for turn in turns) > 1:
             return turns[:-2]
@@ -982,7 +976,7 @@ def _section(config: dict, name: str, where: str | Path) -> dict:
     """Return the object `name` of a configuration, {} if it has none. Raises InputError for any other type."""
     section = config.get(name, {})
     if not isinstance(section, dict):
-        raise InputError(f"{where}: {name} must be an object, this is {describe_type(section)}")
+        raise InputError(f"{where}: {name} must be an object, not {shorten(section)}")
     return section
 
 
