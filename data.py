@@ -871,7 +871,7 @@ class Processor:
             raise InputError(f"{source}: {one_line(error)}" if source else one_line(error)) from error
 
     def _truncate(self, turns: list[EncodedTurn], limit: int) -> list[EncodedTurn]:
-        """Cut the last exchange, which exceeds `limit` tokens. Raises InputError if no token of an answer would remain."""
+        """Cut the last exchange, which exceeds `limit` tokens. Raises InputError if no answer would remain."""
         answer_start = turns[-1].answer_start  # None for a generation prompt, which is never cut
         if answer_start is not None and sum(turn.answer_start is not None for turn in turns) > 1:
             return turns[:-2]

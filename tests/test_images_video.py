@@ -28,7 +28,6 @@ LAYS_ON_WHITE = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 
 
 # ---- images ---------------------------------------------------------------------------------------------------------
 
-
 IMAGES = (
     "rgb.png photo.jpg small.png 1x1.png 6000x30.png 5x900.png exact.png rgba.png grey.png grey_alpha.png grey16.png "
     "bilevel.png cmyk.jpg float.tiff palette.png palette_transparent.png palette.gif animated.webp exif2.jpg exif5.jpg "
@@ -64,12 +63,12 @@ def test_encode_orders_media_by_token(processor, images):
 
 
 def test_load_image_large_without_warning(tmp_path):
-    """In a fresh process, as pytest has warnings its own way: Pillow warns from half of the size that it refuses."""
-    Image.new("1", (9400, 9400)).save(tmp_path / "large.png")
-    code = "import sys, data; print(data.load_image(data.Path(sys.argv[1])).size)"
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "large.png"], capture_output=True, text=True,
-        cwd=Path(data.__file__).parent)
-    assert (done.stdout, done.stderr) == ("(9400, 9400)\n", "")
+    """Use a fresh process because pytest captures warnings. Pillow warns from half the size that it refuses."""
+    (tmp_path / "large.ppm").write_bytes(b"P6 9500 9500 255\n")
+    code = "import sys, data; print(data.load_image(data.Path(sys.argv[1]), decode=False).size)"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "large.ppm"], capture_output=True, text=True,
+                          cwd=Path(data.__file__).parent)
+    assert (done.stdout, done.stderr) == ("(9500, 9500)\n", "")
 
 
 # ---- videos ----------------------------------------------------------------------------------------------------------
@@ -241,6 +240,28 @@ def test_video_options(processor, qwen_dir, tmp_path):
     assert grid(changed(processor, video_pixels=(4096, 12 * 32 * 64))) == [[6, 2, 2]]
     limits = {"video_min_pixels": 10 * 128 * 192, "video_max_pixels": 10 * 128 * 224}
     assert grid(Processor(qwen_dir, video_fps=4.0, video_maxlen=10, **limits)) == [[5, 8, 12]]
+
+
+def test_video_seeking_decodes_little(tmp_path, monkeypatch):
+    """The last frame of a long video is read from the last key frame, not from the start."""
+    write_video(tmp_path / "a.mp4", 200, 25, g=20, bf=2)
+    import av
+
+    def open_and_count(path: str, **options):
+        container = open_(path, **options)
+
+        def decode(stream):
+            for frame in container.decode(stream):
+                decoded.append(frame)
+                yield frame
+
+        return contextlib.nullcontext(types.SimpleNamespace(
+            streams=container.streams, demux=container.demux, seek=container.seek, decode=decode))
+
+    open_, decoded = av.open, []
+    monkeypatch.setattr(av, "open", open_and_count)
+    assert len(list(data.open_video("a.mp4", tmp_path, False, 2.0).read([199], True))) == 1
+    assert len(decoded) <= 25
 
 
 def test_video_seeking(tmp_path):

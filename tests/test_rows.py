@@ -161,7 +161,7 @@ def test_encode_answer_starting_with_newline(images, processor):
 # ---- truncation ------------------------------------------------------------------------------------------------------
 
 
-def test_encode_truncates_full_exchanges(images, processor):
+def test_encode_truncates_whole_exchanges(images, processor):
     row = chat("<image>Tell me.", "word " * 30, "And?", "more " * 30, "<image>", "end", images=["small.png", "rgb.png"])
     full = processor.encode(row, media_dir=images)
     texts = [message["content"] for message in row["messages"]]
@@ -227,10 +227,10 @@ def test_processor_reads_settings(qwen_dir, tmp_path):
         assert (processor.image_pixels, processor.video_pixels) == ((1024, 4096), (2048, 8192))
         processor = Processor(folder, image_max_pixels=9000, video_min_pixels=5000)
         assert (processor.image_pixels, processor.video_pixels) == ((1024, 9000), (5000, 8192))
-        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
+        noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
         kwargs = {"patch_size": 16, "size": {"shortest_edge": 1024, "longest_edge": 9000}, "image_std": HALF}
-        reference = Qwen2VLImageProcessorPil(image_mean=mean, **kwargs)(image, return_tensors="np")
-        assert np.array_equal(processor.process_image(image)[0], reference["pixel_values"])
+        reference = Qwen2VLImageProcessorPil(image_mean=mean, **kwargs)(noise, return_tensors="np")
+        assert np.array_equal(processor.process_image(noise)[0], reference["pixel_values"])
     assert Processor(qwen_dir).image_pixels == (65536, 16777216)
     small = Processor(qwen_dir, image_max_pixels=4096, video_min_pixels=30_000_000)
     assert (small.image_pixels, small.video_pixels) == ((4096, 4096), (30_000_000, 30_000_000))
