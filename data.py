@@ -1220,13 +1220,13 @@ class RowSource:
         consumed, epoch, done = (state.get(name, 0) for name in ("consumed", "epoch", "done"))
         block = state.get("block")
         while True:
-            for block, size, span_at in self._blocks(block):
+            for start, size, span_at in self._blocks(block):
                 order = range(size)
                 if seed is not None:
-                    order = np.random.default_rng([seed, epoch, *block]).permutation(size)
+                    order = np.random.default_rng([seed, epoch, *start]).permutation(size)
                 for i in range(done, size):
                     consumed += 1
-                    position = {"consumed": consumed, "epoch": epoch, "block": block, "done": i + 1}
+                    position = {"consumed": consumed, "epoch": epoch, "block": start, "done": i + 1}
                     yield span_at(int(order[i])), position | layout
                 done = 0
             block, epoch, done = None, epoch + 1, 0
@@ -1234,8 +1234,8 @@ class RowSource:
     def _blocks(self, first: list[int] | None) -> Iterator[tuple[list[int], int, Callable[[int], Span]]]:
         """Yield the blocks of an epoch, from the start of the block `first` on (None: all blocks).
 
-        A block is the list of numbers that states its start, its number of rows, and a function from the number of a
-        row in the block to its location.
+        A block is given by its start (a list of numbers), its number of rows, and a function that returns the location
+        of the i-th row.
         """
         raise NotImplementedError
 
@@ -1407,8 +1407,8 @@ class Loader:
     num_samples: int | None = None  # ends the stream after so many rows; the last batches of some ranks may be empty
 
     def __post_init__(self):
-        self._rows_per_step = self.micro_batch_size * self.dp_size  # of one micro-batch on every rank
-        if self.global_batch_size % self._rows_per_step:
+        self._rows_per_micro_step = self.micro_batch_size * self.dp_size  # of all ranks
+        if self.global_batch_size % self._rows_per_micro_step:
             raise InputError(
                 f"a global batch of {self.global_batch_size} cannot be divided into micro-batches of "
                 f"{self.micro_batch_size} on {self.dp_size} data-parallel ranks"
@@ -1454,7 +1454,7 @@ class Loader:
         """Return the number of rows in an epoch. With `packing`, estimate the number of packed rows.
 
         The estimate divides the tokens of up to 1000 rows by `seq_length`, as if packed rows had no unused space. With
-        samples much shorter than `seq_length`, it is too low by less than 2 %.
+        samples much shorter than `seq_length`, it is too low by about 1 to 2 %.
         """
         rows = self.dataset.count()
         if not self.packing:
@@ -1495,7 +1495,7 @@ class Loader:
         """Yield this rank's rows of each micro-batch, and the position after the rows of all ranks."""
         rows = itertools.islice(self.dataset.stream(state, self._order_seed), self.num_samples)
         first = self.dp_rank * self.micro_batch_size
-        while step := list(itertools.islice(rows, self._rows_per_step)):
+        while step := list(itertools.islice(rows, self._rows_per_micro_step)):
             yield [span for span, _ in step[first : first + self.micro_batch_size]], step[-1][1]
 
     def _packed(self, states: list[dict]) -> Iterator[tuple[list[Span], dict]]:
@@ -1545,7 +1545,7 @@ class Loader:
         return span, state, length
 
     def _undelivered_rows(self, states: list[dict]) -> tuple[list[Span], dict]:
-        """Return the rows of before the checkpoint that this rank still has to pack, and the position to continue from.
+        """Return the rows before the checkpoint that this rank still has to pack, and the position to continue from.
 
         Ranks pack at different speeds, so that each saves its own position. If the layout of ranks has changed, all
         ranks continue from the furthest position. The rows before it that no rank has packed are divided anew.
@@ -1556,9 +1556,9 @@ class Loader:
             return [Span(*span) for span in own[0].get("buffer", [])], own[0]
         spans = [Span(*span) for state in states for span in state["buffer"]]
         consumed = {state["rank_layout"][0]: state["consumed"] for state in states}
-        oldest, newest = (choose(states, key=lambda state: state["consumed"]) for choose in (min, max))
-        stream = self.dataset.stream(oldest, self._order_seed)
-        for span, state in itertools.islice(stream, newest["consumed"] - oldest["consumed"]):
+        states = sorted(states, key=lambda state: state["consumed"])
+        newest, number = states[-1], states[-1]["consumed"] - states[0]["consumed"]
+        for span, state in itertools.islice(self.dataset.stream(states[0], self._order_seed), number):
             rank = (state["consumed"] - 1) % newest["rank_layout"][1]
             if state["consumed"] > consumed[rank]:
                 spans.append(span)
