@@ -31,7 +31,7 @@ from tqdm import tqdm
 import convert
 import data
 import kernels_npu
-from common import InputError, Parser, UsageError, number, read_json, run_program, shorten
+from common import InputError, Parser, UsageError, number, run_program
 from model import Qwen3VL, Qwen3VLConfig, TextModel
 
 FOR_GENERATION = data.EncodeOptions(for_generation=True)
@@ -223,23 +223,6 @@ def load_model(hf_dir: str | Path, load: str | Path | None = None, dtype: str | 
     return model
 
 
-def end_token_ids(hf_dir: str | Path, processor: data.Processor) -> set[int]:
-    """Where answers end: `eos_token_id` (one or several) of generation_config.json, else of config.json, else
-    <|im_end|>. Raises InputError if it is not made of whole numbers."""
-    for path in (Path(hf_dir) / "generation_config.json", Path(hf_dir) / "config.json"):
-        if not path.exists():
-            continue
-        config = read_json(path)
-        text = config.get("text_config")
-        ids = config.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
-        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        if not all(type(i) is int for i in ids):
-            raise InputError(f"{path}: eos_token_id is {shorten(ids)}, it must be a token id or a list of them")
-        if ids:
-            return set(ids)
-    return {processor.im_end_token_id}
-
-
 class TextStream:
     """An answer's text as its tokens come, in whole characters: a token may end in the middle of one."""
 
@@ -267,7 +250,6 @@ class Answerer:
         Qwen3VLConfig.from_json(args.model)  # its mistakes are told first
         self.args = args
         self.processor = data.Processor(args.model, **data.media_limits(args))
-        self.end_token_ids = end_token_ids(args.model, self.processor)
         for name in (args.text_attn_implementation, args.vision_attn_implementation):
             kernels_npu.ops.attention_implementation(name)  # what is not available is told before the weights are read
 
@@ -278,7 +260,7 @@ class Answerer:
         model.set_attention(self.args.text_attn_implementation, self.args.vision_attn_implementation)
         if self.args.verbose:
             print(f"load time: {time.perf_counter() - began:.2f} s", file=sys.stderr)
-        return Generator(model, self.end_token_ids)
+        return Generator(model, self.processor.end_token_ids)
 
     def __call__(self, samples: list[data.Sample], first_row: int, on_token: Callable[[int, int], None] | None = None):
         """Answers' token ids. With --verbose, prints the figures."""

@@ -54,7 +54,7 @@ def list_media(sample: data.Sample, processor: data.Processor) -> list[tuple[str
     """Return ("image" or "video", grid, number of tokens) of each of a sample's images and videos, in order."""
     media, at, ids = [], 0, sample.input_ids[sample.visual_index].tolist()
     for t, h, w in sample.grid_thw.tolist():
-        tokens = t * h * w // processor.merge**2
+        tokens = t * h * w // processor.merge_size**2
         media.append(("image" if ids[at] == processor.image_token_id else "video", (t, h, w), tokens))
         at += tokens
     return media
@@ -65,8 +65,8 @@ def unpatchify(patches: np.ndarray, grid: tuple[int, int, int], processor: data.
 
     Each pair of frames gives its first frame.
     """
-    (t, h, w), m, p = grid, processor.merge, processor.patch
-    blocks = patches.reshape(t, h // m, w // m, m, m, 3, processor.temporal, p, p)[:, :, :, :, :, :, 0]
+    (t, h, w), m, p = grid, processor.merge_size, processor.patch_size
+    blocks = patches.reshape(t, h // m, w // m, m, m, 3, processor.temporal_patch_size, p, p)[:, :, :, :, :, :, 0]
     pixels = blocks.transpose(0, 1, 3, 6, 2, 4, 7, 5).reshape(t, h * p, w * p, 3)
     mean, std = (np.array(processor.image[f"image_{name}"], np.float32) for name in ("mean", "std"))
     return ((pixels * std + mean) * 255).round().clip(0, 255).astype(np.uint8)
@@ -86,7 +86,7 @@ def _thumbnails(sample: data.Sample, processor: data.Processor) -> Iterator[str]
     for kind, (t, h, w), _ in list_media(sample, processor):
         patches = sample.pixel_values[at : at + t * h * w].numpy().reshape(t, h * w, -1)
         at += t * h * w
-        rows, columns = h // processor.merge, w // processor.merge
+        rows, columns = h // processor.merge_size, w // processor.merge_size
         for i in range(t):
             image = ""
             if shown < MAX_IMAGES:
