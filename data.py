@@ -1009,11 +1009,11 @@ def _pixel_limits(kind: str, settings: dict, minimum: int | None, maximum: int |
 
 
 class RowFile:
-    """A file of rows. To add a format, write a subclass and give its suffix in `ROW_FORMATS`.
+    """A file of rows. To add a format, write a subclass and enter its suffix in `ROW_FORMATS`.
 
     A row is found by a half-open range [start, end) of integers in a unit that the format chooses, such as bytes or row
-    numbers. The ranges of a file increase and do not overlap. `read` runs in forked worker processes, so that it
-    must not use a file handle that was opened before the fork. All methods may raise OSError.
+    numbers. The ranges of a file increase and do not overlap. All methods may raise OSError. `read` runs in forked
+    worker processes and must not share a file handle with them.
     """
 
     def __init__(self, path: str):
@@ -1086,33 +1086,34 @@ def _scan_array(path: str, stream: BinaryIO, offset: int, expected: str) -> Iter
     """
     parse = json.JSONDecoder(strict=False, parse_int=len).raw_decode
     separator = re.compile(r"[ \t\n\r]*(\[[ \t\n\r]*\]|[\[,\]]?)[ \t\n\r]*")
-    window, at, at_end = "", 0, False  # window[0] is byte `offset` of the file; everything before `at` is done
+    window, done, at_end = "", 0, False  # window[0] is byte `offset` of the file; everything before `done` was yielded
     while True:
-        match = separator.match(window, at)
+        match = separator.match(window, done)
         mark, start = match[1], match.end()
-        is_last = mark[-1:] == "]"
-        problem, position = "", start
+        closes = mark.endswith("]")
+        problem, end = "", start  # `end` is where the element ends, or where the problem is
         if not mark or mark[0] not in expected:
-            problem, position = f"expected {' or '.join(expected)}", match.start(1)
-        elif not is_last:
+            problem, end = f"expected {' or '.join(expected)}", match.start(1)
+        elif not closes:
             try:
-                position = parse(window, start)[1]
+                end = parse(window, start)[1]
             except (ValueError, RecursionError) as error:
-                problem, position = getattr(error, "msg", one_line(error)), getattr(error, "pos", start)
-        # Where the window ends, an element looks damaged or ends too early. A cut string is an error at its start.
-        if not at_end and (position > len(window) - 16 or problem.startswith("Unterminated")):
-            chunk = stream.read(max(1 << 20, len(window) - at))  # doubles the window while an element exceeds it
-            offset, window, at = offset + at, window[at:] + chunk.decode("latin-1"), 0
+                problem, end = getattr(error, "msg", one_line(error)), getattr(error, "pos", start)
+        # An element that the window cuts has a problem near the window's end, or is an unterminated string, or seems to
+        # end there (a number). 16 bytes are more than the longest escape or literal.
+        if not at_end and (end > len(window) - 16 or problem.startswith("Unterminated")):
+            chunk = stream.read(max(1 << 20, len(window) - done))  # doubles the window while an element exceeds it
+            offset, window, done = offset + done, window[done:] + chunk.decode("latin-1"), 0
             at_end = not chunk
             continue
-        if is_last and not problem:
+        if closes and not problem:
             if start == len(window):
                 return
             problem = "extra data after the array"
         if problem:
-            raise InputError(f"{path} is not a JSON array: {problem} (byte {offset + position})")
-        yield offset + start, offset + position
-        at, expected = position, ",]"
+            raise InputError(f"{path} is not a JSON array: {problem} (byte {offset + end})")
+        yield offset + start, offset + end
+        done, expected = end, ",]"
 
 
 class Span(NamedTuple):
@@ -1145,7 +1146,7 @@ class RowSource:
         for path, file in zip(self.paths, self.files, strict=True):
             try:
                 if next(file.scan(), None) is None:
-                    raise InputError(f"{path} holds no rows: a dataset is a JSON array of rows or JSON lines")
+                    raise InputError(f"the dataset {path} holds no rows")
             except OSError as error:
                 raise InputError(f"the dataset {path} cannot be read: {error.strerror}") from error
 
@@ -1163,25 +1164,33 @@ class RowSource:
     def stream(self, state: dict, seed: int | None) -> Iterator[tuple[Span, dict]]:
         """Yield the rows after the position `state`, endlessly, each with the position after it.
 
-        `state` is {} at the start. Each of the blocks that `_blocks` yields is shuffled in an order that depends on
-        `seed` and the epoch; `seed` None keeps the files' order. Raises InputError.
+        `state` is {} at the start. The rows of each block (see `_blocks`) are shuffled, in an order that depends on
+        `seed` and the epoch. If `seed` is None, the files' order is kept. Raises InputError.
         """
         if state:
             self._check_position(state)
         layout = {"sizes": self.sizes, "shuffle_buffer": self.buffer}
         consumed, epoch, done = (state.get(name, 0) for name in ("consumed", "epoch", "done"))
-        first_block = state.get("block")
+        block = state.get("block")
         while True:
-            for block, size, span_at in self._blocks(first_block):
+            for start, size, span_at in self._blocks(block):
                 order = range(size)
                 if seed is not None:
-                    order = np.random.default_rng([seed, epoch, *block]).permutation(size)
-                while done < size:
-                    span = span_at(int(order[done]))
-                    done, consumed = done + 1, consumed + 1
-                    yield span, {"consumed": consumed, "epoch": epoch, "block": block, "done": done} | layout
+                    order = np.random.default_rng([seed, epoch, *start]).permutation(size)
+                for i in range(done, size):
+                    consumed += 1
+                    position = {"consumed": consumed, "epoch": epoch, "block": start, "done": i + 1}
+                    yield span_at(int(order[i])), position | layout
                 done = 0
-            first_block, epoch, done = None, epoch + 1, 0
+            block, epoch, done = None, epoch + 1, 0
+
+    def _blocks(self, first: list[int] | None) -> Iterator[tuple[list[int], int, Callable[[int], Span]]]:
+        """Yield the blocks of an epoch, from the start of the block `first` on (None: all blocks).
+
+        A block is given by its start (a list of numbers), its number of rows, and a function that returns the location
+        of the i-th row.
+        """
+        raise NotImplementedError
 
     def _check_position(self, state: dict) -> None:
         """Compare a position with these datasets. Raises InputError if only one of them was streamed."""
@@ -1202,9 +1211,9 @@ class RowSource:
 
 
 class RowDataset(RowSource):
-    """Rows of known number, read from disk on demand. Only the range of each row is kept in memory, in 16 bytes.
+    """Rows of known number, read from disk on demand. Only the range of each row is in memory, in 16 bytes.
 
-    `cache_dir` keeps the ranges for the next start. Its files may be deleted at any time.
+    The ranges are also kept in `cache_dir` for the next start. The files there may be deleted at any time.
     """
 
     def __init__(
@@ -1239,8 +1248,7 @@ class RowDataset(RowSource):
         return self.sizes[file]
 
     def _blocks(self, first: list[int] | None) -> Iterator[tuple[list[int], int, Callable[[int], Span]]]:
-        """Yield one block that holds the whole epoch (see `RowStream._blocks`)."""
-        yield [], len(self), self.span
+        yield [], len(self), self.span  # one block per epoch
 
 
 class RowStream(RowSource):
@@ -1268,11 +1276,7 @@ class RowStream(RowSource):
         return rows * self.sizes[file] / end
 
     def _blocks(self, first: list[int] | None) -> Iterator[tuple[list[int], int, Callable[[int], Span]]]:
-        """Yield the blocks of the rest of an epoch: (where it starts, number of rows, function of a row's location).
-
-        A block starts at [file number, row number, position in the file]; `first` is where the first one starts.
-        """
-        start = first or [0, 0, 0]
+        start = first or [0, 0, 0]  # number of the file, number of the row in it, start of the row's range
         spans = self._spans(*start)
         while block := list(itertools.islice(spans, self.buffer)):
             yield start, len(block), block.__getitem__
@@ -1289,9 +1293,13 @@ class RowStream(RowSource):
 
 
 def _cached_index(file: RowFile, cache_dir: str | None) -> np.ndarray:
-    """Return the ranges [rows, 2] of a file's rows, from `cache_dir` unless the file has changed since."""
+    """Return the ranges [rows, 2] of a file's rows, from `cache_dir` if the file has not changed."""
+
+    def build() -> np.ndarray:
+        return np.fromiter(itertools.chain.from_iterable(file.scan()), np.int64).reshape(-1, 2)
+
     if cache_dir is None:
-        return _index(file)
+        return build()
     status = os.stat(file.path)
     identity = f"{os.path.abspath(file.path)} {status.st_size} {status.st_mtime_ns}"
     cached = Path(cache_dir, f"rows-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npy")
@@ -1300,7 +1308,7 @@ def _cached_index(file: RowFile, cache_dir: str | None) -> np.ndarray:
             return np.load(cached)
         except (OSError, EOFError, ValueError) as error:
             logger.warning("%s is damaged and is built again: %s", cached, one_line(error))
-    ranges = _index(file)
+    ranges = build()
     temporary = cached.with_suffix(f".{uuid.uuid4().hex}")  # other processes may write the same index
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -1312,11 +1320,6 @@ def _cached_index(file: RowFile, cache_dir: str | None) -> np.ndarray:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     return ranges
-
-
-def _index(file: RowFile) -> np.ndarray:
-    """Return the ranges [rows, 2] of a file's rows."""
-    return np.fromiter(itertools.chain.from_iterable(file.scan()), np.int64).reshape(-1, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------- the stream
@@ -1357,8 +1360,8 @@ class Loader:
     num_samples: int | None = None  # ends the stream after so many rows; the last batches of some ranks may be empty
 
     def __post_init__(self):
-        self._rows_per_step = self.micro_batch_size * self.dp_size  # of one micro-batch on every rank
-        if self.global_batch_size % self._rows_per_step:
+        self._rows_per_micro_step = self.micro_batch_size * self.dp_size  # of all ranks
+        if self.global_batch_size % self._rows_per_micro_step:
             raise InputError(
                 f"a global batch of {self.global_batch_size} cannot be divided into micro-batches of "
                 f"{self.micro_batch_size} on {self.dp_size} data-parallel ranks"
@@ -1404,7 +1407,7 @@ class Loader:
         """Return the number of rows in an epoch. With `packing`, estimate the number of packed rows.
 
         The estimate divides the tokens of up to 1000 rows by `seq_length`, as if packed rows had no unused space. With
-        samples much shorter than `seq_length`, it is too low by less than 2 %.
+        samples much shorter than `seq_length`, it is too low by about 1 to 2 %.
         """
         rows = self.dataset.count()
         if not self.packing:
@@ -1445,7 +1448,7 @@ class Loader:
         """Yield this rank's rows of each micro-batch, and the position after the rows of all ranks."""
         rows = itertools.islice(self.dataset.stream(state, self._order_seed), self.num_samples)
         first = self.dp_rank * self.micro_batch_size
-        while step := list(itertools.islice(rows, self._rows_per_step)):
+        while step := list(itertools.islice(rows, self._rows_per_micro_step)):
             yield [span for span, _ in step[first : first + self.micro_batch_size]], step[-1][1]
 
     def _packed(self, states: list[dict]) -> Iterator[tuple[list[Span], dict]]:
@@ -1495,7 +1498,7 @@ class Loader:
         return span, state, length
 
     def _undelivered_rows(self, states: list[dict]) -> tuple[list[Span], dict]:
-        """Return the rows of before the checkpoint that this rank still has to pack, and the position to continue from.
+        """Return the rows before the checkpoint that this rank still has to pack, and the position to continue from.
 
         Ranks pack at different speeds, so that each saves its own position. If the layout of ranks has changed, all
         ranks continue from the furthest position. The rows before it that no rank has packed are divided anew.
@@ -1506,9 +1509,9 @@ class Loader:
             return [Span(*span) for span in own[0].get("buffer", [])], own[0]
         spans = [Span(*span) for state in states for span in state["buffer"]]
         consumed = {state["rank_layout"][0]: state["consumed"] for state in states}
-        oldest, newest = (choose(states, key=lambda state: state["consumed"]) for choose in (min, max))
-        stream = self.dataset.stream(oldest, self._order_seed)
-        for span, state in itertools.islice(stream, newest["consumed"] - oldest["consumed"]):
+        states = sorted(states, key=lambda state: state["consumed"])
+        newest, number = states[-1], states[-1]["consumed"] - states[0]["consumed"]
+        for span, state in itertools.islice(self.dataset.stream(states[0], self._order_seed), number):
             rank = (state["consumed"] - 1) % newest["rank_layout"][1]
             if state["consumed"] > consumed[rank]:
                 spans.append(span)
