@@ -9,10 +9,8 @@ import ast
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import re
@@ -21,9 +19,7 @@ import sys
 import types
 import warnings
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -38,8 +34,8 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 import data
-from common import InputError
-from data import IGNORE, PACKING_WINDOW, Loader, Processor, RowDataset, RowStream, collate
+from common import InputError, UsageError
+from data import IGNORE, EncodeOptions, Processor, RowDataset
 
 TEMPLATE = (Path(__file__).parent / "assets" / "chat_template.jinja").read_text()
 LAYS_ON_WHITE = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
@@ -230,7 +226,7 @@ def test_prompt_equals_transformers(row, pictures, judge, processor):
     question = {**row, "messages": row["messages"][:-1]}
     prompt = judge(for_judge(question, pictures), generation=True)
     for given in (row, question):  # an answer that is there is dropped
-        sample = processor.encode(given, media_dir=pictures, for_generation=True)
+        sample = processor.encode(given, media_dir=pictures, options=EncodeOptions(for_generation=True))
         assert_equal(sample, prompt)
         assert (sample.labels == IGNORE).all()
 
@@ -306,7 +302,7 @@ def test_supervised_tokens(pictures, processor):
     row = chat("system:Be brief.", "<image>What?", "A bus.", "Sure?", "Yes.", images=["small.png"])
 
     def encode(**options):
-        return processor.encode(row, media_dir=pictures, **options)
+        return processor.encode(row, pictures, options=EncodeOptions(**options))
 
     assert marked(processor, encode()) == ["A bus.<|im_end|>\n", "Yes.<|im_end|>\n"]
     assert marked(processor, encode(mask_history=True)) == ["Yes.<|im_end|>\n"]
@@ -315,7 +311,7 @@ def test_supervised_tokens(pictures, processor):
         "What?<|im_end|>\n<|im_start|>assistant\nA bus.<|im_end|>\n"
         "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n",
     ]
-    with pytest.raises(InputError, match="exclude"):
+    with pytest.raises(UsageError, match="exclude"):
         encode(mask_history=True, train_on_prompt=True)
 
 
@@ -361,9 +357,9 @@ def test_truncation(pictures, processor):
     for length in range(prompt - 2, len(whole.input_ids) + 2):
         if length <= prompt:  # no room for a token of the answer
             with pytest.raises(InputError, match=f"x: .*{prompt} of them, {media} of pictures.*--seq-length"):
-                processor.encode(row, media_dir=pictures, seq_length=length, source="x")
+                processor.encode(row, media_dir=pictures, options=EncodeOptions(seq_length=length), source="x")
             continue
-        sample = processor.encode(row, media_dir=pictures, seq_length=length)
+        sample = processor.encode(row, media_dir=pictures, options=EncodeOptions(seq_length=length))
         expected = next((s for s in (whole, second, first) if len(s.input_ids) <= length), None)
         assert sample.truncated == (expected is not whole)
         if expected is None:  # the only answer is cut
@@ -375,7 +371,7 @@ def test_truncation(pictures, processor):
             assert torch.equal(getattr(sample, name), getattr(expected, name))
         assert (sample.labels != IGNORE).any() and len(sample.input_ids) <= length
     with pytest.raises(InputError, match="do not fit"):
-        processor.encode(row, media_dir=pictures, seq_length=20, for_generation=True)
+        processor.encode(row, media_dir=pictures, options=EncodeOptions(seq_length=20, for_generation=True))
 
 
 # -------------------------------------------------------------------------------------------------------------- videos
@@ -433,7 +429,7 @@ def test_video_frames(count, fps, size, judge, processor, tmp_path):
     listed = [f"f{i}.png" for i in range(count)]
     for video in ({"path": listed, "fps": fps}, {"path": ".", "fps": fps}):
         row = {"conversations": [{"from": "human", "value": "<video>What?"}], "video": video}
-        sample = processor.encode(row, media_dir=tmp_path, for_generation=True)
+        sample = processor.encode(row, media_dir=tmp_path, options=EncodeOptions(for_generation=True))
         assert sample.input_ids.tolist() == ids.tolist()
         assert sample.position_ids.tolist() == positions.tolist()
         assert sample.grid_thw.tolist() == grid.tolist()
@@ -684,7 +680,7 @@ MEASURED = [
     ({"seq_length": 200}, chat("<image>What?", "word " * 300, images=["small.png"])),
     ({"seq_length": 300}, chat("<image>What?", "word " * 60, "And?", "word " * 300, images=["small.png"])),
     ({"seq_length": 90, "train_on_prompt": True}, chat("<image>What?", "A", "<image>", "B", images=["small.png"] * 2)),
-    ({"mask_history": True, "source": "s", "confine": True}, chat("\n<image>\n", "\n\n", images=["small.png"])),
+    ({"mask_history": True, "confine_paths": True}, chat("\n<image>\n", "\n\n", images=["small.png"])),
 ]
 
 
@@ -695,7 +691,7 @@ def test_measure(options, row, pictures, processor, tmp_path, monkeypatch):
         write_video(tmp_path / "clip.mp4", 40, 15)
         write_video(tmp_path / "uneven.mkv", len(UNEVEN), 25, pts=UNEVEN)
         pictures = tmp_path
-    expected = len(processor.encode(row, media_dir=pictures, **options).input_ids)
+    expected = len(processor.encode(row, pictures, options=EncodeOptions(**options)).input_ids)
     if "webp" not in json.dumps(row):
         monkeypatch.setattr(ImageFile.ImageFile, "load", None)
         monkeypatch.setattr(Processor, "_patchify", None)
@@ -709,25 +705,23 @@ def test_measure(options, row, pictures, processor, tmp_path, monkeypatch):
 
         open_ = av.open
         monkeypatch.setattr(av, "open", open_for_packets)
-    assert processor.count_tokens(row, media_dir=pictures, **options) == expected
+    assert processor.count_tokens(row, pictures, options=EncodeOptions(**options)) == expected
 
 
 def test_measure_raises_as_encode(bad_media, processor):
+    options = EncodeOptions(seq_length=3000)
     for row, _ in BAD_ROWS:
         try:
-            tokens = len(processor.encode(row, media_dir=bad_media, source="s", seq_length=3000).input_ids)
+            tokens = len(processor.encode(row, bad_media, "s", options).input_ids)
         except InputError as error:
             if "cut.png" in str(error) or "cut.jpg" in str(error):
-                assert processor.count_tokens(row, media_dir=bad_media, seq_length=3000)  # only decoding finds it
+                assert processor.count_tokens(row, bad_media, options=options)  # only decoding finds it
                 continue
             with pytest.raises(InputError) as caught:
-                processor.count_tokens(row, media_dir=bad_media, source="s", seq_length=3000)
+                processor.count_tokens(row, bad_media, "s", options)
             assert str(caught.value) == str(error)
         else:
-            assert processor.count_tokens(row, media_dir=bad_media, seq_length=3000) == tokens
-    options = {"media_dir": bad_media, "mask_history": True, "train_on_prompt": True, "source": "row 1"}
-    with pytest.raises(InputError, match="row 1: .*exclude"):
-        processor.count_tokens(chat("a", "b"), **options)
+            assert processor.count_tokens(row, bad_media, options=options) == tokens
 
 
 TRANSFORMERS_4 = """
@@ -1055,24 +1049,22 @@ def test_bad_row(row, message, bad_media, processor, tmp_path):
     path.write_text(json.dumps([good, {**row, "id": "r-1"} if isinstance(row, dict) else row]))
     dataset = RowDataset([str(path)], dataset_dir=str(bad_media))
     named = " \\(id (r-1)\\)" if isinstance(row, dict) else ""
-    loader = make_loader(dataset, processor, shuffle=False)
-    stream = iter(loader)
-    next(stream)
     with pytest.raises(InputError, match=f"^{path} row 2{named}: .*{message}") as caught:
-        next(stream)
+        read, source, media_dir = dataset[1]
+        processor.encode(read, media_dir, source)
     assert "\n" not in str(caught.value)
 
 
 def test_pictures_beyond_the_length_are_not_decoded(bad_media, processor):
     row = chat("x", "y", images=["rgb.png", "cut.png"])  # the second has a header
     with pytest.raises(InputError, match="tokens do not fit in a sequence length of 10"):
-        processor.encode(row, media_dir=bad_media, seq_length=10)
+        processor.encode(row, media_dir=bad_media, options=EncodeOptions(seq_length=10))
     with pytest.raises(InputError, match=r"images\[1\]: .*cut.png cannot be read"):
-        processor.encode(row, media_dir=bad_media, seq_length=4096)
+        processor.encode(row, media_dir=bad_media, options=EncodeOptions(seq_length=4096))
 
 
 def test_confined_paths(bad_media, processor, tmp_path):
-    inside = tmp_path / "inside"
+    inside, confined = tmp_path / "inside", EncodeOptions(confine_paths=True)
     inside.mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "outside.png")
     Image.new("RGB", (64, 64)).save(inside / "a.png")
@@ -1082,15 +1074,15 @@ def test_confined_paths(bad_media, processor, tmp_path):
         row = chat("x", "y", images=[path])
         assert len(processor.encode(row, media_dir=inside).grid_thw) == 1
         with pytest.raises(InputError, match="outside .*--confine-paths"):
-            processor.encode(row, media_dir=inside, confine=True)
+            processor.encode(row, media_dir=inside, options=confined)
         with pytest.raises(InputError, match="outside .*--confine-paths"):
-            processor.encode(chat("x", "y", videos=[["a.png", path]]), media_dir=inside, confine=True)
+            processor.encode(chat("x", "y", videos=[["a.png", path]]), media_dir=inside, options=confined)
     for path in ("\ud800", "a\udd00.png", "\udc7f/a.png"):  # no file system can hold such a name
         with pytest.raises(InputError, match=r"^images\[0\]: a path is needed, this is a string: .*\\ud"):
-            processor.encode(chat("x", "y", images=[path]), media_dir=inside, confine=True)
+            processor.encode(chat("x", "y", images=[path]), media_dir=inside, options=confined)
     os.symlink("a.png", os.fsencode(inside) + b"/\xff.png")  # JSON names a byte that is not UTF-8 as "\udcff"
     for path in ("a.png", "../inside/a.png", "good.png", str(inside / "a.png"), "\udcff.png"):
-        processor.encode(chat("x", "y", images=[path]), media_dir=inside, confine=True)
+        processor.encode(chat("x", "y", images=[path]), media_dir=inside, options=confined)
 
 
 def test_large_picture_is_read_in_silence(tmp_path):
@@ -1100,581 +1092,3 @@ def test_large_picture_is_read_in_silence(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "large.png"], capture_output=True, text=True,
         cwd=Path(data.__file__).parent)
     assert (done.stdout, done.stderr) == ("(9400, 9400)\n", "")
-
-
-# ------------------------------------------------------------------------------------------------------- files of rows
-
-BAD_FILES = [
-    (b"", "holds no rows"),
-    (b" \n\n", "holds no rows"),
-    (b"[]", "holds no rows"),
-    (b"[ \n ]\n", "holds no rows"),
-    (b'"text"', "begins with b'\"'"),
-    (b"\x89PNG\0\0", r"begins with b'\\x89'"),
-    ('[{"a": 1}]'.encode("utf-16"), "begins with"),
-    (b'[{"a": 1},\n {"b": }]', "Expecting value at line 2 column 8"),
-    (b'[{"a": 1}\n {"b": 2}]', "expected , or ] at line 2 column 2"),
-    (b'[{"a": 1}, ]', "Expecting value at line 1 column 12"),
-    (b'[{"a": 1},\n {"b": "cut', "Unterminated string starting at at line 2 column 8"),
-    (b'[{"a": 1}', "expected , or ] at line 1 column 10"),
-    (b'[{"a": 1}] x', "extra data after the list at line 1 column 12"),
-    (b"[" * 100000, "recursion"),
-]
-
-
-@pytest.mark.parametrize(("content", "message"), BAD_FILES)
-def test_bad_file(content, message, tmp_path):
-    path = tmp_path / "rows.json"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=f"{path} .*{message}") as caught:
-        RowDataset([str(path)])
-    assert "\n" not in str(caught.value)
-
-
-def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(InputError, match="none.json cannot be read: No such file"):
-        RowDataset([str(tmp_path / "none.json")])
-    (tmp_path / "a.json").write_text("[1]")
-    with pytest.raises(InputError, match="--dataset-dir"):
-        RowDataset([str(tmp_path / "a.json")], dataset_dir=str(tmp_path / "none"))
-    for paths in ([""], [str(tmp_path / "a.json"), ""]):
-        with pytest.raises(InputError, match="the name of a dataset is empty"):
-            RowDataset(paths)
-    os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path, tmp_path / "pipe"):
-        for cache in (None, str(tmp_path / "cache")):
-            with pytest.raises(InputError, match=f"the dataset {path} is not a regular file"):
-                RowDataset([str(path)], cache_dir=cache)
-
-
-@pytest.mark.parametrize("row", [b'{"a": "\xff"}', b'{"a": "\0"}', b'{"a": "\xe2\x82"}', b"1" * 5000])
-@pytest.mark.parametrize("kind", [RowDataset, RowStream])
-def test_bad_text_in_an_array_is_a_bad_row(row, kind, tmp_path):
-    """Whose neighbours are as they were."""
-    path = tmp_path / "rows.json"
-    path.write_bytes(b'[{"id": 1}, ' + row + ', {"id": "ä"}]'.encode())
-    dataset = kind([str(path)])
-    first, bad, last = (span for span, _ in itertools.islice(dataset.stream({}, None), 3))
-    assert [dataset.read(span)[0]["id"] for span in (first, last)] == [1, "ä"]
-    with pytest.raises(InputError, match="rows.json row 2 is not JSON in UTF-8: "):
-        dataset.read(bad)
-
-
-@pytest.mark.parametrize("line", [b'{"a": ', b'{"a": "\xff"}', b'{"a": "\0"}', b"{}{}"])
-def test_bad_line_is_a_bad_row(line, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"id": 1}\n\n' + line + b"\n" + b'{"id": 3}')
-    dataset = RowDataset([str(path)])
-    assert [dataset[0][0], dataset[2][0]] == [{"id": 1}, {"id": 3}]
-    with pytest.raises(InputError, match=f"{path} row 2 is not JSON in UTF-8"):
-        dataset[1]
-
-
-@pytest.mark.parametrize("indent", [None, 2])
-def test_rows_are_read_by_their_byte_ranges(indent, tmp_path):
-    """Arrays compact and indented, larger than the window they are read through, with long rows and all of Unicode."""
-    rng = np.random.default_rng(0)
-    rows = [
-        {"id": i, "t": "".join(rng.choice(list('"\\\n[]{},ä你🎉'), int(size))), "n": [[], {}]}
-        for i, size in enumerate(rng.integers(0, 3000, 400))
-    ]
-    rows[7]["t"] = "ä" * 1_500_000
-    rows += [1234567890123, "text", None, [1, [2]]]
-    (tmp_path / "sub").mkdir()
-    array, lines = tmp_path / "a.json", tmp_path / "sub" / "b.jsonl"
-    array.write_text("\ufeff \n" + json.dumps(rows, ensure_ascii=False, indent=indent) + "\n")
-    lines.write_text("\n".join(json.dumps(row) for row in rows[:50]) + "\n \n")
-    dataset = RowDataset([str(array), str(lines)])
-    assert len(dataset) == len(rows) + 50
-    assert [dataset[i][0] for i in range(len(dataset))] == rows + rows[:50]
-    assert dataset[len(rows)][1:] == (f"{lines} row 1 (id 0)", tmp_path / "sub")
-    first = RowDataset([str(array), str(lines)], dataset_dir=str(tmp_path), max_samples=3)
-    assert [first[i][0]["id"] for i in range(len(first))] == [0, 1, 2] * 2 and first[5][2] == tmp_path
-    with pytest.raises(IndexError):
-        first[6]
-
-
-def test_cached_index(tmp_path):
-    path, cache = tmp_path / "a.json", tmp_path / "cache"
-    path.write_text(json.dumps([{"id": i} for i in range(5)]))
-    for _ in range(2):
-        assert len(RowDataset([str(path)], cache_dir=str(cache))) == 5
-    (file,) = cache.iterdir()
-    whole = file.read_bytes()
-    file.write_bytes(b"damaged")
-    assert len(RowDataset([str(path)], cache_dir=str(cache))) == 5
-    for damage in (b"", whole[:32], whole[:-16], whole[:-1] + b"\1", b"\0" + whole[1:], whole + b"\0" * 16):
-        file.write_bytes(damage)
-        assert [row["id"] for row, _, _ in RowDataset([str(path)], cache_dir=str(cache))] == list(range(5))
-        assert file.read_bytes() == whole
-    path.write_text(json.dumps([{"id": i} for i in range(6)]))  # other content, other index
-    with multiprocessing.get_context("fork").Pool(4) as pool:  # many processes at once
-        assert pool.map(partial(RowDataset, cache_dir=str(cache)), [[str(path)]] * 8, chunksize=1)[-1].count() == 6
-    assert len(list(cache.iterdir())) == 2
-
-
-def test_an_index_that_cannot_be_kept(tmp_path, monkeypatch, caplog):
-    (tmp_path / "a.json").write_text('[{"id": 1}]')
-    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError(28, "No space left on device")))
-    assert len(RowDataset([str(tmp_path / "a.json")], cache_dir=str(tmp_path / "cache"))) == 1
-    assert "cannot be kept: No space left" in caplog.text and not list((tmp_path / "cache").iterdir())
-
-
-# -------------------------------------------------------------------------------------------------------------- loader
-
-
-def make_loader(dataset, processor, **options) -> Loader:
-    defaults = {
-        "micro_batch_size": 1,
-        "global_batch_size": 1,
-        "dp_rank": 0,
-        "dp_size": 1,
-        "seed": 3,
-        "shuffle": True,
-        "num_workers": 0,
-        "on_bad_sample": "error",
-        "encode_options": {},
-    }
-    return Loader(dataset, processor, **(defaults | options))
-
-
-def take(loader, count) -> list:
-    stream = iter(loader)
-    return [next(stream) for _ in range(count)]
-
-
-@pytest.fixture
-def numbered(tmp_path) -> RowDataset:
-    """Two files of 11 and 6 rows."""
-    (tmp_path / "a.json").write_text(json.dumps([{"id": f"a{i}"} | chat(f"q{i}", "x" * i) for i in range(11)]))
-    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"id": f"b{i}"} | chat("q", f"{i}")) for i in range(6)))
-    return RowDataset([str(tmp_path / "a.json"), str(tmp_path / "b.jsonl")])
-
-
-def ids(batches) -> list[list[str]]:
-    return [[source.split("(id ")[1][:-1] for source in batch.sources] for batch in batches]
-
-
-def test_order_does_not_depend_on_the_layout(numbered, processor):
-    """Global batch k is rows kG to (k+1)G-1 of the stream, its micro-batches dealt in turn; epochs join seamlessly."""
-    stream = [x for batch in ids(take(make_loader(numbered, processor), 51)) for x in batch]
-    epochs = [stream[:17], stream[17:34], stream[34:]]
-    everything = [f"a{i}" for i in range(11)] + [f"b{i}" for i in range(6)]
-    assert all(sorted(epoch) == sorted(everything) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2] and everything not in epochs
-    assert stream != [x for b in ids(take(make_loader(numbered, processor, seed=4), 51)) for x in b]
-    plain = [x for b in ids(take(make_loader(numbered, processor, shuffle=False), 20)) for x in b]
-    assert plain == everything + everything[:3]
-    for size, dp_size in ((1, 2), (2, 1), (2, 3), (4, 3)):
-        options = {"micro_batch_size": size, "global_batch_size": 12, "dp_size": dp_size}
-        loaders = [make_loader(numbered, processor, dp_rank=rank, **options) for rank in range(dp_size)]
-        ranks = [ids(take(loader, 48 // (size * dp_size))) for loader in loaders]
-        dealt = [x for turn in zip(*ranks, strict=True) for batch in turn for x in batch]
-        assert dealt == stream[:48]
-
-
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_workers_and_resume(workers, numbered, processor):
-    options = {"micro_batch_size": 2, "global_batch_size": 8, "dp_rank": 1, "dp_size": 2}
-    expected = take(make_loader(numbered, processor, **options), 14)
-    batches = take(make_loader(numbered, processor, num_workers=workers, **options), 6)
-    state = json.loads(json.dumps(batches[-1].resume_state))
-    assert state["consumed"] == 24
-    resumed = make_loader(numbered, processor, num_workers=workers, resume_state=state, **options)
-    batches += take(resumed, 8)
-    assert ids(batches) == ids(expected)
-    assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(batches, expected, strict=True))
-    assert [b.resume_state for b in batches] == [b.resume_state for b in expected]
-    # At a global batch's end another layout goes on with the same rows.
-    other = make_loader(numbered, processor, micro_batch_size=4, global_batch_size=8, resume_state=state)
-    stream = [x for b in ids(take(make_loader(numbered, processor), 32)) for x in b]
-    assert [x for b in ids(take(other, 2)) for x in b] == stream[24:32]
-
-
-def test_a_stream_that_ends(numbered, processor):
-    """The held-out rows once, whatever the layout; a rank whose turn holds none gets an empty batch."""
-    options = {"micro_batch_size": 2, "global_batch_size": 6, "dp_size": 3, "shuffle": False, "num_samples": 15}
-    ranks = [ids(make_loader(numbered, processor, dp_rank=rank, **options)) for rank in range(3)]
-    rows = [x for turn in zip(*ranks, strict=True) for batch in turn for x in batch]
-    assert rows == [f"a{i}" for i in range(11)] + [f"b{i}" for i in range(4)]
-    assert [len(batch) for batch in ranks[2]] == [2, 2, 0]
-
-
-def test_workers_leave_the_process_group(numbered, processor):
-    """Ctrl-C and torchrun's SIGTERM go to a process group: the workers must outlive the step that is in hand."""
-    stream = iter(make_loader(numbered, processor, num_workers=1))
-    next(stream)
-    (worker,) = multiprocessing.active_children()
-    assert os.getpgid(worker.pid) == worker.pid != os.getpgrp()
-    stream.close()
-    assert not multiprocessing.active_children()
-
-
-def test_indivisible_batch(numbered, processor):
-    with pytest.raises(InputError, match="global batch of 8 .* micro-batches of 3 to 2"):
-        make_loader(numbered, processor, micro_batch_size=3, global_batch_size=8, dp_size=2)
-
-
-def test_collate(processor, pictures):
-    rows = [chat("<image>a", "b", images=["small.png"]), chat("text", "only")]
-    rows.append(chat("<image><image>", "c", images=["exact.png"] * 2))
-    samples = [processor.encode(row, media_dir=pictures, source=f"s{i}") for i, row in enumerate(rows)]
-    batch = collate(samples, {"consumed": 3}, [4, 0], [1, 0])
-    lengths = [len(s.input_ids) for s in samples]
-    assert batch.cu_seqlens == [0, lengths[0], lengths[0] + lengths[1], sum(lengths)]
-    assert (batch.sources, batch.rows_bad, batch.truncated, batch.loss_weights) == (["s0", "s1", "s2"], [1, 0], 0, None)
-    for start, end, sample in zip(batch.cu_seqlens, batch.cu_seqlens[1:], samples, strict=False):
-        assert torch.equal(batch.input_ids[start:end], sample.input_ids)
-        assert torch.equal(batch.labels[start:end], sample.labels)
-        assert torch.equal(batch.position_ids[:, start:end], sample.position_ids)
-    assert (batch.input_ids[batch.visual_index] == processor.image_token_id).all()
-    assert len(batch.visual_index) == batch.grid_thw.prod(1).sum() // 4 and len(batch.grid_thw) == 3
-    assert torch.equal(batch.supervised_index, (batch.labels != IGNORE).nonzero().flatten())
-    assert len(batch.pixel_values) == batch.grid_thw.prod(1).sum()
-    batch.loss_weights = torch.ones(sum(lengths))
-    moved = batch.to("meta")
-    assert moved.input_ids.device.type == moved.loss_weights.device.type == "meta"
-    assert moved.grid_thw.device.type == "cpu" and moved.cu_seqlens == batch.cu_seqlens
-
-
-def judged(loaders: list[Loader], steps: int) -> None:
-    """Lets all ranks take steps, and judges their bad rows as the trainer does."""
-    for batches in itertools.islice(zip(*loaders, strict=True), steps):
-        read, bad = (np.sum([getattr(batch, name) for batch in batches], 0) for name in ("rows_read", "rows_bad"))
-        for loader in loaders:
-            loader.check_bad_row_rate(read.tolist(), bad.tolist(), batches[-1].resume_state["epoch"])
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_bad_rows_are_skipped_and_counted(workers, tmp_path, processor, caplog):
-    rows = [{"id": i} | chat("q", "a") for i in range(40)]
-    rows[5] = {"id": 5} | chat("q", "a", images=["none.png"])
-    rows[9]["messages"] = []
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    dataset = RowDataset([str(tmp_path / "a.json")])
-    options = {"shuffle": False, "on_bad_sample": "skip", "micro_batch_size": 2, "global_batch_size": 2}
-    batches = take(make_loader(dataset, processor, num_workers=workers, **options), 50)  # two and a half epochs
-    assert [i for i, batch in enumerate(batches) if sum(batch.rows_bad)] == [2, 4, 22, 24, 42, 44]
-    assert ids(batches[2:3]) == [["4"]] and ids(batches[4:5]) == [["8"]]
-    lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == 2  # each once
-    assert "row 6 (id 5): images[0]: " in lines[0] and "none.png does not exist" in lines[0]
-    assert "row 10 (id 9): 'messages' must be" in lines[1]
-
-    single = take(make_loader(dataset, processor, shuffle=False, on_bad_sample="skip"), 6)[5]
-    assert single.input_ids.tolist() == [0] and single.labels.tolist() == [IGNORE] and single.cu_seqlens == [0, 1]
-    assert (single.rows_read, single.rows_bad) == ([1], [1]) and len(single.supervised_index) == 0
-    assert single.position_ids.shape == (3, 1)
-    assert single.pixel_values.shape == (0, 1536) and single.grid_thw.shape == (0, 3)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_row_surfaces_in_the_main_process(workers, tmp_path, processor):
-    rows = [{"id": i} | chat("q", "a") for i in range(8)]
-    rows[6]["messages"] = 1
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    loader = make_loader(RowDataset([str(tmp_path / "a.json")]), processor, num_workers=workers, shuffle=False)
-    with pytest.raises(InputError) as caught:
-        take(loader, 8)
-    assert str(caught.value) == f"{tmp_path}/a.json row 7 (id 6): 'messages' must be a list of turns, this is a number"
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize(("bad", "count", "seen"), [([0, 1, 2, 3, 4], 5, 5), ([0, 3, 5, 6], 9, 9), ([1], 5, 5),
-    ([0], 1, 1), ([3, 8], 10, 10)])
-def test_too_many_bad_rows_of_few(bad, count, seen, workers, tmp_path, processor):
-    """Fewer than ten rows are judged once all were seen, whether or not the last is a bad one."""
-    rows = [{} if i in bad else chat("q", "a") for i in range(count)]
-    (tmp_path / "few.json").write_text(json.dumps(rows))
-    dataset = RowDataset([str(tmp_path / "few.json")])
-    loader = make_loader(dataset, processor, on_bad_sample="skip", shuffle=False, num_workers=workers)
-    with pytest.raises(InputError, match=f"few.json: {len(bad)} of {seen} rows read are bad, more than a tenth"):
-        judged([loader], 50)
-    ranks = [make_loader(dataset, processor, on_bad_sample="skip", dp_rank=rank, dp_size=2, global_batch_size=2)
-             for rank in (0, 1)]
-    if len(bad) > 1:
-        with pytest.raises(InputError, match="rows read are bad"):
-            judged(ranks, 20)
-
-
-def test_a_tenth_bad_is_fine_wherever_the_stream_begins(tmp_path, processor):
-    rows = [{} if i in (0, 1) else chat("q", "a") for i in range(20)]
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    dataset = RowDataset([str(tmp_path / "a.json")])
-    for consumed in range(20):
-        for shuffle in (False, True):
-            state = {"consumed": consumed, "rows": 20}
-            judged([make_loader(dataset, processor, on_bad_sample="skip", shuffle=shuffle, resume_state=state)], 60)
-
-
-def test_too_many_bad_rows(tmp_path, processor):
-    """More than a tenth of one dataset, however good the other is."""
-    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
-    good.write_text(json.dumps([chat("q", "a")] * 60))
-    rows = [chat("q", "a")] * 20
-    rows[1] = rows[12] = {"messages": []}
-    for kind in (RowDataset, RowStream):
-        bad.write_text(json.dumps(rows))
-        judged([make_loader(kind([str(good), str(bad)]), processor, on_bad_sample="skip")], 160)  # exactly a tenth
-        bad.write_text(json.dumps([*rows[:15], {}, *rows[16:]]))
-        with pytest.raises(InputError, match=r"bad.json: 3 of \d+ rows read are bad, more than a tenth of the dataset"):
-            judged([make_loader(kind([str(good), str(bad)]), processor, on_bad_sample="skip")], 80)
-
-
-def test_bad_rows_at_the_front_of_a_stream_are_few_of_its_file(tmp_path, processor):
-    rows = [{} if i < 40 else chat("q", "a") for i in range(500)]
-    (tmp_path / "front.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    stream = RowStream([str(tmp_path / "front.jsonl")], buffer=50)
-    judged([make_loader(stream, processor, on_bad_sample="skip", shuffle=False)], 500)
-
-
-# ------------------------------------------------------------------------------------------------ streaming and packing
-
-
-@pytest.fixture
-def files(tmp_path) -> list[str]:
-    """An array on several lines, JSON lines with blank ones, an array on one line: 11, 6 and 9 rows."""
-    rows = {name: [{"id": f"{name}{i}"} | chat(f"q{i}", "ä\n" * (7 * i % 23)) for i in range(count)]
-            for name, count in (("a", 11), ("b", 6), ("c", 9))}
-    (tmp_path / "a.json").write_text(json.dumps(rows["a"], indent=1, ensure_ascii=False))
-    (tmp_path / "b.jsonl").write_text("\ufeff\n" + "\n\n".join(map(json.dumps, rows["b"])))
-    (tmp_path / "c.json").write_text(json.dumps(rows["c"], separators=(",", ":")))
-    return [str(tmp_path / name) for name in ("a.json", "b.jsonl", "c.json")]
-
-
-EVERYTHING = [f"{name}{i}" for name, count in (("a", 11), ("b", 6), ("c", 9)) for i in range(count)]
-
-
-def walk(dataset, count, state=None, seed=3) -> tuple[list[str], list[dict]]:
-    """The ids of the next rows of a stream, and the positions behind them, through JSON as a checkpoint has them."""
-    taken = list(itertools.islice(dataset.stream(state or {}, seed), count))
-    return [dataset.read(span)[0]["id"] for span, _ in taken], [json.loads(json.dumps(state)) for _, state in taken]
-
-
-@pytest.mark.parametrize("kind", [RowDataset, RowStream])
-def test_each_row_once_an_epoch_and_resume_at_each_row(kind, files):
-    dataset = kind(files) if kind is RowDataset else RowStream(files, buffer=4)
-    rows, states = walk(dataset, 78)
-    epochs = [rows[:26], rows[26:52], rows[52:]]
-    assert all(sorted(epoch) == sorted(EVERYTHING) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
-    assert EVERYTHING not in epochs and rows != walk(dataset, 78, seed=4)[0]
-    assert walk(dataset, 40, seed=None)[0] == (EVERYTHING * 2)[:40]
-    assert [state["consumed"] for state in states] == list(range(1, 79)) and dataset.count() == 26
-    assert [state["epoch"] for state in states] == [0] * 26 + [1] * 26 + [2] * 26
-    for i, state in enumerate(states[:60]):
-        fresh = kind(files) if kind is RowDataset else RowStream(files, buffer=4)
-        assert walk(fresh, 17, state) == (rows[i + 1 : i + 18], states[i + 1 : i + 18])
-    assert [round(dataset.rows_of(file)) for file in range(3)] == [11, 6, 9]
-    few = kind(files, max_samples=7)
-    assert sorted(walk(few, 20)[0]) == sorted(x for x in EVERYTHING if int(x[1:]) < 7) and few.count() == 20
-
-
-def test_stream_and_dataset_read_the_same_bytes(files):
-    dataset, stream = RowDataset(files), RowStream(files)
-    assert [dataset.span(i) for i in range(26)] == [span for span, _ in itertools.islice(stream.stream({}, None), 26)]
-    assert len({dataset.span(i) for i in range(26)}) == 26
-    with pytest.raises(IndexError):
-        dataset.span(26)
-
-
-def test_a_stream_shuffles_within_its_buffer(files, caplog):
-    rows, states = walk(RowStream(files, buffer=5), 26)
-    for block in range(0, 26, 5):
-        assert sorted(rows[block : block + 5]) == sorted(EVERYTHING[block : block + 5])
-    # A resumed stream keeps its buffer: another would cut the blocks anew, and rows would be lost.
-    resumed, _ = walk(RowStream(files, buffer=100), 49, states[6])
-    assert sorted(rows[:7] + resumed[:19]) == sorted(EVERYTHING) and resumed[:3] == rows[7:10]
-    assert resumed == walk(RowStream(files, buffer=5), 56)[0][7:] and "buffer of 5 rows" in caplog.text
-
-
-def test_a_stream_is_damaged_later_on(tmp_path):
-    path = tmp_path / "rows.json"
-    path.write_text("[\n" + ",\n".join(['{"id": 1}'] * 30) + "\n,{]")
-    with pytest.raises(InputError, match=r"rows.json is not a JSON list: .* at line 32 column 3"):
-        walk(RowStream([str(path)], buffer=4), 31)
-    _, states = walk(RowStream([str(path)], buffer=4), 20)
-    with pytest.raises(InputError, match=r"rows.json is not a JSON list: .* at line 32 column 3"):
-        walk(RowStream([str(path)], buffer=4), 31, states[-1])
-    with pytest.raises(InputError, match="rows.json is not a JSON list: .* at line 32 column 3"):
-        RowDataset([str(path)])
-    with pytest.raises(InputError, match="none.jsonl cannot be read"):
-        RowStream([str(path), str(tmp_path / "none.jsonl")])
-
-
-def test_a_position_of_another_kind(files, caplog, processor):
-    state, streamed = walk(RowDataset(files), 3)[1][-1], walk(RowStream(files), 3)[1][-1]
-    with pytest.raises(InputError, match="was not streamed: leave --streaming out"):
-        walk(RowStream(files), 1, state)
-    with pytest.raises(InputError, match="was streamed: give --streaming"):
-        walk(RowDataset(files), 1, streamed)
-    packed = state | {"dealt": [0, 1], "waiting": []}
-    with pytest.raises(InputError, match="was packed: give --packing"):
-        take(make_loader(RowDataset(files), processor, resume_state=packed), 1)
-    with open(files[1], "a") as file:
-        file.write("\n" + json.dumps({"id": "new"}))
-    walk(RowStream(files), 1, streamed)
-    walk(RowDataset(files), 1, state)
-    assert ["rows may be lost" in caplog.messages[0], "the order is new" in caplog.messages[1]] == [True, True]
-
-
-@pytest.mark.parametrize("changes", [
-    [{"bytes": None}],
-    [{"bytes": [[1, 2]]}],
-    [{"consumed": -1}],
-    [{"waiting": [[0, 0, 1, 0]]}],
-    [{"waiting": [[9, 0, 0, 1]]}],
-    [{"dealt": [0, 3]}, {"dealt": [2, 3]}],  # a rank is missing
-    [{"dealt": [0, 2]}, {"dealt": None}],
-    [{"dealt": [0, 2]}, {"dealt": [1, 2], "consumed": 2**52}],
-], ids=lambda changes: str(changes)[:60])
-def test_a_damaged_position(changes, files, processor):
-    good = walk(RowStream(files), 3)[1][-1] | {"dealt": [0, 1], "waiting": []}
-    states = [{key: value for key, value in (good | change).items() if value is not None} for change in changes]
-    with pytest.raises(InputError, match="position in the data is damaged: take another one.*--finetune"):
-        take(pack(RowStream(files), processor, resume_state=states), 1)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_streaming_resumes_and_deals_to_other_ranks(workers, files, processor):
-    def loader(**options):
-        defaults = {"micro_batch_size": 2, "global_batch_size": 4, "num_workers": workers}
-        return make_loader(RowStream(files, buffer=6), processor, **(defaults | options))
-
-    def ranks(size, count, **options):
-        return [take(loader(dp_rank=rank, dp_size=size, **options), count) for rank in range(size)]
-
-    whole = ranks(2, 16)
-    first = [batches[:5] for batches in whole]
-    state = json.loads(json.dumps(first[0][-1].resume_state))
-    assert state == first[1][-1].resume_state
-    rest = ranks(2, 11, resume_state=state)
-    for expected, resumed in zip(whole, rest, strict=True):
-        assert ids(expected[5:]) == ids(resumed)
-        for a, b in zip(expected[5:], resumed, strict=True):
-            assert torch.equal(a.input_ids, b.input_ids) and a.resume_state == b.resume_state
-    # Three ranks go on where two left off: the epoch's last six rows, then the next epoch's.
-    rows = [x for batches in first for batch in ids(batches) for x in batch]
-    other = ranks(3, 1, resume_state=state, global_batch_size=6)
-    rows += [x for batches in other for batch in ids(batches) for x in batch]
-    assert sorted(rows) == sorted(EVERYTHING)
-
-
-def uneven(tmp_path, count=300, seed=0) -> list[str]:
-    """Rows of about as many tokens as LLaVA's: mostly short, some long, one too long."""
-    rng = np.random.default_rng(seed)
-    words = np.clip(rng.lognormal(4.2, 0.8, count).astype(int), 1, 400)
-    words[count // 2] = 700
-    rows = [{"id": i} | chat(f"q{i}", "a " * int(n)) for i, n in enumerate(words)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return [str(tmp_path / "rows.jsonl")]
-
-
-def pack(dataset, processor, **options) -> Loader:
-    return make_loader(dataset, processor, **({"packing": True, "encode_options": {"seq_length": 640}} | options))
-
-
-def test_packing_resumes_exactly_where_many_wait(tmp_path, processor):
-    """Short samples, of which more than a window wait, then long ones, which make a part of them enough."""
-    lengths = [*[1] * PACKING_WINDOW, *np.random.default_rng(0).integers(150, 1000, 300).tolist()]
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(chat(f"q{i}", "a " * n)) for i, n in enumerate(lengths)))
-    dataset, options = RowDataset([str(tmp_path / "rows.jsonl")]), {"encode_options": {"seq_length": 2048}}
-    whole = take(pack(dataset, processor, shuffle=False, **options), 12)
-    assert max(len(batch.resume_state["waiting"]) for batch in whole) > PACKING_WINDOW
-    for at in (0, 2, 5):
-        state = json.loads(json.dumps(whole[at].resume_state))
-        again = take(pack(dataset, processor, shuffle=False, resume_state=state, **options), 11 - at)
-        assert [batch.sources for batch in again] == [batch.sources for batch in whole[at + 1 :]]
-
-
-def test_packed_rows_of_many_short_samples_are_full(tmp_path, processor):
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(chat(f"q{i}", "a")) for i in range(1500)))
-    loader = pack(RowDataset([str(tmp_path / "rows.jsonl")]), processor, encode_options={"seq_length": 8192})
-    batches = list(itertools.takewhile(lambda batch: batch.resume_state["epoch"] == 0, loader))
-    assert len(batches[0].sources) > 2 * PACKING_WINDOW
-    assert min(len(batch.input_ids) for batch in batches[:-1]) > 0.99 * 8192
-    assert loader.epoch_size() == pytest.approx(len(batches), abs=0.99)
-
-
-def test_packed_rows_are_full_and_hold_each_row_once_an_epoch(tmp_path, processor):
-    dataset = RowDataset(uneven(tmp_path))
-    order = [x for batch in ids(take(make_loader(dataset, processor), 600)) for x in batch]
-    batches, rows = [], []
-    for batch in pack(dataset, processor):
-        batches.append(batch)
-        rows += ids([batch])[0]
-        if len(rows) >= 600:
-            break
-    assert sorted(rows[:300]) == sorted(rows[300:]) == sorted(order[:300])
-    used = [len(batch.input_ids) for batch in batches]
-    assert max(used) <= 640
-    ends = {i for i, batch in enumerate(batches) if batch.resume_state["epoch"] < batches[-1].resume_state["epoch"]}
-    full = [n for i, n in enumerate(used) if i != max(ends) and i != len(used) - 1]  # an epoch ends with what is left
-    assert 1 - sum(full) / (640 * len(full)) < 0.02
-    # A row waits for a while at most.
-    places = {row: i for i, row in enumerate(order[:300])}
-    assert max(places[row] - i for i, row in enumerate(rows[:300])) < PACKING_WINDOW
-    batch = batches[1]
-    samples = [processor.encode(dataset[int(i)][0], media_dir=tmp_path, seq_length=640) for i in ids([batch])[0]]
-    assert torch.equal(batch.input_ids, collate(samples).input_ids) and len(samples) > 2
-    assert torch.equal(batch.position_ids, collate(samples).position_ids)
-    assert batch.cu_seqlens == collate(samples).cu_seqlens
-    assert pack(dataset, processor).epoch_size() == max(ends) + 1
-
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_bad_rows_are_packed_and_told(workers, tmp_path, processor, caplog):
-    """What measuring finds and what only decoding finds, each once an epoch; the packed rows around them go on."""
-    paths = uneven(tmp_path, count=100)
-    rows = [json.loads(line) for line in Path(paths[0]).read_text().splitlines()]
-    rows[3]["images"], rows[7]["images"], rows[9] = ["none.png"], ["cut.png"], {"id": 9}
-    Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:200])
-    Path(paths[0]).write_text("\n".join(map(json.dumps, rows)))
-    loader = pack(RowDataset(paths), processor, on_bad_sample="skip", num_workers=workers)
-    batches = list(itertools.takewhile(lambda batch: batch.resume_state["epoch"] < 2, loader))
-    used = sorted(x for batch in ids(batches) for x in batch)
-    assert used == sorted(2 * [str(i) for i in range(100) if i not in (3, 7, 9)])
-    assert sum(batch.rows_bad[0] for batch in batches) == 6 and len(caplog.messages) == 3
-    with pytest.raises(InputError, match="row . .id .*: "):
-        take(pack(RowDataset(paths), processor, num_workers=workers), 40)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_packing_resumes_exactly(workers, streaming, tmp_path, processor):
-    paths = uneven(tmp_path)
-    options = {"dp_size": 2, "micro_batch_size": 2, "global_batch_size": 4, "num_workers": workers}
-
-    def loader(**more):
-        dataset = RowStream(paths, buffer=50) if streaming else RowDataset(paths)
-        return pack(dataset, processor, **options, **more)
-
-    for rank in range(2):
-        whole = take(loader(dp_rank=rank), 24)
-        for at in (1, 10, 13):
-            state = json.loads(json.dumps(whole[at].resume_state))
-            resumed = take(loader(dp_rank=rank, resume_state=state), 23 - at)
-            assert ids(resumed) == ids(whole[at + 1 :])
-            for a, b in zip(whole[at + 1 :], resumed, strict=True):
-                assert torch.equal(a.input_ids, b.input_ids) and a.cu_seqlens == b.cu_seqlens
-                assert a.resume_state == b.resume_state
-
-
-@pytest.mark.parametrize("layouts", [(1, 2), (2, 1), (3, 2, 3), (2, 2, 5), (4, 1, 2)])
-@pytest.mark.parametrize("streaming", [False, True])
-def test_packed_rows_are_cut_anew_for_other_ranks(layouts, streaming, tmp_path, processor):
-    """What a rank had waiting, and what it had not come to when the foremost had, is dealt to the new ranks."""
-    paths, rows, states = uneven(tmp_path), [], None
-    for generation, size in enumerate(layouts):
-        positions = []
-        for rank in range(size):
-            dataset = RowStream(paths, buffer=50) if streaming else RowDataset(paths)
-            loader = pack(dataset, processor, dp_rank=rank, dp_size=size, global_batch_size=size, resume_state=states)
-            for batch in itertools.islice(loader, None if generation == len(layouts) - 1 else 4):
-                if batch.resume_state["epoch"] > 0:
-                    break
-                rows += ids([batch])[0]
-            positions.append(json.loads(json.dumps(batch.resume_state)))
-        states = positions
-    assert sorted(map(int, rows)) == list(range(300))
