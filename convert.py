@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 import kernels_npu
 from common import InputError, Parser, is_peer_failure, number, read_json, run_program
-from model import Qwen3VL, Qwen3VLConfig
+from model import Qwen3VLConfig, build_model
 from parallel import local_shard_and_offset
 
 CHUNK_BYTES = 16 << 20
@@ -96,27 +96,32 @@ def _local_pieces(tensor: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         yield tuple(a + b for a, b in zip(origin, offset, strict=True)), local[_slices(offset, sizes)]
 
 
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    model.state_dict()  # FSDP2 reshards here; after a no_grad forward named_parameters would give whole plain tensors
-    return dict(model.named_parameters())
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a checkpoint holds: the model's parameters and persistent buffers by name, tied weights once."""
+    names = model.state_dict().keys()  # FSDP2 reshards here; after a no_grad forward the parameters were gathered
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor for name, tensor in tensors if name in names}
 
 
 def _fill(target: Tensor, source: HuggingFaceWeights | CheckpointWeights, name: str) -> None:
-    """Reads this rank's part of the stored tensor into `target`, converting to its type."""
+    """Read this rank's part of the stored tensor into `target`, converting it to the target's type."""
     for offset, part in _local_pieces(target):
         part.copy_(source.read(name, offset, part.shape))
 
 
-def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
-    """What a source's `fit` takes: every parameter's whole shape, sharded or not."""
-    return {name: p.shape for name, p in _parameters(model).items()}
+def load_weights(model: nn.Module, source: HuggingFaceWeights | CheckpointWeights | None, seed: int = 0) -> None:
+    """Fill every parameter and persistent buffer, plain or DTensor, in its own type. A rank reads its own slices only.
 
-
-def load_weights(model: nn.Module, source: HuggingFaceWeights | CheckpointWeights) -> None:
-    """Fills every parameter (plain or DTensor) in its own type, from a source that fits it (see `fit`); a rank reads
-    its own slices only. Raises InputError for damaged files."""
-    for name, p in _parameters(model).items():
-        _fill(p, source, name)
+    `source` has passed `check_compatible(model)`. Tensors that it lacks get their initial values from `seed`; without a
+    source, all do. Raises InputError for damaged files.
+    """
+    tensors = stored_tensors(model)
+    absent = tensors.keys() - (source.tensors.keys() if source is not None else set())
+    if absent:
+        model.init_weights(seed, local_shard_and_offset, names=absent)
+    for name, tensor in tensors.items():
+        if name not in absent:
+            _fill(tensor, source, name)
 
 
 # ---- sources -------------------------------------------------------------------------------------------------------
@@ -136,12 +141,16 @@ def _short(name: object) -> str:
 _LAYER = re.compile(r"model\.(?:language_model\.layers|visual\.blocks|visual\.deepstack_merger_list)\.\d+")
 
 
-def _check_names_and_shapes(tensors: dict[str, TensorInfo], expected: dict[str, torch.Size], where: Path) -> None:
-    """Names and shapes in a source against the model's. Left unread: layers that config.json no longer has (editing it
-    is how a user cuts them), and the copy of the embedding that some tied checkpoints carry as lm_head.weight."""
+def _check_names_and_shapes(tensors: dict[str, TensorInfo], model: nn.Module, where: Path) -> None:
+    """Compare the names and shapes in a source with the model's. Raises InputError.
+
+    Two kinds of unknown tensors are accepted and stay unread: layers beyond config.json's depth, because editing it is
+    how users cut a model, and the lm_head.weight that some tied checkpoints hold beside the embedding.
+    """
+    expected = {name: tensor.shape for name, tensor in stored_tensors(model).items()}
     layers = {name: m[0] for name in [*tensors, *expected] if (m := _LAYER.match(name))}
     cut = set(layers.values()) - {layers.get(name) for name in expected}
-    missing = [name for name in expected if name not in tensors]
+    missing = [name for name in expected if name not in tensors and not model.may_be_absent(name)]
     unknown = [name for name in tensors
                if name not in expected and name != "lm_head.weight" and layers.get(name) not in cut]
     problems = [f"{len(names)} {what}: {', '.join(name[:200] for name in names[:3])}{', ...' if len(names) > 3 else ''}"
@@ -152,7 +161,7 @@ def _check_names_and_shapes(tensors: dict[str, TensorInfo], expected: dict[str, 
     if cut:
         logger.warning("%s: %d layers are not in config.json and stay unread", where, len(cut))
     for name, shape in expected.items():
-        if tensors[name][1] != shape:
+        if name in tensors and tensors[name][1] != shape:
             raise InputError(f"{where}: {name} has shape {_short(list(tensors[name][1]))}, "
                              f"config.json makes it {list(shape)}")
 
@@ -223,17 +232,17 @@ class HuggingFaceWeights:
             files.setdefault(file, []).append(name)
         return files
 
-    def check_compatible(self, expected: dict[str, torch.Size]) -> HuggingFaceWeights:
-        """Checks names and shapes against a model's (returns self), and finds out which way round the experts lie.
+    def check_compatible(self, model: nn.Module) -> HuggingFaceWeights:
+        """Compare names and shapes with the model's, find the layout of the experts, and return self.
 
         Published checkpoints and transformers 4 store [E, D, 2I] and [E, I, D]; transformers 5 writes [E, 2I, D] and
         [E, D, I] under the same names. A square tensor (2I == D or I == D) cannot tell, and its neighbour is no
         evidence either: transformers 5 turns a published checkpoint's other experts on loading, but never square ones,
         and then saves both (huggingface/transformers#47031). What `dcp_to_hf` has written says its layout.
         """
-        for name, shape in expected.items():
+        for name, tensor in stored_tensors(model).items():
             if name.endswith(EXPERTS) and name in self.tensors and not self._published:
-                dtype, stored = self.tensors[name]
+                shape, (dtype, stored) = tensor.shape, self.tensors[name]
                 turned = torch.Size((shape[0], shape[2], shape[1]))
                 if stored == shape == turned:
                     raise InputError(
@@ -242,7 +251,7 @@ class HuggingFaceWeights:
                 if stored == turned:
                     self._transposed.add(name)
                     self.tensors[name] = dtype, shape
-        _check_names_and_shapes(self.tensors, expected, self.path)
+        _check_names_and_shapes(self.tensors, model, self.path)
         return self
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
@@ -251,12 +260,6 @@ class HuggingFaceWeights:
         if name in self._transposed:
             return self._slices[name][window[0], window[2], window[1]].transpose(1, 2)
         return self._slices[name][window]
-
-
-def load_hf_weights(model: nn.Module, hf_dir: str | Path) -> None:
-    """Opens a Hugging Face directory and loads it. Raises InputError, besides what `load_weights` does, for missing,
-    unknown, misshapen or ambiguous tensors."""
-    load_weights(model, HuggingFaceWeights(hf_dir).check_compatible(shapes_of(model)))
 
 
 _DCP_CLASSES = {  # all that the pickle of a DCP checkpoint's description needs
@@ -436,10 +439,10 @@ class CheckpointWeights:
             if (size := (self.path / file).stat().st_size) < length:
                 raise _damaged(self.path / file, f"is damaged ({size} of {length} bytes)")
 
-    def check_compatible(self, expected: dict[str, torch.Size]) -> CheckpointWeights:
-        """Checks the parameters' names and shapes against a model's. Returns self."""
-        parameters = {name: t for name, t in self.tensors.items() if not name.startswith("optimizer.")}
-        _check_names_and_shapes(parameters, expected, self.path)
+    def check_compatible(self, model: nn.Module) -> CheckpointWeights:
+        """Compare names and shapes with the model's, and return self. Raises InputError."""
+        weights = {name: info for name, info in self.tensors.items() if not name.startswith("optimizer.")}
+        _check_names_and_shapes(weights, model, self.path)
         return self
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
@@ -689,11 +692,10 @@ def _run_synced(action: Callable[[], object], group: dist.ProcessGroup | None, o
 
 def _own_pieces(model: nn.Module, optimizer: Optimizer | None) -> Iterator[TensorChunk]:
     """What this rank writes: its part of every DTensor (replicas take turns), and on rank 0 the plain tensors."""
-    parameters = _parameters(model)
-    state: dict[str, Tensor] = dict(parameters)
-    for name, p in parameters.items():
-        moments = optimizer.state.get(p, {}) if optimizer is not None else {}
-        state |= {f"optimizer.{key}.{name}": value for key, value in moments.items()}
+    state = stored_tensors(model)
+    for name, tensor in list(state.items()):
+        values = optimizer.state.get(tensor, {}) if optimizer is not None else {}
+        state |= {f"optimizer.{key}.{name}": value for key, value in values.items()}
     for i, (name, tensor) in enumerate(state.items()):
         if isinstance(tensor, DTensor):
             mesh = tensor.device_mesh
@@ -856,30 +858,60 @@ def find_checkpoint(load_dir: str | Path) -> Path:
     raise InputError(f"{path / TRACKER}: names {name}, which is {state}; {hint}")
 
 
-def load_checkpoint(
-    iteration: str | Path | CheckpointWeights, model: nn.Module, optimizer: Optimizer | None = None
-) -> dict | None:
-    """Loads weights, and the optimizer's state if given and stored, whatever layout wrote them; a rank reads its own
-    slices. Parameters whose state was not saved (they were frozen) start fresh, and the log says so.
-    `iteration`: its directory, or that opened already and found to fit the model.
+def load_checkpoint(directory: str | Path, model: nn.Module, optimizer: Optimizer | None = None) -> dict | None:
+    """Load an iteration's directory: the weights, the optimizer's state if given and stored, the trainer state.
 
-    Returns this rank's trainer state, or None (a converted checkpoint has none). A rank that the saving run did not
-    have gets rank 0's. Raises InputError for damaged files, missing tensors, other shapes.
+    Any number of ranks may have written it. Returns this rank's trainer state. Raises InputError for damaged files,
+    missing tensors and other shapes.
     """
-    source = iteration
-    if not isinstance(source, CheckpointWeights):
-        source = CheckpointWeights(source).check_compatible(shapes_of(model))
+    source = CheckpointWeights(directory).check_compatible(model)
     load_weights(model, source)
     if optimizer is not None:
-        _load_optimizer(source, _parameters(model), optimizer)
-    path = source.path / f"trainer_state_rank_{_rank():05d}.pt"
-    path = path if path.exists() else source.path / "trainer_state_rank_00000.pt"
+        load_optimizer(source, model, optimizer)
+    return load_trainer_state(source.path, _rank())
+
+
+def load_optimizer(source: CheckpointWeights, model: nn.Module, optimizer: Optimizer) -> None:
+    """Load the stored optimizer state, whatever its keys; a rank reads its own slices.
+
+    A tensor of its parameter's shape is loaded in the parameter's layout and type. Any other, such as Adam's `step`, is
+    loaded in full, and stays on the CPU unless the parameter's group is fused or capturable. Parameters without a
+    stored state, which were frozen, start without one.
+    """
+    keys: dict[str, list[str]] = {}  # parameter name -> keys of its stored state
+    for stored in source.tensors:
+        if stored.startswith("optimizer."):
+            key, _, name = stored.removeprefix("optimizer.").partition(".")
+            keys.setdefault(name, []).append(key)
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    parameters = {name: tensor for name, tensor in stored_tensors(model).items() if tensor in groups}
+    for name, p in parameters.items():
+        on_device = groups[p].get("fused") or groups[p].get("capturable")
+        for key in keys.get(name, ()):
+            stored = f"optimizer.{key}.{name}"
+            _, shape = source.tensors[stored]
+            if shape == p.shape:
+                value = torch.zeros_like(p.detach())
+                _fill(value, source, stored)
+            else:
+                value = source.read(stored, (0,) * len(shape), shape).to(p.device if on_device else "cpu")
+            optimizer.state[p][key] = value
+    without = [name for name in parameters if name not in keys]
+    if without:
+        logger.warning("%s: no optimizer state for %d of %d trainable parameters (%s, ...): it starts from zero",
+                       source.path, len(without), len(parameters), without[0])
+
+
+def load_trainer_state(directory: Path, rank: int) -> dict | None:
+    """Return the trainer state that a rank saved, or rank 0's if the run had fewer ranks, or None if there is none."""
+    path = directory / f"trainer_state_rank_{rank:05d}.pt"
+    path = path if path.exists() else directory / "trainer_state_rank_00000.pt"
     return _trainer_state(path) if path.exists() else None
 
 
-def load_data_positions(iteration_dir: str | Path) -> list[dict]:
-    """The "data" of every rank's trainer state, in the order of the ranks that saved them. Raises InputError."""
-    return [_trainer_state(path)["data"] for path in sorted(Path(iteration_dir).glob("trainer_state_rank_*.pt"))]
+def load_data_positions(directory: Path) -> list[dict]:
+    """Return the "data" of every rank's trainer state, in the order of the ranks that saved them."""
+    return [_trainer_state(path)["data"] for path in sorted(directory.glob("trainer_state_rank_*.pt"))]
 
 
 def _trainer_state(path: Path) -> dict:
@@ -897,43 +929,14 @@ def _trainer_state(path: Path) -> dict:
     return state
 
 
-def _load_optimizer(source: CheckpointWeights, parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
-    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-    fresh = []
-    for name, p in parameters.items():
-        if p not in groups:
-            continue
-        on_device = groups[p].get("fused") or groups[p].get("capturable")
-        state = {"step": torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu"),
-                 "exp_avg": torch.zeros_like(p.detach()), "exp_avg_sq": torch.zeros_like(p.detach())}
-        stored = {key: source.tensors.get(f"optimizer.{key}.{name}") for key in state}
-        if None in stored.values():
-            fresh.append(name)
-            continue
-        for key, value in state.items():
-            if stored[key][1] != value.shape:
-                raise InputError(f"{source.path}: optimizer.{key}.{name} has shape {_short(list(stored[key][1]))}, "
-                                 f"the model's is {list(value.shape)}")
-            _fill(value, source, f"optimizer.{key}.{name}")
-        optimizer.state[p] = state
-    if fresh:
-        logger.warning("%s: no optimizer state for %d of %d trainable parameters (%s, ...): theirs starts fresh",
-                       source.path, len(fresh), len(groups), fresh[0])
-
-
 # ---- the conversions -----------------------------------------------------------------------------------------------
-
-
-def expected_shapes(hf_dir: str | Path) -> dict[str, torch.Size]:
-    """`shapes_of` the model that a directory's config.json describes."""
-    with torch.device("meta"):
-        return shapes_of(Qwen3VL(Qwen3VLConfig.from_json(hf_dir)))
 
 
 def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, overwrite: bool = False) -> Path:
     """Writes `dcp_dir/release` (types as stored, published layout, a shard for each source file) and the tracker."""
-    expected = expected_shapes(hf_dir)
-    source = HuggingFaceWeights(hf_dir).check_compatible(expected)
+    model = build_model(Qwen3VLConfig.from_json(hf_dir))
+    source = HuggingFaceWeights(hf_dir).check_compatible(model)
+    expected = {name: t.shape for name, t in stored_tensors(model).items() if name in source.tensors}
     final = Path(dcp_dir).resolve() / "release"
     if _iterations(final.parent):
         raise InputError(f"{final.parent}: is a training run's directory; choose another --dcp_dir")
@@ -972,8 +975,10 @@ def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str 
     for path in copied:
         if path.stat().st_size > ASSET_BYTES:
             raise InputError(f"{path}: has more than {ASSET_BYTES} bytes; take it out of --model_assets_dir")
-    expected = expected_shapes(assets)
-    source = CheckpointWeights(find_checkpoint(load_dir)).check_compatible(expected)
+    config = Qwen3VLConfig.from_json(assets)
+    model = build_model(config)
+    source = CheckpointWeights(find_checkpoint(load_dir)).check_compatible(model)
+    expected = {name: t.shape for name, t in stored_tensors(model).items() if name in source.tensors}
     final = Path(save_dir).resolve()
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         if not overwrite:
@@ -982,7 +987,7 @@ def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str 
         if not (final / INDEX).exists() or any(final == d or final in d.parents for d in inputs):
             raise InputError(f"{final}: is not the output of an earlier conversion, or holds this one's input: "
                              "it is not overwritten; choose another --save_dir")
-    named = dtype or Qwen3VLConfig.from_json(assets).dtype
+    named = dtype or config.dtype
     target = next((t for t in SAFETENSORS_TYPES.values() if str(t) == f"torch.{named}"), None)
     if named and target is None:
         raise InputError(f"{assets / 'config.json'}: dtype {named!r} is not a weight's; give --dtype bfloat16")
