@@ -87,7 +87,7 @@ def grouped_matmul(counts: list[int], inner: int, outer: int) -> Case:
 
 
 def mixture(tokens: int, experts: int, top_k: int, hidden: int, width: int, used: int | None = None) -> Case:
-    """Run a whole mixture of experts, of which the tokens use only the first `used`."""
+    """Run a mixture of experts. The tokens use only the first `used` experts."""
     expert_ids = random_expert_ids(tokens, used or experts, top_k)
 
     def call(ops: Torch, x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
