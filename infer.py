@@ -30,7 +30,7 @@ from tqdm import tqdm
 import convert
 import data
 import kernels_npu
-from common import InputError, Parser, UsageError, number, read_json, run_program, shorten
+from common import InputError, Parser, UsageError, number, run_program
 from model import Qwen3VL, Qwen3VLConfig, TextModel, build_model
 
 # ---- generation ----------------------------------------------------------------------------------------------------
@@ -220,23 +220,6 @@ def load_model(hf_dir: str | Path, load: str | Path | None = None, dtype: str | 
     return model
 
 
-def end_token_ids(hf_dir: str | Path, processor: data.Processor) -> set[int]:
-    """Return the tokens that end an answer: `eos_token_id` of generation_config.json or config.json, else <|im_end|>.
-
-    Raises InputError if `eos_token_id` is neither an integer nor a list of integers.
-    """
-    for path in (Path(hf_dir) / "generation_config.json", Path(hf_dir) / "config.json"):
-        config = read_json(path, missing_ok=True)
-        text = config.get("text_config")
-        ids = config.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
-        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        if not all(type(i) is int for i in ids):
-            raise InputError(f"{path}: eos_token_id is {shorten(ids)}, it must be a token id or a list of them")
-        if ids:
-            return set(ids)
-    return {processor.im_end_token_id}
-
-
 class TextStream:
     """Decode an answer token by token into whole characters, as a token may end within a character."""
 
@@ -264,7 +247,6 @@ class Answerer:
         Qwen3VLConfig.from_json(args.model)  # report its errors first
         self.args = args
         self.processor = data.Processor(args.model, **data.media_limits(args))
-        self.end_token_ids = end_token_ids(args.model, self.processor)
         self.generator: Generator | None = None
 
     def encode(self, row: dict, media_dir: str | Path, source: str = "") -> data.Sample:
@@ -275,7 +257,7 @@ class Answerer:
         args, start = self.args, time.perf_counter()
         model = load_model(args.model, args.load, args.dtype)
         model.set_attention(args.text_attn_implementation, args.vision_attn_implementation)
-        self.generator = Generator(model, self.end_token_ids)
+        self.generator = Generator(model, self.processor.end_token_ids)
         if args.verbose:
             print(f"load time: {time.perf_counter() - start:.2f} s", file=sys.stderr)
 

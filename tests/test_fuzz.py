@@ -27,7 +27,6 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]  # for the command line above
 
@@ -41,7 +40,6 @@ from torch.distributed.checkpoint import metadata as dcp_metadata  # noqa: E402
 import common  # noqa: E402
 import convert  # noqa: E402
 import data  # noqa: E402
-import infer  # noqa: E402
 import model  # noqa: E402
 
 CLEAN = common.InputError  # one line for the user
@@ -377,7 +375,7 @@ class Tokenizer(HuggingFace):
 class EndTokens(HuggingFace):
     def run(self, rng: random.Random) -> None:
         self.damage_json(rng, "generation_config.json")
-        infer.end_token_ids(self.dir, SimpleNamespace(im_end_token_id=258))
+        assert data.Processor(self.dir).end_token_ids
 
 
 class Safetensors(HuggingFace):
@@ -681,7 +679,6 @@ def read_hf(root: Path) -> None:
     processor = data.Processor(root / "hf")
     for row in (ROWS[0], ROWS[4], ROWS[5]):
         processor.encode(row, media_dir=root)
-    infer.end_token_ids(root / "hf", processor)
     assert config.text.num_hidden_layers == 1
     convert.HuggingFaceWeights(root / "hf").check_compatible(convert.expected_shapes(root / "hf"))
 

@@ -54,7 +54,7 @@ def list_media(sample: data.Sample, processor: data.Processor) -> list[tuple[str
     """("picture" or "video", grid, tokens) of each of a sample's media, in order."""
     media, at, ids = [], 0, sample.input_ids[sample.visual_index].tolist()
     for t, h, w in sample.grid_thw.tolist():
-        tokens = t * h * w // processor.merge**2
+        tokens = t * h * w // processor.merge_size**2
         media.append(("picture" if ids[at] == processor.image_token_id else "video", (t, h, w), tokens))
         at += tokens
     return media
@@ -62,8 +62,8 @@ def list_media(sample: data.Sample, processor: data.Processor) -> list[tuple[str
 
 def frames(patches: np.ndarray, grid: tuple[int, int, int], processor: data.Processor) -> np.ndarray:
     """Pictures [t, height, width, 3] uint8 of patches [t * h * w, 1536]: of each frame pair the first, as resized."""
-    (t, h, w), m, p = grid, processor.merge, processor.patch
-    blocks = patches.reshape(t, h // m, w // m, m, m, 3, processor.temporal, p, p)[:, :, :, :, :, :, 0]
+    (t, h, w), m, p = grid, processor.merge_size, processor.patch_size
+    blocks = patches.reshape(t, h // m, w // m, m, m, 3, processor.temporal_patch_size, p, p)[:, :, :, :, :, :, 0]
     pixels = blocks.transpose(0, 1, 3, 6, 2, 4, 7, 5).reshape(t, h * p, w * p, 3)
     mean, std = (np.array(processor.image[f"image_{name}"], np.float32) for name in ("mean", "std"))
     return ((pixels * std + mean) * 255).round().clip(0, 255).astype(np.uint8)
@@ -127,7 +127,7 @@ def _figures(sample: data.Sample, processor: data.Processor) -> Iterator[str]:
     for kind, (t, h, w), _ in list_media(sample, processor):
         patches = sample.pixel_values[at : at + t * h * w].numpy().reshape(t, h * w, -1)
         at += t * h * w
-        rows, columns = h // processor.merge, w // processor.merge
+        rows, columns = h // processor.merge_size, w // processor.merge_size
         for i in range(t):
             image = _thumbnail(frames(patches[i], (1, h, w), processor)[0]) if shown < MAX_PICTURES else ""
             shown += 1
