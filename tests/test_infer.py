@@ -372,7 +372,7 @@ def test_stream_answer_prints_each_character_at_once(world, monkeypatch):
     (["--prompt", "x", "--image", "gone.png"], 1, "images[0]: gone.png does not exist"),
     (["--prompt", "x <image>"], 1, "<image>"),
     (["--prompt", "x", "--model", "gone"], 1, "gone: cannot be read (No such file or directory)"),
-    (["--prompt", "x", "--load", "gone"], 1, "gone: is not there"),
+    (["--prompt", "x", "--load", "gone"], 1, "gone: is not a checkpoint"),
     (["--prompt", "x", "--device", "npu"], 2, "--device npu"),
     (["--prompt", "x", "--text-attn-implementation", "flash_attention_2"], 2, "flash_attention_2"),
     (["--input", "gone.json", "--output", "o"], 1, "gone.json"),
