@@ -12,6 +12,7 @@ from test_train import MODELS, folder, leave_the_process_as_it_was, run  # noqa:
 import kernels_npu
 from model import LMHead, Qwen3VL, Qwen3VLConfig
 from parallel import Offload, recompute_block
+from tools import check_kernels
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 
@@ -24,7 +25,7 @@ def the_cpu_again():
 
 def test_every_operation_is_right():
     """All overrides against `Torch` in float32, forward and backward: the user's own check."""
-    assert kernels_npu.check_operations(kernels_npu.select("cuda"))
+    assert check_kernels.check_operations(kernels_npu.select("cuda"))
 
 
 @pytest.mark.parametrize("model", MODELS)
