@@ -98,7 +98,8 @@ def test_page_names_existing_code(page):
     """Check files, make targets, and what the pages call `name` in `file.py`."""
     text = (ROOT / page).read_text()
     paths = re.findall(r"\b(?:docs|tools|tests|examples|configs|benchmarks|\.github)/[\w./-]*\w", text)
-    paths += re.findall(r"\]\((?!http)([^)#]+)\)", text) + [f"tests/{name}" for name in re.findall(r"`(test_\w+\.py)`", text)]
+    paths += re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    paths += [f"tests/{name}" for name in re.findall(r"`(test_\w+\.py)`", text)]
     assert not [p for p in paths if not (ROOT / p).exists() and not (ROOT / page).parent.joinpath(p).exists()]
     makefile = (ROOT / "Makefile").read_text()
     assert not [t for t in re.findall(r"`make ([\w-]+)", text) if not re.search(rf"^{t}:", makefile, re.MULTILINE)]
