@@ -652,7 +652,7 @@ def resume(
             np.random.set_state(("MT19937", np.array(rng["numpy"], np.uint32), 624))
             if rng["device"] is not None:
                 kernels_npu.ops.set_rng_state(rng["device"])
-        moved = position.get("dealt", mine) != mine
+        moved = position.get("rank_layout", mine) != mine
     except Exception as e:  # each of them says it in its own way
         raise InputError(f"{source.path}: its random state is damaged ({e}): give --no-load-rng, or take another "
                          "checkpoint") from e
