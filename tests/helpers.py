@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 import common
 import convert
@@ -129,6 +131,22 @@ def train_argv(model: Path, dataset: Path, save: Path, *more, iters: int) -> lis
     return [*map(str, (
         "--init-from-hf-path", model, "--dataset", dataset, "--save", save, "--device", "cpu", "--train-iters", iters,
         "--lr", 1e-3, "--no-shuffle", "--num-workers", 0, *more))]
+
+
+def write_mixed_rows(folder: Path, count: int = 8) -> Path:
+    """Write `count` rows, every other one with an image, to folder / "rows.json"; return that path."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        images = [f"{i}.png"] * (i % 2)
+        for name in images:
+            pixels = rng.integers(0, 256, (30 + 10 * i, 90, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name)
+        question = {"role": "user", "content": "<image>" * len(images) + "what is this"}
+        answer = {"role": "assistant", "content": f"this is number {i}"}
+        rows.append({"messages": [question, answer], "images": images})
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder / "rows.json"
 
 
 def read_metrics(save: Path) -> list[dict]:
