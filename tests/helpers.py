@@ -42,6 +42,12 @@ def torchrun(ranks: int, *argv, **kwargs) -> subprocess.CompletedProcess:
     return shell("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "train.py", *argv, **kwargs)
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def _rank_process(rank: int, world_size: int, port: int, main: Callable, argv: list[str], log: Path) -> None:
     """Run `main` with the environment that torchrun sets; write standard output and error to `log`."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -65,9 +71,7 @@ class Job:
         log_dir = self.save.with_name(self.save.name + "_logs")
         log_dir.mkdir(parents=True, exist_ok=True)
         self.logs = [log_dir / f"rank{rank}.log" for rank in range(world_size)]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         Job.all.append(self)
         self.ranks = [FORKS.Process(target=_rank_process, args=(rank, world_size, port, main, argv, self.logs[rank]))
                       for rank in range(world_size)]
