@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from test_model import positions
+from tiny import positions
 
 import convert
 import data
