@@ -376,16 +376,14 @@ def _read_checksums(directory: Path) -> dict[str, dict]:
     return records
 
 
-def _wrong_sizes(directory: Path, sizes: dict[str, int]) -> list[str]:
-    """Return one phrase for each file that is missing or smaller than expected."""
-    problems = []
+def _check_sizes(directory: Path, sizes: dict[str, int]) -> None:
+    """Raise InputError for a file that is missing or smaller than it should be."""
     for name, size in sizes.items():
         path = directory / name
         if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size < size:
-            problems.append(f"{name} is damaged ({path.stat().st_size} of {size} bytes)")
-    return problems
+            raise InputError(f"{path}: is missing; use another checkpoint")
+        if path.stat().st_size < size:
+            raise InputError(f"{path}: is damaged ({path.stat().st_size} of {size} bytes); use another checkpoint")
 
 
 def _read_verified(path: Path, records: dict[str, dict]) -> bytes:
@@ -410,7 +408,7 @@ class CheckpointWeights:
         if not (self.path / ".metadata").exists():
             raise InputError(f"{self.path}: is not a checkpoint (it has no .metadata)")
         records = _read_checksums(self.path)
-        self._check_sizes({name: record["bytes"] for name, record in records.items()})
+        _check_sizes(self.path, {name: record["bytes"] for name, record in records.items()})
         content = _read_verified(self.path / ".metadata", records)
         try:
             self._read_metadata(_MetadataUnpickler(io.BytesIO(content)).load())
@@ -418,10 +416,8 @@ class CheckpointWeights:
             raise InputError(f"{self.path / '.metadata'}: is damaged or not a DCP checkpoint's "
                              f"({one_line(e)[:200]}); use another checkpoint") from e
         places = [place for chunks in self._chunks.values() for _, _, place in chunks]
-        ends: dict[str, int] = {}
-        for place in places:
-            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
-        self._check_sizes(ends)
+        ends = sorted((place.relative_path, place.offset + place.length) for place in places)
+        _check_sizes(self.path, dict(ends))  # the last end of each file
 
     def _read_metadata(self, metadata: dcp_metadata.Metadata) -> None:
         for name, tensor in metadata.state_dict_metadata.items():
@@ -437,11 +433,6 @@ class CheckpointWeights:
                 raise ValueError(f"{name} {list(tensor.size)} is incomplete")
             self.tensors[name] = tensor.properties.dtype, tensor.size
             self._chunks[name] = chunks
-
-    def _check_sizes(self, sizes: dict[str, int]) -> None:
-        problems = _wrong_sizes(self.path, sizes)
-        if problems:
-            raise InputError(f"{self.path}/{problems[0]}; use another checkpoint")
 
     def check_compatible(self, model: nn.Module) -> CheckpointWeights:
         """Compare names and shapes with the model's and return self. Raises InputError."""
@@ -620,9 +611,9 @@ def _begin(staging: Path, final: Path, stale: str) -> None:
 
 
 def _commit(staging: Path, final: Path, records: dict[str, dict], tracker: str | None) -> None:
-    problems = _wrong_sizes(staging, {name: record["bytes"] for name, record in records.items()})
-    if problems:
-        raise InputError(f"{staging}: {problems[0]} after it was written; use storage that every node shares")
+    for name, record in records.items():
+        if not (staging / name).is_file() or (staging / name).stat().st_size != record["bytes"]:
+            raise InputError(f"{staging / name}: rank 0 does not see all of it; use storage that every node shares")
     _write_bytes(staging / CHECKSUMS, json.dumps(records, indent=1, sort_keys=True).encode(), {})
     _flush_directory(staging)
     replaced = final.with_name(f".old_{final.name}")
@@ -917,8 +908,8 @@ def _output_tensors(stored: dict[str, TensorInfo], dtype: str | None) -> dict[st
         output[name] = types.get(dtype, stored_type), shape
         if output[name][0] not in types.values():
             raise InputError(f"{name} has type {stored_type}, which is not a type of weights; give --dtype bfloat16")
-        if name.endswith(EXPERTS) and shape[1] == shape[2]:
-            logger.warning("%s is square: transformers 5 will take it for its own transposed layout", name)
+    if any(name.endswith(EXPERTS) and shape[1] == shape[2] for name, (_, shape) in output.items()):
+        logger.warning("the experts are square: transformers 5 will take them for its own transposed layout")
     return output
 
 
@@ -993,23 +984,21 @@ def _verify_one(path: Path) -> str:
         return (f"{path}: {len(source.tensors)} tensors, sizes are right "
                 f"(without {CHECKSUMS}, contents cannot be checked)")
     records = _read_checksums(path)
-    files = {file.name for file in path.iterdir() if file.is_file()} - {CHECKSUMS}
-    problems = [f"{name} is not in {CHECKSUMS}" for name in sorted(files - records.keys())]
-    problems += _wrong_sizes(path, {name: record["bytes"] for name, record in records.items()})
-    total = sum(record["bytes"] for record in records.values())
-    with tqdm(total=total, desc=path.name, unit="B", unit_scale=True) as bar:
-        for name in sorted(files & records.keys()):
+    for file in path.iterdir():
+        if file.is_file() and file.name not in (*records, CHECKSUMS):
+            raise InputError(f"{file}: is not in {CHECKSUMS}; use another checkpoint")
+    sizes = {name: record["bytes"] for name, record in records.items()}
+    _check_sizes(path, sizes)
+    with tqdm(total=sum(sizes.values()), desc=path.name, unit="B", unit_scale=True) as bar:
+        for name, record in records.items():
             digest = hashlib.sha256()
             with open(path / name, "rb") as file:
                 while data := file.read(1 << 20):
                     digest.update(data)
                     bar.update(len(data))
-            if digest.hexdigest() != records[name]["sha256"]:
-                problems.append(f"{name} has other contents than were written")
-    if problems:
-        raise InputError(f"{path}: {len(problems)} problems: {'; '.join(problems[:3])}"
-                         f"{'; ...' if len(problems) > 3 else ''}; use another checkpoint")
-    return f"{path}: {len(records)} files, {total / 1e9:.3f} GB, all as written"
+            if digest.hexdigest() != record["sha256"]:
+                raise InputError(f"{path / name}: has other contents than were written; use another checkpoint")
+    return f"{path}: {len(records)} files, {sum(sizes.values()) / 1e9:.3f} GB, all as written"
 
 
 # ---- command line --------------------------------------------------------------------------------------------------
