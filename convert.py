@@ -83,6 +83,20 @@ def _slices(offset: Iterable[int], sizes: Iterable[int]) -> tuple[slice, ...]:
     return tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))
 
 
+def _overlap(
+    offset: Iterable[int], sizes: Iterable[int], other_offset: Iterable[int], other_sizes: Iterable[int]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """Return where two blocks of a tensor overlap, as slices of each block, or None."""
+    one, other = [], []
+    for a, n, b, m in zip(offset, sizes, other_offset, other_sizes, strict=True):
+        begin, end = max(a, b), min(a + n, b + m)
+        if begin >= end:
+            return None
+        one.append(slice(begin - a, end - a))
+        other.append(slice(begin - b, end - b))
+    return tuple(one), tuple(other)
+
+
 def _row_chunks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Cut a tensor into blocks of rows of at most CHUNK_BYTES and yield each one's (offset, sizes).
 
@@ -411,15 +425,15 @@ class CheckpointWeights:
         _check_sizes(self.path, {name: record["bytes"] for name, record in records.items()})
         content = _read_verified(self.path / ".metadata", records)
         try:
-            self._read_metadata(_MetadataUnpickler(io.BytesIO(content)).load())
+            ends = self._read_metadata(_MetadataUnpickler(io.BytesIO(content)).load())
         except Exception as e:  # a damaged pickle, and what it creates, can raise nearly anything
             raise InputError(f"{self.path / '.metadata'}: is damaged or not a DCP checkpoint's "
                              f"({one_line(e)[:200]}); use another checkpoint") from e
-        places = [place for chunks in self._chunks.values() for _, _, place in chunks]
-        ends = sorted((place.relative_path, place.offset + place.length) for place in places)
-        _check_sizes(self.path, dict(ends))  # the last end of each file
+        _check_sizes(self.path, ends)
 
-    def _read_metadata(self, metadata: dcp_metadata.Metadata) -> None:
+    def _read_metadata(self, metadata: dcp_metadata.Metadata) -> dict[str, int]:
+        """Fill `tensors` and `_chunks`. Returns for each file where its last chunk ends."""
+        ends: dict[str, int] = {}
         for name, tensor in metadata.state_dict_metadata.items():
             if not isinstance(tensor, dcp_metadata.TensorStorageMetadata):
                 continue  # an object that another tool stored is a pickle, and is never read
@@ -428,11 +442,16 @@ class CheckpointWeights:
                 place = metadata.storage_data[dcp_metadata.MetadataIndex(name, chunk.offsets)]
                 if not _is_file_name(place.relative_path):
                     raise ValueError(f"{place.relative_path!r} is not a file of this directory")
+                axes = zip(chunk.offsets, chunk.sizes, tensor.size, strict=True)
+                if not all(0 <= offset <= offset + size <= full_size for offset, size, full_size in axes):
+                    raise ValueError(f"{name} {list(tensor.size)} has a chunk outside it")
                 chunks.append((chunk.offsets, chunk.sizes, place))
+                ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
             if sum(sizes.numel() for _, sizes, _ in chunks) != tensor.size.numel():
                 raise ValueError(f"{name} {list(tensor.size)} is incomplete")
             self.tensors[name] = tensor.properties.dtype, tensor.size
             self._chunks[name] = chunks
+        return ends
 
     def check_compatible(self, model: nn.Module) -> CheckpointWeights:
         """Compare names and shapes with the model's and return self. Raises InputError."""
@@ -445,18 +464,16 @@ class CheckpointWeights:
         result = torch.empty(sizes, dtype=self.tensors[name][0])
         used = {}
         for chunk_offset, chunk_sizes, place in self._chunks[name]:
-            begin = [max(a, b) for a, b in zip(offset, chunk_offset, strict=True)]
-            ends = zip(offset, sizes, chunk_offset, chunk_sizes, strict=True)
-            counts = [min(a + n, b + m) - start for start, (a, n, b, m) in zip(begin, ends, strict=True)]
-            if any(count <= 0 for count in counts):
+            overlap = _overlap(offset, sizes, chunk_offset, chunk_sizes)
+            if overlap is None:
                 continue
+            in_result, in_chunk = overlap
             key = place.relative_path, place.offset
             chunk = self._recent.get(key)
             if chunk is None:
                 chunk = self._read_chunk(name, chunk_sizes, place)
             used[key] = chunk
-            to = _slices((a - b for a, b in zip(begin, offset, strict=True)), counts)
-            result[to] = chunk[_slices((a - b for a, b in zip(begin, chunk_offset, strict=True)), counts)]
+            result[in_result] = chunk[in_chunk]
         self._recent = used
         return result
 
