@@ -218,7 +218,7 @@ def load_checkpoint(directory: str | Path, model: nn.Module, optimizer: Optimize
 
 def _is_file_name(name: object) -> bool:
     """Return whether `name` names a file of the same directory, and is no path out of it."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\\0]", name)
+    return isinstance(name, str) and name not in ("", ".", "..") and not re.search("[/\0]", name)
 
 
 _LAYER = re.compile(r"model\.(?:language_model\.layers|visual\.blocks|visual\.deepstack_merger_list)\.\d+")
@@ -319,7 +319,7 @@ class HuggingFaceWeights:
             if name not in self.tensors or not name.endswith(EXPERTS) or self._is_published_layout:
                 continue
             dtype, stored_shape = self.tensors[name]
-            transposed_shape = tensor.mT.shape
+            transposed_shape = torch.Size(tensor.shape[i] for i in (0, 2, 1))
             if stored_shape == tensor.shape == transposed_shape:
                 raise InputError(
                     f"{self.path}: {name} is square, {list(stored_shape)}: its shape cannot tell the published layout "
