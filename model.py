@@ -712,8 +712,7 @@ class Qwen3VL(nn.Module):
         return False
 
     def drop_vision_gradients(self) -> None:
-        """After a step without any picture: what dummy passes left are zeros, with which Adam would still decay the
-        vision encoder, move it on by its momentum, and count a step. Without gradients it leaves it alone."""
+        """Remove the zero gradients of dummy passes, with which AdamW would still move the vision encoder."""
         for p in self.model.visual.parameters():
             p.grad = None
 
