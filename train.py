@@ -228,7 +228,7 @@ def open_weights(
     else:
         raise InputError(f"{args.init_from_hf_path}: holds no safetensors: give a directory with weights, "
                          "--init random to train from scratch, or --load")
-    return source.check_compatible(convert.shapes_of(model))
+    return source.check_compatible(model)
 
 
 def build_model(
@@ -248,10 +248,7 @@ def build_model(
         model.to_empty(device=ranks.device)
     else:
         model.to(ranks.device)
-    if source is None:
-        model.init_weights(args.seed, parallel.local_shard_and_offset)
-    elif not args.load:
-        convert.load_weights(model, source)
+    ranks.run_synced(lambda: convert.load_weights(model, source, args.seed))
     return model
 
 
@@ -641,7 +638,9 @@ def resume(
     """Loads --load, as `open_weights` gave it. Returns (iterations done, position in the data, or the positions of the
     ranks that saved it)."""
     weights_only = args.finetune or args.no_load_optim
-    state = convert.load_checkpoint(source, model, None if weights_only else optimizer)
+    if not weights_only:
+        convert.load_optimizer(source, model, optimizer)
+    state = convert.load_trainer_state(source.path, ranks.rank)
     if state is None or args.finetune:
         return 0, None
     rng, position, mine = state.get("rng"), state["data"], [ranks.dp_rank, ranks.dp_size]
