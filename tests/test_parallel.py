@@ -4,9 +4,9 @@ Tolerances. Layouts add the same numbers in another order, which changes a float
 tensor's largest value. Losses and norms of the first step agree as well; four steps of training let the difference
 grow to about 1e-6. The tests allow 1e-4. Weights are compared to 1e-5 + 1e-5 |w|: Adam divides by the root of the
 second moment. So a gradient that is only rounding (that of a key's bias is truly 0) would turn 1e-9 into a step of the
-full learning rate. With --adam-eps 1e-5, rounding changes a weight by at most lr * 1e-7 / 1e-5. A wrong
-gradient of a small tensor is invisible in a norm and in such steps, so every gradient is compared by itself, too: as
-Adam's mean of gradients, to 1e-4 of the tensor's largest value.
+full learning rate. With --adam-eps 1e-5, rounding changes a weight by at most lr * 1e-7 / 1e-5. A wrong gradient of a
+small tensor is invisible in a norm and in such steps, so every gradient is compared by itself, too: as Adam's mean of
+gradients, to 1e-4 of the tensor's largest value.
 """
 from __future__ import annotations
 
@@ -492,12 +492,12 @@ def test_load_memory_is_shards_and_a_chunk(folder, tmp_path, large, kind):
     """Four ranks read their own slices: never the full model, and never another rank's part of it.
 
     A model of 2 MB shows what the program itself needs; that is subtracted. 4 MB are left for the allocator. Reading
-    may take a layer (16 MB). From a checkpoint it may take three copies of a chunk, here of a tensor (26 MB): the file's
-    bytes, PyTorch's copy of them, and the values. A full model (253 MB) exceeds the limit, and so does another rank's
-    part: a rank has 63 MB, or 127 MB with hybrid sharding.
+    safetensors may take a layer (16 MB). Reading a checkpoint may take four times a chunk, here a tensor of 9 MB: the
+    previous chunk, the file's bytes, PyTorch's copy of them, and the values. The full model (253 MB) exceeds the limit,
+    and so does another rank's part: a rank has 63 MB, or 127 MB with hybrid sharding.
     """
     total, layer, tensor = large
-    reading = 3 * tensor if kind == "checkpoint" else layer
+    reading = 4 * tensor if kind == "checkpoint" else layer
 
     def measure(name: str, *flags) -> list[dict]:
         source = []
