@@ -33,7 +33,7 @@ import sys
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -59,49 +59,76 @@ IGNORE = -100  # the label of a token that is not supervised
 # ---------------------------------------------------------------------------------------------- samples and batches
 
 
+def _declare(kind: str, **options):
+    """Declare a field's kind, which `collate`, `Batch.to` and `parallel.local_batch` follow.
+
+    token   one entry per token, in the last dimension: concatenated; on the device; sliced by context parallelism
+    index   positions of tokens: concatenated, offset by the sample's first token; on the device; sliced
+    patch   one row per patch of pixels: concatenated; on the device; sliced with the visual tokens
+    media   one row per image or video: concatenated; on the host
+    sample  one value per sample: a list; on the host
+    host    everything else; on the host
+    """
+    return field(metadata={"kind": kind}, **options)
+
+
+ON_DEVICE = ("token", "index", "patch")
+
+
 @dataclass
 class Sample:
-    """One row, encoded."""
+    """One encoded row."""
 
-    input_ids: Tensor  # [T] int64
-    labels: Tensor  # [T] int64, shifted already: labels[i] is the token to predict at i; -100: not supervised
-    position_ids: Tensor  # [3, T] int64, (temporal, height, width), from 0
-    pixel_values: Tensor  # [P, 1536] float32, pictures and videos in token order
-    grid_thw: Tensor  # [N, 3] int64, in token order
-    visual_index: Tensor  # [Nv] int64, positions of the media tokens
-    source: str  # "train.json row 12 (id 33471)"
-    truncated: bool  # cut to the sequence length
+    input_ids: Tensor = _declare("token")  # [T] int64
+    labels: Tensor = _declare("token")  # [T] int64, shifted: labels[i] is the token to predict at i, or IGNORE
+    position_ids: Tensor = _declare("token")  # [3, T] int64 (temporal, height, width), from 0
+    pixel_values: Tensor = _declare("patch")  # [P, 1536] float32, images and videos in token order
+    grid_thw: Tensor = _declare("media")  # [N, 3] int64: frame pairs, rows and columns of patches, in token order
+    visual_index: Tensor = _declare("index")  # [Nv] int64, positions of the media tokens
+    source: str = _declare("sample")  # "train.json row 12 (id 33471)"
+    truncated: bool = _declare("sample")  # cut to the sequence length
 
 
 @dataclass
 class Batch:
-    """Samples laid end to end, each with positions from 0; `cu_seqlens` bounds what attends to what."""
+    """Samples packed end to end, each with positions from 0; `cu_seqlens` bounds their attention.
 
-    input_ids: Tensor  # [T] int64
-    labels: Tensor  # [T] int64, shifted already
-    position_ids: Tensor  # [3, T] int64
-    pixel_values: Tensor  # [P, 1536] float32
-    grid_thw: Tensor  # [N, 3] int64, stays on the host
-    cu_seqlens: list[int]  # [0, ..., T]
-    visual_index: Tensor  # [Nv] int64, positions of the media tokens
-    supervised_index: Tensor  # [Ns] int64, positions whose label is not -100
-    loss_weights: Tensor | None  # [T] float32, set by the trainer before the forward
-    aux_weight: float  # this batch's share of the step's router auxiliary loss, set with it
-    sources: list[str]
-    rows_read: list[int]  # of each file of the dataset
-    rows_bad: list[int]  # and those of them left out
-    truncated: int  # samples cut to the sequence length
-    resume_state: dict  # the position in the stream after this batch; json-able
-    # Where several ranks share a batch, each has a run of its tokens and, of another cut, a run of its patches;
-    # cu_seqlens and grid_thw stay those of the whole. Set by parallel.py.
-    local_visual_tokens: slice = field(default_factory=lambda: slice(None))  # whose patches pixel_values holds, of all
-    feature_splits: tuple[list[int], list[int]] | None = None  # visual tokens to send to, and to get from, each rank
+    Under context parallelism a rank holds one slice of the tokens and another, independent slice of the patches. Fields
+    of the kinds media, sample and host still describe the full batch.
+    """
+
+    input_ids: Tensor = _declare("token")  # [T] int64
+    labels: Tensor = _declare("token")  # [T] int64, shifted
+    position_ids: Tensor = _declare("token")  # [3, T] int64
+    pixel_values: Tensor = _declare("patch")  # [P, 1536] float32
+    grid_thw: Tensor = _declare("media")  # [N, 3] int64
+    visual_index: Tensor = _declare("index")  # [Nv] int64, positions of the media tokens
+    supervised_index: Tensor = _declare("index")  # [Ns] int64, positions whose label is not IGNORE
+    sources: list[str] = _declare("sample")
+    cu_seqlens: list[int] = _declare("host")  # [0, ..., T]
+    truncated: int = _declare("host", default=0)  # samples cut to the sequence length
+    rows_read: list[int] = _declare("host", default_factory=list)  # of each dataset file
+    rows_bad: list[int] = _declare("host", default_factory=list)  # the bad ones among them
+    resume_state: dict = _declare("host", default_factory=dict)  # JSON: the position in the stream after this batch
+    # Set by train.set_loss_weights before the forward:
+    loss_weights: Tensor | None = _declare("token", default=None)  # [T] float32
+    aux_weight: float = _declare("host", default=0.0)  # this batch's share of the step's router auxiliary loss
+    # Set by parallel.local_batch:
+    local_visual_tokens: slice = _declare("host", default_factory=lambda: slice(None))  # whose patches are here
+    feature_splits: tuple[list[int], list[int]] | None = _declare("host", default=None)  # sizes to send, to receive
+
+    def _convert(self, convert: Callable[[Tensor], Tensor]) -> Batch:
+        """Return a copy with `convert` applied to the tensors that belong on the device."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["kind"] in ON_DEVICE}
+        return replace(self, **{name: convert(value) for name, value in values.items() if value is not None})
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`; `grid_thw` and the lists stay on the host."""
-        names = ("input_ids", "labels", "position_ids", "pixel_values", "visual_index", "supervised_index")
-        names += ("loss_weights",) if self.loss_weights is not None else ()
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        """Return a copy on `device`; the copy is asynchronous from pinned memory."""
+        return self._convert(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Return a copy in pinned memory (DataLoader calls this)."""
+        return self._convert(Tensor.pin_memory)
 
 
 def collate(
@@ -110,34 +137,54 @@ def collate(
     rows_read: list[int] | None = None,
     rows_bad: list[int] | None = None,
 ) -> Batch:
-    """Lays samples end to end. No samples (all of them were bad) make a batch of one unsupervised token."""
+    """Pack samples end to end. An empty list (every row was bad) gives a batch of one unsupervised token."""
     sources = [sample.source for sample in samples]
     if not samples:
-        none, one = torch.zeros(0, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int64)
-        samples = [Sample(one[0], one[0] + IGNORE, one, torch.zeros(0, 1536), none.view(0, 3), none, "", False)]
-    starts = np.cumsum([0] + [len(sample.input_ids) for sample in samples]).tolist()
-    labels = torch.cat([sample.labels for sample in samples])
+        empty, zero = torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        samples = [Sample(
+            input_ids=zero, labels=zero + IGNORE, position_ids=zero.expand(3, 1), pixel_values=torch.zeros(0, 1536),
+            grid_thw=empty.view(0, 3), visual_index=empty, source="", truncated=False,
+        )]
+    cu_seqlens = [0, *itertools.accumulate(len(sample.input_ids) for sample in samples)]
+    packed: dict[str, Tensor | list] = {}
+    for f in fields(Sample):
+        values = [getattr(sample, f.name) for sample in samples]
+        if f.metadata["kind"] == "sample":
+            packed[f.name] = values
+        elif f.metadata["kind"] == "index":
+            packed[f.name] = torch.cat([v + start for v, start in zip(values, cu_seqlens, strict=False)])
+        else:
+            packed[f.name] = torch.cat(values, dim=-1 if f.metadata["kind"] == "token" else 0)
+    del packed["source"]
     return Batch(
-        input_ids=torch.cat([sample.input_ids for sample in samples]),
-        labels=labels,
-        position_ids=torch.cat([sample.position_ids for sample in samples], dim=1),
-        pixel_values=torch.cat([sample.pixel_values for sample in samples]),
-        grid_thw=torch.cat([sample.grid_thw for sample in samples]),
-        cu_seqlens=starts,
-        visual_index=torch.cat([s.visual_index + start for s, start in zip(samples, starts, strict=False)]),
-        supervised_index=torch.nonzero(labels != IGNORE).flatten(),
-        loss_weights=None,
-        aux_weight=0.0,
+        **packed | {"truncated": sum(packed["truncated"])},
+        supervised_index=torch.nonzero(packed["labels"] != IGNORE).flatten(),
         sources=sources,
+        cu_seqlens=cu_seqlens,
         rows_read=rows_read or [],
         rows_bad=rows_bad or [],
-        truncated=sum(sample.truncated for sample in samples),
         resume_state=resume_state or {},
     )
 
 
 # ---------------------------------------------------------------------------------------- flags of rows and media
 
+@dataclass(frozen=True)
+class EncodeOptions:
+    """Choose what `Processor.encode` makes of a row."""
+
+    seq_length: int | None = None  # cut longer samples to this many tokens
+    train_on_prompt: bool = False  # supervise every token except media tokens
+    mask_history: bool = False  # supervise the last answer only
+    for_generation: bool = False  # drop a last answer and end with the start of an answer
+    confine_paths: bool = False  # refuse media outside the media directory
+
+    def __post_init__(self):
+        if self.train_on_prompt and self.mask_history:
+            raise UsageError("--train-on-prompt and --mask-history exclude each other: give one of them")
+
+
+ENCODE_DEFAULTS = EncodeOptions()
 MEDIA_LIMITS = ("image_min_pixels", "image_max_pixels", "video_min_pixels", "video_max_pixels", "video_fps",
                 "video_maxlen")
 
@@ -171,12 +218,14 @@ def add_row_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--mask-history", action=switch, default=False, help="supervise the last answer only")
 
 
-def encode_options(args: argparse.Namespace) -> dict[str, int | bool]:
-    """Those flags as `Processor.encode` takes them. Raises UsageError where two exclude each other."""
-    if args.train_on_prompt and args.mask_history:
-        raise UsageError("--train-on-prompt and --mask-history exclude each other: give one of them")
-    return {"seq_length": args.seq_length, "train_on_prompt": args.train_on_prompt,
-            "mask_history": args.mask_history, "confine": args.confine_paths}
+def encode_options(args: argparse.Namespace) -> EncodeOptions:
+    """Return the options that the flags give. Raises UsageError if two flags exclude each other."""
+    return EncodeOptions(
+        seq_length=args.seq_length,
+        train_on_prompt=args.train_on_prompt,
+        mask_history=args.mask_history,
+        confine_paths=args.confine_paths,
+    )
 
 
 # -------------------------------------------------------------------------------------------------- what a row may hold
@@ -783,38 +832,27 @@ class Processor:
         return patches.reshape(t * h * w, -1)
 
     def encode(
-        self,
-        row: dict,
-        *,
-        media_dir: str | Path,
-        source: str = "",
-        seq_length: int | None = None,
-        train_on_prompt: bool = False,
-        mask_history: bool = False,
-        for_generation: bool = False,
-        confine: bool = False,
+        self, row: dict, media_dir: str | Path, source: str = "", options: EncodeOptions = ENCODE_DEFAULTS
     ) -> Sample:
-        """A row of either format as token ids, labels, positions and patches.
+        """Encode a row of either format as token ids, labels, positions and patches.
 
-        Supervised are each answer, its <|im_end|> and the newline after it; with `mask_history` the last answer
-        only; with `train_on_prompt` every token but the media's (pads, <|vision_start|>, <|vision_end|>). A sample
-        longer than `seq_length` loses whole exchanges (question and answer) from its end; if the first alone is too
-        long, the end of its answer. `for_generation` drops a last answer and ends with "<|im_start|>assistant\\n".
-        `confine` refuses media outside `media_dir`. Raises InputError, whose message begins with `source`.
+        Supervised tokens are each answer, its <|im_end|> and the newline after it; with `mask_history` only those of
+        the last answer; with `train_on_prompt` all tokens except media tokens, <|vision_start|> and <|vision_end|>.
+        A sample longer than `seq_length` loses whole exchanges (question and answer) from its end; if the first
+        exchange alone is too long, the end of its answer is cut. With `for_generation` a last answer is dropped and
+        the sample ends with "<|im_start|>assistant\\n". Raises InputError, whose message begins with `source`.
         """
-        chunks, truncated = self._encode_row(
-            row, True, media_dir, source, seq_length, train_on_prompt, mask_history, for_generation, confine
-        )
+        chunks, truncated = self._encode_row(row, media_dir, source, options, decode=True)
         ids = np.array([token for chunk in chunks for token in chunk.ids], np.int64)
         starts = np.cumsum([0] + [len(chunk.ids) for chunk in chunks]).tolist()
         runs = [(start + at, h, w) for chunk, start in zip(chunks, starts, strict=False) for at, h, w in chunk.runs]
         media = np.isin(ids, (self.image_token_id, self.video_token_id))
         supervised = np.zeros(len(ids), bool)
-        if train_on_prompt and not for_generation:
+        if options.train_on_prompt and not options.for_generation:
             supervised = ~media & ~np.isin(ids, (self.vision_start_token_id, self.vision_end_token_id))
-        elif not for_generation:
+        elif not options.for_generation:
             answers = [i for i, chunk in enumerate(chunks) if chunk.answer is not None]
-            for i in answers[-1:] if mask_history else answers:
+            for i in answers[-1:] if options.mask_history else answers:
                 supervised[starts[i] + chunks[i].answer : starts[i + 1]] = True
         labels = np.full(len(ids), IGNORE, np.int64)
         labels[:-1] = np.where(supervised[1:], ids[1:], IGNORE)
@@ -831,36 +869,28 @@ class Processor:
             truncated=truncated,
         )
 
-    def count_tokens(self, row: dict, *, media_dir: str | Path, source: str = "", **options) -> int:
+    def count_tokens(
+        self, row: dict, media_dir: str | Path, source: str = "", options: EncodeOptions = ENCODE_DEFAULTS
+    ) -> int:
         """How many tokens `encode` makes of a row, given the same options, without decoding its media.
 
         Of pictures and frames only headers are read, of video files only packets; an animation's times are known after
         decoding it only. Raises the InputErrors of `encode` that can be seen so.
         """
-        chunks, _ = self._encode_row(row, False, media_dir, source, **options)
+        chunks, _ = self._encode_row(row, media_dir, source, options, decode=False)
         return sum(len(chunk.ids) for chunk in chunks)
 
     def _encode_row(
-        self,
-        row: dict,
-        decode: bool,
-        media_dir: str | Path,
-        source: str,
-        seq_length: int | None = None,
-        train_on_prompt: bool = False,
-        mask_history: bool = False,
-        for_generation: bool = False,
-        confine: bool = False,
+        self, row: dict, media_dir: str | Path, source: str, options: EncodeOptions, decode: bool
     ) -> tuple[list[EncodedTurn], bool]:
         """The turns that fit in `seq_length`, and whether that is not all. Without `decode` they lack the pixels.
         Media of turns beyond the length are not read."""
         try:
-            if train_on_prompt and mask_history:
-                raise InputError("train_on_prompt and mask_history exclude each other")
-            limit = seq_length or sys.maxsize
+            for_generation = options.for_generation
+            limit = options.seq_length or sys.maxsize
             chunks, length = [], 0
             for turn in parse_row(row, for_generation):
-                chunks.append(self._encode_turn(turn, media_dir, confine, decode, limit - length))
+                chunks.append(self._encode_turn(turn, media_dir, options.confine_paths, decode, limit - length))
                 length += len(chunks[-1].ids)
                 if length > limit and turn.role == "assistant" and not for_generation:
                     break
@@ -1348,7 +1378,7 @@ class Loader:
     shuffle: bool
     num_workers: int
     on_bad_sample: str
-    encode_options: dict  # keyword arguments of Processor.encode
+    options: EncodeOptions
     packing: bool = False
     resume_state: dict | list[dict] | None = None  # or those of all ranks, where their number may have changed
     num_samples: int | None = None  # the stream ends after so many, for held-out rows; ranks may come away empty
@@ -1411,7 +1441,7 @@ class Loader:
             return rows
         order = self.dataset.stream({}, self._order_seed)
         measured = [self._measure((span, {}))[::2] for span, _ in itertools.islice(order, min(rows, 1000))]
-        judged, packed, space, waiting = len(measured), 0.0, self.encode_options["seq_length"], []
+        judged, packed, space, waiting = len(measured), 0.0, self.options.seq_length, []
         for sample in [*measured, None]:
             while waiting and (sample is None or ready_to_pack(waiting, space)):
                 row, waiting = pack_row(waiting, space)
@@ -1446,7 +1476,7 @@ class Loader:
             rows_read[span.file] += 1
             try:
                 row, source, media_dir = self.dataset.read(span)
-                samples.append(self.processor.encode(row, media_dir=media_dir, source=source, **self.encode_options))
+                samples.append(self.processor.encode(row, media_dir=media_dir, source=source, options=self.options))
             except InputError as error:
                 rows_bad[span.file] += 1
                 failures.append(str(error))
@@ -1473,7 +1503,7 @@ class Loader:
         left, state = self._left_over()
         rows = itertools.chain(((span, state) for span in left), self._own_rows(state))
         waiting: list[tuple[Span, int]] = []
-        space = self.encode_options["seq_length"]
+        space = self.options.seq_length
         position: dict = {}
         for taken, (span, behind, length) in enumerate(self._in_workers(self._measure, rows, min(1, self.num_workers))):
             again = taken >= len(left)  # as where the run ended: not before goes a resumed one on
@@ -1489,9 +1519,9 @@ class Loader:
         where it ends the run, so many that this is soon."""
         try:
             row, source, media_dir = self.dataset.read(item[0])
-            return *item, self.processor.count_tokens(row, media_dir=media_dir, source=source, **self.encode_options)
+            return *item, self.processor.count_tokens(row, media_dir=media_dir, source=source, options=self.options)
         except InputError:
-            return *item, self.encode_options["seq_length"] if self.on_bad_sample == "error" else 1
+            return *item, self.options.seq_length if self.on_bad_sample == "error" else 1
 
     def _left_over(self) -> tuple[list[Span], dict]:
         """The rows that waited at a checkpoint and are this rank's to pack now, and the position that all go on from.

@@ -34,6 +34,8 @@ import kernels_npu
 from common import InputError, Parser, UsageError, number, read_json, run_program, shorten
 from model import Qwen3VL, Qwen3VLConfig, TextModel
 
+FOR_GENERATION = data.EncodeOptions(for_generation=True)
+
 # ---- generation ----------------------------------------------------------------------------------------------------
 
 
@@ -341,7 +343,7 @@ def answer_questions(args: argparse.Namespace, answer: Answerer) -> None:
             raise InputError(f"question {turn + 1}, {question[:100]!r}, is not UTF-8") from e
         messages.append({"role": "user", "content": question})
         row = {"messages": messages, "images": args.image, "videos": args.video}
-        sample = answer.processor.encode(row, media_dir=".", for_generation=True)
+        sample = answer.processor.encode(row, media_dir=".", options=FOR_GENERATION)
         messages.append({"role": "assistant", "content": stream_answer(answer, sample, turn)})
 
 
@@ -400,7 +402,7 @@ def answer_rows(args: argparse.Namespace, answer: Answerer) -> None:
                 try:
                     row, source, media_dir = rows[i]
                     samples.append(answer.processor.encode(
-                        row, media_dir=media_dir, source=source, for_generation=True))
+                        row, media_dir=media_dir, source=source, options=FOR_GENERATION))
                 except InputError as e:
                     mistake = e
                     break

@@ -541,15 +541,39 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return (*(g if g is None else g.mul_(scale.to(g.dtype)) for g in grads), None, None, None, None)
 
 
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, chunk_size: int) -> Tensor:
+    """Return sum_i weights[i] * -log p(labels[i]), where p is the softmax of hidden[i] @ weight.T.
+
+    hidden [S, D], weight [V, D], labels [S], weights [S] float32 -> scalar float32. `chunk_size` is the number of rows
+    of logits in memory at a time; 0 takes all rows at once.
+    """
+    return ChunkedCrossEntropy.apply(hidden, weight, labels, weights, chunk_size, torch.is_grad_enabled())
+
+
+def weighted_cross_entropy(hidden: Tensor, weight: Tensor, batch, chunk_size: int) -> Tensor:
+    """Return the weighted cross entropy of a batch's supervised tokens: the default of the `loss_fn` seam.
+
+    hidden [T, D] and weight [V, D] of the language model head; batch: a `data.Batch` -> scalar float32.
+    """
+    index = batch.supervised_index
+    return chunked_cross_entropy(hidden[index], weight, batch.labels[index], batch.loss_weights[index], chunk_size)
+
+
 class LMHead(nn.Linear):
-    def forward(
-        self, x: Tensor, labels: Tensor | None = None, weights: Tensor | None = None, chunk_size: int = 0
-    ) -> Tensor:
-        """x [S, D] -> logits [S, V]; with labels [S] and weights [S], their weighted cross entropy, a scalar.
-        In here and not beside it, so that FSDP's hooks gather this weight for it."""
-        if labels is None:
+    """Project hidden states to logits, or compute the loss from them.
+
+    The loss is computed in this forward because FSDP's hooks gather the weight for it.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loss_fn: Callable = weighted_cross_entropy
+
+    def forward(self, x: Tensor, batch=None, chunk_size: int = 0) -> Tensor:
+        """Return the logits [T, V] of x [T, D]; with a `data.Batch`, return its loss, a scalar."""
+        if batch is None:
             return super().forward(x)
-        return ChunkedCrossEntropy.apply(x, self.weight, labels, weights, chunk_size, torch.is_grad_enabled())
+        return self.loss_fn(x, self.weight, batch, chunk_size)
 
 
 def load_balancing_loss(router_stats: list[Tensor], num_tokens: int) -> Tensor:
@@ -640,8 +664,7 @@ class Qwen3VL(nn.Module):
         """batch: a `data.Batch` on the model's device with its `loss_weights` -> (loss to call backward on, its router
         auxiliary part before the coefficient and detached): both this micro-batch's share of the whole step's."""
         x, router_stats = self.hidden_states(batch)
-        at = batch.supervised_index
-        loss = self.lm_head(x[at], batch.labels[at], batch.loss_weights[at], self.loss_chunk_size)
+        loss = self.lm_head(x, batch, self.loss_chunk_size)
         aux_loss = loss.new_zeros(())
         if router_stats:
             aux_loss = load_balancing_loss(router_stats, batch.cu_seqlens[-1]) * batch.aux_weight
@@ -660,14 +683,23 @@ class Qwen3VL(nn.Module):
             p.grad = None
 
     @torch.no_grad()
-    def init_weights(self, seed: int, local_shard_and_offset: Callable = full_tensor_and_offset) -> None:
-        """Fills every parameter for training from scratch: normal with the config's deviation, biases 0, norms 1.
+    def init_weights(
+        self, seed: int, local_shard_and_offset: Callable = full_tensor_and_offset, names: Collection[str] | None = None
+    ) -> None:
+        """Initialise the parameters and persistent buffers, or those of the given `names`.
 
-        `local_shard_and_offset` returns a parameter's slice on this rank and where the slice begins. Values come in
-        blocks of rows, each with a generator seeded by `seed`, the name and the row: they do not depend on how the
-        model is sharded, and a rank makes little more than its own slice.
+        Weights are normal with the config's standard deviation; biases and buffers are 0, norms 1.
+        `local_shard_and_offset` returns a tensor's slice on this rank and where the slice begins. Values come in blocks
+        of rows, each with a generator seeded by `seed`, the name and the row. So they do not depend on how the model is
+        sharded, and a rank generates little more than its own slice.
         """
+        stored = self.state_dict().keys()
+        for name, buffer in self.named_buffers():
+            if name in (stored if names is None else names):
+                buffer.zero_()
         for name, param in self.named_parameters():
+            if names is not None and name not in names:
+                continue
             module, _, leaf = name.rpartition(".")
             local, (first, *inner) = local_shard_and_offset(param)
             if leaf == "bias" or isinstance(self.get_submodule(module), (RMSNorm, nn.LayerNorm)):

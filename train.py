@@ -858,7 +858,7 @@ def run(args: argparse.Namespace, ranks: parallel.ParallelState, accumulation: i
     else:
         dataset = data.RowDataset(paths, max_samples=args.max_samples, **read)
     layout = {"dp_rank": ranks.dp_rank, "dp_size": ranks.dp_size, "seed": args.seed, "num_workers": args.num_workers,
-              "on_bad_sample": args.on_bad_sample, "encode_options": data.encode_options(args),
+              "on_bad_sample": args.on_bad_sample, "options": data.encode_options(args),
               "micro_batch_size": args.micro_batch_size}
     loader = data.Loader(dataset, processor, shuffle=args.shuffle, global_batch_size=args.global_batch_size,
                          packing=args.packing, **layout)

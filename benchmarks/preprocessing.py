@@ -87,7 +87,7 @@ def data_waits(dataset: RowDataset, processor: Processor, workers: int, batches:
         shuffle=True,
         num_workers=workers,
         on_bad_sample="error",
-        encode_options={"seq_length": 8192},
+        options=data.EncodeOptions(seq_length=8192),
     )
     matrix, waits, stream = torch.randn(256, 256), [], iter(loader)
     for _ in range(batches + 5):

@@ -1,6 +1,8 @@
 """What only a GPU can show: `pytest -m cuda`. Skipped, with the reason, where there is none."""
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
@@ -47,10 +49,12 @@ def peak(call) -> int:
 def test_chunked_loss_holds_one_chunk_of_logits():
     head = LMHead(1024, 151_936, bias=False, device="cuda", dtype=torch.bfloat16)
     hidden = torch.randn(8192, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    labels, weights = torch.zeros(8192, dtype=torch.long, device="cuda"), torch.ones(8192, device="cuda")
+    batch = SimpleNamespace(labels=torch.zeros(8192, dtype=torch.long, device="cuda"),
+                            loss_weights=torch.ones(8192, device="cuda"),
+                            supervised_index=torch.arange(8192, device="cuda"))
 
     def step(chunk: int):
-        head(hidden, labels, weights, chunk).backward()
+        head(hidden, batch, chunk).backward()
         head.weight.grad = hidden.grad = None
 
     assert peak(lambda: step(512)) < 0.3 * peak(lambda: step(0))

@@ -38,8 +38,8 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 import data
-from common import InputError
-from data import IGNORE, PACKING_WINDOW, Loader, Processor, RowDataset, RowStream, collate
+from common import InputError, UsageError
+from data import IGNORE, PACKING_WINDOW, EncodeOptions, Loader, Processor, RowDataset, RowStream, collate
 
 TEMPLATE = (Path(__file__).parent / "assets" / "chat_template.jinja").read_text()
 LAYS_ON_WHITE = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
@@ -230,7 +230,7 @@ def test_prompt_equals_transformers(row, pictures, judge, processor):
     question = {**row, "messages": row["messages"][:-1]}
     prompt = judge(for_judge(question, pictures), generation=True)
     for given in (row, question):  # an answer that is there is dropped
-        sample = processor.encode(given, media_dir=pictures, for_generation=True)
+        sample = processor.encode(given, media_dir=pictures, options=EncodeOptions(for_generation=True))
         assert_equal(sample, prompt)
         assert (sample.labels == IGNORE).all()
 
@@ -306,7 +306,7 @@ def test_supervised_tokens(pictures, processor):
     row = chat("system:Be brief.", "<image>What?", "A bus.", "Sure?", "Yes.", images=["small.png"])
 
     def encode(**options):
-        return processor.encode(row, media_dir=pictures, **options)
+        return processor.encode(row, pictures, options=EncodeOptions(**options))
 
     assert marked(processor, encode()) == ["A bus.<|im_end|>\n", "Yes.<|im_end|>\n"]
     assert marked(processor, encode(mask_history=True)) == ["Yes.<|im_end|>\n"]
@@ -315,7 +315,7 @@ def test_supervised_tokens(pictures, processor):
         "What?<|im_end|>\n<|im_start|>assistant\nA bus.<|im_end|>\n"
         "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n",
     ]
-    with pytest.raises(InputError, match="exclude"):
+    with pytest.raises(UsageError, match="exclude"):
         encode(mask_history=True, train_on_prompt=True)
 
 
@@ -361,9 +361,9 @@ def test_truncation(pictures, processor):
     for length in range(prompt - 2, len(whole.input_ids) + 2):
         if length <= prompt:  # no room for a token of the answer
             with pytest.raises(InputError, match=f"x: .*{prompt} of them, {media} of pictures.*--seq-length"):
-                processor.encode(row, media_dir=pictures, seq_length=length, source="x")
+                processor.encode(row, media_dir=pictures, options=EncodeOptions(seq_length=length), source="x")
             continue
-        sample = processor.encode(row, media_dir=pictures, seq_length=length)
+        sample = processor.encode(row, media_dir=pictures, options=EncodeOptions(seq_length=length))
         expected = next((s for s in (whole, second, first) if len(s.input_ids) <= length), None)
         assert sample.truncated == (expected is not whole)
         if expected is None:  # the only answer is cut
@@ -375,7 +375,7 @@ def test_truncation(pictures, processor):
             assert torch.equal(getattr(sample, name), getattr(expected, name))
         assert (sample.labels != IGNORE).any() and len(sample.input_ids) <= length
     with pytest.raises(InputError, match="do not fit"):
-        processor.encode(row, media_dir=pictures, seq_length=20, for_generation=True)
+        processor.encode(row, media_dir=pictures, options=EncodeOptions(seq_length=20, for_generation=True))
 
 
 # -------------------------------------------------------------------------------------------------------------- videos
@@ -433,7 +433,7 @@ def test_video_frames(count, fps, size, judge, processor, tmp_path):
     listed = [f"f{i}.png" for i in range(count)]
     for video in ({"path": listed, "fps": fps}, {"path": ".", "fps": fps}):
         row = {"conversations": [{"from": "human", "value": "<video>What?"}], "video": video}
-        sample = processor.encode(row, media_dir=tmp_path, for_generation=True)
+        sample = processor.encode(row, media_dir=tmp_path, options=EncodeOptions(for_generation=True))
         assert sample.input_ids.tolist() == ids.tolist()
         assert sample.position_ids.tolist() == positions.tolist()
         assert sample.grid_thw.tolist() == grid.tolist()
@@ -684,7 +684,7 @@ MEASURED = [
     ({"seq_length": 200}, chat("<image>What?", "word " * 300, images=["small.png"])),
     ({"seq_length": 300}, chat("<image>What?", "word " * 60, "And?", "word " * 300, images=["small.png"])),
     ({"seq_length": 90, "train_on_prompt": True}, chat("<image>What?", "A", "<image>", "B", images=["small.png"] * 2)),
-    ({"mask_history": True, "source": "s", "confine": True}, chat("\n<image>\n", "\n\n", images=["small.png"])),
+    ({"mask_history": True, "confine_paths": True}, chat("\n<image>\n", "\n\n", images=["small.png"])),
 ]
 
 
@@ -695,7 +695,7 @@ def test_measure(options, row, pictures, processor, tmp_path, monkeypatch):
         write_video(tmp_path / "clip.mp4", 40, 15)
         write_video(tmp_path / "uneven.mkv", len(UNEVEN), 25, pts=UNEVEN)
         pictures = tmp_path
-    expected = len(processor.encode(row, media_dir=pictures, **options).input_ids)
+    expected = len(processor.encode(row, pictures, options=EncodeOptions(**options)).input_ids)
     if "webp" not in json.dumps(row):
         monkeypatch.setattr(ImageFile.ImageFile, "load", None)
         monkeypatch.setattr(Processor, "_patchify", None)
@@ -709,25 +709,23 @@ def test_measure(options, row, pictures, processor, tmp_path, monkeypatch):
 
         open_ = av.open
         monkeypatch.setattr(av, "open", open_for_packets)
-    assert processor.count_tokens(row, media_dir=pictures, **options) == expected
+    assert processor.count_tokens(row, pictures, options=EncodeOptions(**options)) == expected
 
 
 def test_measure_raises_as_encode(bad_media, processor):
+    options = EncodeOptions(seq_length=3000)
     for row, _ in BAD_ROWS:
         try:
-            tokens = len(processor.encode(row, media_dir=bad_media, source="s", seq_length=3000).input_ids)
+            tokens = len(processor.encode(row, bad_media, "s", options).input_ids)
         except InputError as error:
             if "cut.png" in str(error) or "cut.jpg" in str(error):
-                assert processor.count_tokens(row, media_dir=bad_media, seq_length=3000)  # only decoding finds it
+                assert processor.count_tokens(row, bad_media, options=options)  # only decoding finds it
                 continue
             with pytest.raises(InputError) as caught:
-                processor.count_tokens(row, media_dir=bad_media, source="s", seq_length=3000)
+                processor.count_tokens(row, bad_media, "s", options)
             assert str(caught.value) == str(error)
         else:
-            assert processor.count_tokens(row, media_dir=bad_media, seq_length=3000) == tokens
-    options = {"media_dir": bad_media, "mask_history": True, "train_on_prompt": True, "source": "row 1"}
-    with pytest.raises(InputError, match="row 1: .*exclude"):
-        processor.count_tokens(chat("a", "b"), **options)
+            assert processor.count_tokens(row, bad_media, options=options) == tokens
 
 
 TRANSFORMERS_4 = """
@@ -1066,13 +1064,13 @@ def test_bad_row(row, message, bad_media, processor, tmp_path):
 def test_pictures_beyond_the_length_are_not_decoded(bad_media, processor):
     row = chat("x", "y", images=["rgb.png", "cut.png"])  # the second has a header
     with pytest.raises(InputError, match="tokens do not fit in a sequence length of 10"):
-        processor.encode(row, media_dir=bad_media, seq_length=10)
+        processor.encode(row, media_dir=bad_media, options=EncodeOptions(seq_length=10))
     with pytest.raises(InputError, match=r"images\[1\]: .*cut.png cannot be read"):
-        processor.encode(row, media_dir=bad_media, seq_length=4096)
+        processor.encode(row, media_dir=bad_media, options=EncodeOptions(seq_length=4096))
 
 
 def test_confined_paths(bad_media, processor, tmp_path):
-    inside = tmp_path / "inside"
+    inside, confined = tmp_path / "inside", EncodeOptions(confine_paths=True)
     inside.mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "outside.png")
     Image.new("RGB", (64, 64)).save(inside / "a.png")
@@ -1082,15 +1080,15 @@ def test_confined_paths(bad_media, processor, tmp_path):
         row = chat("x", "y", images=[path])
         assert len(processor.encode(row, media_dir=inside).grid_thw) == 1
         with pytest.raises(InputError, match="outside .*--confine-paths"):
-            processor.encode(row, media_dir=inside, confine=True)
+            processor.encode(row, media_dir=inside, options=confined)
         with pytest.raises(InputError, match="outside .*--confine-paths"):
-            processor.encode(chat("x", "y", videos=[["a.png", path]]), media_dir=inside, confine=True)
+            processor.encode(chat("x", "y", videos=[["a.png", path]]), media_dir=inside, options=confined)
     for path in ("\ud800", "a\udd00.png", "\udc7f/a.png"):  # no file system can hold such a name
         with pytest.raises(InputError, match=r"^images\[0\]: a path is needed, this is a string: .*\\ud"):
-            processor.encode(chat("x", "y", images=[path]), media_dir=inside, confine=True)
+            processor.encode(chat("x", "y", images=[path]), media_dir=inside, options=confined)
     os.symlink("a.png", os.fsencode(inside) + b"/\xff.png")  # JSON names a byte that is not UTF-8 as "\udcff"
     for path in ("a.png", "../inside/a.png", "good.png", str(inside / "a.png"), "\udcff.png"):
-        processor.encode(chat("x", "y", images=[path]), media_dir=inside, confine=True)
+        processor.encode(chat("x", "y", images=[path]), media_dir=inside, options=confined)
 
 
 def test_large_picture_is_read_in_silence(tmp_path):
@@ -1233,7 +1231,7 @@ def make_loader(dataset, processor, **options) -> Loader:
         "shuffle": True,
         "num_workers": 0,
         "on_bad_sample": "error",
-        "encode_options": {},
+        "options": EncodeOptions(),
     }
     return Loader(dataset, processor, **(defaults | options))
 
@@ -1570,14 +1568,14 @@ def uneven(tmp_path, count=300, seed=0) -> list[str]:
 
 
 def pack(dataset, processor, **options) -> Loader:
-    return make_loader(dataset, processor, **({"packing": True, "encode_options": {"seq_length": 640}} | options))
+    return make_loader(dataset, processor, **({"packing": True, "options": EncodeOptions(seq_length=640)} | options))
 
 
 def test_packing_resumes_exactly_where_many_wait(tmp_path, processor):
     """Short samples, of which more than a window wait, then long ones, which make a part of them enough."""
     lengths = [*[1] * PACKING_WINDOW, *np.random.default_rng(0).integers(150, 1000, 300).tolist()]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(chat(f"q{i}", "a " * n)) for i, n in enumerate(lengths)))
-    dataset, options = RowDataset([str(tmp_path / "rows.jsonl")]), {"encode_options": {"seq_length": 2048}}
+    dataset, options = RowDataset([str(tmp_path / "rows.jsonl")]), {"options": EncodeOptions(seq_length=2048)}
     whole = take(pack(dataset, processor, shuffle=False, **options), 12)
     assert max(len(batch.resume_state["waiting"]) for batch in whole) > PACKING_WINDOW
     for at in (0, 2, 5):
@@ -1588,7 +1586,7 @@ def test_packing_resumes_exactly_where_many_wait(tmp_path, processor):
 
 def test_packed_rows_of_many_short_samples_are_full(tmp_path, processor):
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(chat(f"q{i}", "a")) for i in range(1500)))
-    loader = pack(RowDataset([str(tmp_path / "rows.jsonl")]), processor, encode_options={"seq_length": 8192})
+    loader = pack(RowDataset([str(tmp_path / "rows.jsonl")]), processor, options=EncodeOptions(seq_length=8192))
     batches = list(itertools.takewhile(lambda batch: batch.resume_state["epoch"] == 0, loader))
     assert len(batches[0].sources) > 2 * PACKING_WINDOW
     assert min(len(batch.input_ids) for batch in batches[:-1]) > 0.99 * 8192
@@ -1614,7 +1612,8 @@ def test_packed_rows_are_full_and_hold_each_row_once_an_epoch(tmp_path, processo
     places = {row: i for i, row in enumerate(order[:300])}
     assert max(places[row] - i for i, row in enumerate(rows[:300])) < PACKING_WINDOW
     batch = batches[1]
-    samples = [processor.encode(dataset[int(i)][0], media_dir=tmp_path, seq_length=640) for i in ids([batch])[0]]
+    options = EncodeOptions(seq_length=640)
+    samples = [processor.encode(dataset[int(i)][0], tmp_path, options=options) for i in ids([batch])[0]]
     assert torch.equal(batch.input_ids, collate(samples).input_ids) and len(samples) > 2
     assert torch.equal(batch.position_ids, collate(samples).position_ids)
     assert batch.cu_seqlens == collate(samples).cu_seqlens

@@ -426,7 +426,7 @@ def test_page_escapes_everything(tmp_path, hf):
 def test_page_shows_rows_as_training_sees_them(rows, hf):
     processor, dataset = data.Processor(hf), data.RowDataset([str(rows / "a.json"), str(rows / "b.jsonl")])
     Image.new("RGB", (64, 96), (250, 20, 90)).save(rows / "p.png")
-    reader = dataset_cli.RowReader(dataset, processor, {"mask_history": True, "seq_length": 200})
+    reader = dataset_cli.RowReader(dataset, processor, data.EncodeOptions(mask_history=True, seq_length=200))
     summary = dataset_cli.Figures(reader).summary(200)
 
     def show(index: int) -> tuple[Page, str]:
@@ -479,7 +479,7 @@ def test_rows_shown_are_spread(tmp_path, hf, files, rows_each):
     """Each dataset's share, its first and last row among them, and never a bad one."""
     paths = [write(tmp_path / f"{i}.json", [{"messages": say("a", f"{i} {k}")} for k in range(rows_each)] + [0])
              for i in range(files)]
-    reader = dataset_cli.RowReader(data.RowDataset(list(map(str, paths))), data.Processor(hf), {})
+    reader = dataset_cli.RowReader(data.RowDataset(list(map(str, paths))), data.Processor(hf), data.EncodeOptions())
     figures = dataset_cli.Figures(reader)
     for index, row in enumerate(row for start in range(0, len(reader.dataset), 16) for row in reader[start]):
         figures.add(index, row)
@@ -491,7 +491,7 @@ def test_rows_shown_are_spread(tmp_path, hf, files, rows_each):
 
 
 def test_kinds_of_bad_rows_are_bounded(rows, hf):
-    reader = dataset_cli.RowReader(data.RowDataset([str(rows / "a.json")]), data.Processor(hf), {})
+    reader = dataset_cli.RowReader(data.RowDataset([str(rows / "a.json")]), data.Processor(hf), data.EncodeOptions())
     figures = dataset_cli.Figures(reader)
     for i in range(200):
         for word in ("x" * i, "x"):

@@ -247,11 +247,11 @@ class Encode(Target):
 
     def run(self, rng: random.Random) -> None:
         row = self.mutated_row(rng)
-        options = {"media_dir": self.root, "seq_length": rng.choice((None, 20, 4096)), "confine": rng.random() < 0.7}
-        options["for_generation"] = rng.random() < 0.2
-        sample = self.processor.encode(row, **options)
+        options = data.EncodeOptions(seq_length=rng.choice((None, 20, 4096)), confine_paths=rng.random() < 0.7,
+                                     for_generation=rng.random() < 0.2)
+        sample = self.processor.encode(row, self.root, options=options)
         assert len(sample.labels) == len(sample.input_ids) == sample.position_ids.shape[1]
-        assert self.processor.count_tokens(row, **options) == len(sample.input_ids)
+        assert self.processor.count_tokens(row, self.root, options=options) == len(sample.input_ids)
 
 
 class RowFiles(Target):
@@ -480,7 +480,7 @@ class TrainerState(Checkpoint):
         dataset, processor = data.RowDataset([str(self.root / "rows.json")]), data.Processor(self.root / "hf")
         self.loader = data.Loader(
             dataset, processor, micro_batch_size=1, global_batch_size=1, dp_rank=0, dp_size=1, seed=0, shuffle=True,
-            num_workers=0, on_bad_sample="error", encode_options={"seq_length": 999}, packing=True)
+            num_workers=0, on_bad_sample="error", options=data.EncodeOptions(seq_length=999), packing=True)
 
     def run(self, rng: random.Random) -> None:
         name = "trainer_state_rank_00000.pt"
@@ -698,7 +698,8 @@ def read_run(root: Path) -> None:
 
 def read_row(root: Path, confine: bool = True, **row) -> None:
     messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
-    data.Processor(root / "hf").encode({"messages": messages} | row, media_dir=root, confine=confine)
+    data.Processor(root / "hf").encode({"messages": messages} | row, media_dir=root,
+                                         options=data.EncodeOptions(confine_paths=confine))
 
 
 def read_rows(root: Path) -> None:

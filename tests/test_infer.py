@@ -170,7 +170,7 @@ def world(tmp_path_factory):
 
 def expected_text(world, row: dict, count: int) -> str:
     """transformers' answer to a row."""
-    sample = world.processor.encode(row, media_dir=world.folder, for_generation=True)
+    sample = world.processor.encode(row, media_dir=world.folder, options=data.EncodeOptions(for_generation=True))
     sample = SimpleNamespace(input_ids=sample.input_ids, pixel_values=sample.pixel_values, grid_thw=sample.grid_thw,
                              kinds=["image"] * len(sample.grid_thw))
     ids = hf_answer(world.hf, tiny.hf_inputs(sample), count)

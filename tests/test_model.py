@@ -6,9 +6,11 @@ factor of ten and still catch any wrong term.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -23,10 +25,13 @@ from model import (
     LMHead,
     Qwen3VL,
     Qwen3VLConfig,
+    build_model,
+    chunked_cross_entropy,
     component_of,
     load_balancing_loss,
     parameter_table,
     step_flops,
+    weighted_cross_entropy,
 )
 
 ROWS = {
@@ -107,7 +112,8 @@ def test_chunked_loss_equals_whole(pair, chunk_size):
     labels, weights = torch.randint(0, 260, (23,)), torch.rand(23)
     whole = (torch.nn.functional.cross_entropy(head(x), labels, reduction="none") * weights).sum() * 3
     expected = torch.autograd.grad(whole, (x, head.weight))
-    chunked = head(x, labels, weights, chunk_size) * 3
+    batch = SimpleNamespace(labels=labels, loss_weights=weights, supervised_index=torch.arange(23))
+    chunked = head(x, batch, chunk_size) * 3
     grads = torch.autograd.grad(chunked, (x, head.weight))
     assert chunked.item() == pytest.approx(whole.item(), rel=1e-6)
     for a, b in zip(grads, expected, strict=True):
@@ -134,15 +140,16 @@ def test_chunked_loss_holds_one_chunk_of_logits():
 
     head = LMHead(D, V, bias=False)
     x = torch.randn(S, D, requires_grad=True)
-    labels, weights = torch.randint(0, V, (S,)), torch.ones(S)
+    batch = SimpleNamespace(
+        labels=torch.randint(0, V, (S,)), loss_weights=torch.ones(S), supervised_index=torch.arange(S))
     with Watch():
-        head(x, labels, weights, chunk).backward()
+        head(x, batch, chunk).backward()
     gc.collect()
     assert 0 < peak <= chunk
     assert x.grad is not None and head.weight.grad is not None
     peak = 0
     with Watch():
-        head(x, labels, weights, 0).backward()
+        head(x, batch, 0).backward()
     assert peak == S  # the counter does see whole logits
 
 
@@ -287,3 +294,47 @@ def test_flops_are_those_that_pytorch_counts(tmp_path, monkeypatch, kind, traine
     expected = counter.get_total_flops() - 2 * 3 * half
     found = step_flops(model.config, batch.cu_seqlens, batch.grid_thw, len(batch.supervised_index), trained)
     assert found == pytest.approx(expected, rel=0.03)
+
+
+def test_init_weights_fills_the_given_names_and_buffers(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny.config_dict()))
+    model = build_model(Qwen3VLConfig.from_json(tmp_path))
+    model.model.register_buffer("bias", torch.empty(7, device="meta"))
+    model.to_empty(device="cpu")
+    names = {"model.bias", "lm_head.weight"}
+    for tensor in model.state_dict().values():
+        tensor.fill_(3.0)
+    model.init_weights(1, names=names)
+    changed = {name for name, tensor in model.state_dict().items() if not (tensor == 3).all()}
+    assert changed == names
+    assert not model.model.bias.any()
+    drawn = model.lm_head.weight.clone()
+    model.init_weights(1)
+    assert torch.equal(model.lm_head.weight, drawn)
+
+
+def test_loss_fn_can_be_replaced(pair):
+    """A preference loss on pairs of sequences, through the chunked function, against plain autograd."""
+    _, ours = pair
+
+    def preference_loss(hidden, weight, batch, chunk_size):
+        scores = []
+        for start, end in itertools.pairwise(batch.cu_seqlens):
+            ones = torch.ones(end - start)
+            labels = batch.labels[start:end]
+            scores.append(-chunked_cross_entropy(hidden[start:end], weight, labels, ones, chunk_size))
+        return -torch.nn.functional.logsigmoid(scores[0] - scores[1])
+
+    x = torch.randn(11, 56, requires_grad=True)
+    batch = SimpleNamespace(labels=torch.randint(0, 260, (11,)), cu_seqlens=[0, 5, 11])
+    log_probs = -torch.nn.functional.cross_entropy(ours.lm_head(x), batch.labels, reduction="none")
+    expected = -torch.nn.functional.logsigmoid(log_probs[:5].sum() - log_probs[5:].sum())
+    expected_grads = torch.autograd.grad(expected, (x, ours.lm_head.weight))
+
+    ours.lm_head.loss_fn = preference_loss
+    loss = ours.lm_head(x, batch, 4)
+    grads = torch.autograd.grad(loss, (x, ours.lm_head.weight))
+    ours.lm_head.loss_fn = weighted_cross_entropy
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for grad, reference in zip(grads, expected_grads, strict=True):
+        assert (grad - reference).norm() <= 1e-5 * reference.norm()

@@ -406,7 +406,7 @@ def test_a_bad_picture_on_one_rank_ends_all(folder, tmp_path):
 BREAKS = """
 import os, sys
 sys.path.insert(0, {root!r})
-import data, kernels_npu, parallel, train
+import common, data, kernels_npu, parallel, train
 clip, calls = parallel.clip_grad_norm, []
 
 def breaks(*args, **kwargs):
@@ -498,7 +498,8 @@ def test_training_goes_on_in_another_layout(folder, tmp_path, one_rank):
 def test_packed_rows_are_dealt_to_other_ranks(folder, tmp_path, reading):
     """Two ranks, then two pairs, then one alone: samples and tokens up to an epoch's end are those of each row once."""
     processor, rows = data.Processor(folder / "moe"), data.RowDataset([str(folder / "kinds.json")])
-    lengths = [processor.count_tokens(rows[i][0], media_dir=folder, seq_length=150) for i in range(len(rows))]
+    options = data.EncodeOptions(seq_length=150)
+    lengths = [processor.count_tokens(rows[i][0], folder, options=options) for i in range(len(rows))]
     for last, (world, *flags) in {1: (2,), 2: (4, *CP2), 8: (1,)}.items():
         flags = [*PACKED, *reading.split(), "--global-batch-size", 2 if world > 1 else 1, *flags]
         load = ["--load", tmp_path / "save"] * (last > 1)

@@ -119,7 +119,7 @@ def reference(folder: Path, model: str, dataset: str, *, micro=1, accumulation=1
         for numbers in micro_batches:
             for i in numbers:
                 row, source, media = rows[i % len(rows)]
-                samples.append(processor.encode(row, media_dir=media, source=source, **(options or {})))
+                samples.append(processor.encode(row, media, source, data.EncodeOptions(**(options or {}))))
             each = [int((s.labels != -100).sum()) for s in samples[-len(numbers) :]]
             counts += [(n, sum(each)) for n in each]
         total = 0.0
@@ -195,7 +195,7 @@ def test_packed_rows_equal_their_samples_one_by_one(folder, tmp_path, loss_type)
     loader = data.Loader(
         data.RowDataset([str(folder / dataset)]), data.Processor(folder / model), micro_batch_size=1,
         global_batch_size=1, dp_rank=0, dp_size=1, seed=0, shuffle=False, num_workers=0, on_bad_sample="error",
-        encode_options={"seq_length": 300}, packing=True)
+        options=data.EncodeOptions(seq_length=300), packing=True)
     packed = [[int(re.search(r"row (\d+)", source)[1]) - 1 for source in batch.sources]
               for batch in itertools.islice(loader, 12)]
     assert max(map(len, packed)) > 2 and [m["samples"] for m in metrics] == [len(a + b) for a, b in

@@ -130,7 +130,7 @@ class Row(NamedTuple):
 class RowReader:
     """Rows read as training reads them, CHUNK at a time: what a loader's worker does."""
 
-    def __init__(self, dataset: data.RowDataset, processor: data.Processor, options: dict):
+    def __init__(self, dataset: data.RowDataset, processor: data.Processor, options: data.EncodeOptions):
         self.dataset, self.processor, self.options = dataset, processor, options
 
     def __getitem__(self, start: int) -> list[Row]:
@@ -144,7 +144,7 @@ class RowReader:
     def sample(self, index: int) -> data.Sample:
         """A row, encoded. Raises InputError."""
         row, source, media_dir = self.dataset[index]
-        return self.processor.encode(row, media_dir=media_dir, source=source, **self.options)
+        return self.processor.encode(row, media_dir=media_dir, source=source, options=self.options)
 
     def read(self, index: int) -> Row:
         """What the figures need of a row."""
@@ -153,7 +153,7 @@ class RowReader:
             row, source, media_dir = self.dataset[index]
             if isinstance(row, dict) and row.get("id") is not None:
                 identity = _hash(f"{file} {row['id']}".encode("utf-8", "surrogatepass"))
-            sample = self.processor.encode(row, media_dir=media_dir, source=source, **self.options)
+            sample = self.processor.encode(row, media_dir=media_dir, source=source, options=self.options)
         except InputError as error:
             reason = str(error).removeprefix(source).lstrip(": ")[:500]  # it may quote a text of megabytes
             return Row(source, reason, {"rows": 1, "bad": 1}, [], 0, identity)

@@ -62,7 +62,7 @@ class FakeParallelState(parallel.ParallelState):
     """All ranks have what this one has."""
 
     def sum(self, *values: float | torch.Tensor) -> list[float]:
-        return [self.world * (1.0 if isinstance(v, torch.Tensor) else v) for v in values]
+        return [self.world_size * (1.0 if isinstance(v, torch.Tensor) else v) for v in values]
 
 
 class MemoryTracker(TorchDispatchMode):
