@@ -1,13 +1,11 @@
 """Weights and checkpoints: Hugging Face safetensors <-> model <-> DCP, crash-safe saves, and the two conversions.
 
-A *source* is a directory of stored weights, opened without reading them: `tensors` says each one's type and shape, and
-`read(name, offset, sizes)` brings one window. `HuggingFaceWeights` (safetensors) and `CheckpointWeights` (DCP) are the
-two; loading a model, resharding and both conversions are windows copied from one of them, so that nobody holds more
-than a piece. Files are memory-mapped: what is read of them is page cache, not the process's own memory.
+A *source* is a directory of stored tensors (see `Source`). Loading, resharding and both conversions copy slices from a
+source, so that a process holds only a few chunks beside its own shard.
 
-What is written is torch.distributed.checkpoint's format (`dcp.load` reads it): tensors in pieces of at most
-`CHUNK_BYTES`, parameters under their Hugging Face names, optimizer state as `optimizer.exp_avg.NAME`. Beside it
-`checksums.json`, and each rank's `trainer_state_rank_00000.pt`. A stranger's pickle runs no code: see `read_metadata`.
+A checkpoint has the format of torch.distributed.checkpoint (DCP), which `dcp.load` reads: tensors in chunks of at most
+CHUNK_BYTES, parameters and buffers under their Hugging Face names, optimizer state as `optimizer.KEY.NAME`. Beside them
+lie `checksums.json` and each rank's `trainer_state_rank_00000.pt`. Reading an untrusted checkpoint runs no code.
 
     python convert.py hf_to_dcp --hf_dir DIR --dcp_dir DIR
     python convert.py dcp_to_hf --load_dir ITER_DIR --save_dir DIR --model_assets_dir HF_DIR
@@ -17,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import glob
 import hashlib
 import io
@@ -27,18 +24,15 @@ import logging
 import math
 import os
 import pickle
-import pickletools
 import re
-import reprlib
 import shutil
 import sys
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -51,28 +45,38 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 import kernels_npu
-from common import InputError, Parser, is_peer_failure, number, read_json, run_program
-from model import Qwen3VL, Qwen3VLConfig
-from parallel import local_shard_and_offset
+from common import InputError, Parser, is_peer_failure, number, one_line, read_json, run_program, shorten
+from model import Qwen3VLConfig, build_model
+from parallel import local_shard_and_offset, run_synced
 
 CHUNK_BYTES = 16 << 20
-METADATA_BYTES = 256 << 20  # of .metadata; 235B's with its optimizer has 40 MB
-HEADER_BYTES = 16 << 20  # of a safetensors file; 235B's files have a few KB
-ASSET_BYTES = 64 << 20  # of a tokenizer, say, which has 11 MB
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
 INDEX = "model.safetensors.index.json"
 SAFETENSORS_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
-LAYOUT = {"expert_layout": "published"}  # in the header of what we write, for square experts (see `fit`)
+LAYOUT = {"expert_layout": "published"}  # written to our safetensors headers, because square experts look the same
 
-TensorInfo = tuple[torch.dtype, torch.Size]  # what a source knows of a tensor without reading it
-TensorChunk = tuple[str, torch.Size, tuple[int, ...], Tensor]  # of a tensor: its name, its whole shape, offset, values
+TensorInfo = tuple[torch.dtype, torch.Size]
+TensorChunk = tuple[str, torch.Size, tuple[int, ...], Tensor]  # name, shape of the full tensor, offset in it, values
 
 logger = logging.getLogger(__name__)
 
 
-# ---- windows into tensors ------------------------------------------------------------------------------------------
+class Source(Protocol):
+    """A directory of stored tensors, which is opened without reading their values."""
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+
+    def check_compatible(self, model: nn.Module) -> Source:
+        """Compare names and shapes with the model's and return self. Raises InputError."""
+
+    def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        """Return a slice of a tensor in its stored type. The result may be a view of a file: never write to it."""
+
+
+# ---- tensors and their chunks --------------------------------------------------------------------------------------
 
 
 def _slices(offset: Iterable[int], sizes: Iterable[int]) -> tuple[slice, ...]:
@@ -80,7 +84,10 @@ def _slices(offset: Iterable[int], sizes: Iterable[int]) -> tuple[slice, ...]:
 
 
 def _row_chunks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(offset, sizes) of runs of rows that are at most CHUNK_BYTES (a longer single row stays whole)."""
+    """Cut a tensor into blocks of rows of at most CHUNK_BYTES and yield each one's (offset, sizes).
+
+    A single row is never cut.
+    """
     if not shape:
         yield (), ()
     elif 0 not in shape:
@@ -89,177 +96,235 @@ def _row_chunks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[tuple[i
             yield (start, *(0 for _ in shape[1:])), (min(rows, shape[0] - start), *shape[1:])
 
 
-def _local_pieces(tensor: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """This rank's part of a DTensor, or all of a plain tensor: (where it begins in the whole, view) of its pieces."""
-    local, origin = local_shard_and_offset(tensor)
-    for offset, sizes in _row_chunks(local.shape, local.element_size()):
-        yield tuple(a + b for a, b in zip(origin, offset, strict=True)), local[_slices(offset, sizes)]
+def _local_chunks(tensor: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Cut this rank's shard of a DTensor, or a plain tensor, into chunks: (offset in the full tensor, view)."""
+    shard, shard_offset = local_shard_and_offset(tensor)
+    for offset, sizes in _row_chunks(shard.shape, shard.element_size()):
+        yield tuple(a + b for a, b in zip(shard_offset, offset, strict=True)), shard[_slices(offset, sizes)]
 
 
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    model.state_dict()  # FSDP2 reshards here; after a no_grad forward named_parameters would give whole plain tensors
-    return dict(model.named_parameters())
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a checkpoint holds: the model's parameters and persistent buffers by name, tied weights once."""
+    names = model.state_dict().keys()  # FSDP2 reshards here; without it, parameters may still be gathered
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor for name, tensor in tensors if name in names}
 
 
-def _fill(target: Tensor, source: HuggingFaceWeights | CheckpointWeights, name: str) -> None:
-    """Reads this rank's part of the stored tensor into `target`, converting to its type."""
-    for offset, part in _local_pieces(target):
-        part.copy_(source.read(name, offset, part.shape))
+# ---- loading a model -----------------------------------------------------------------------------------------------
 
 
-def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
-    """What a source's `fit` takes: every parameter's whole shape, sharded or not."""
-    return {name: p.shape for name, p in _parameters(model).items()}
+def _fill(target: Tensor, source: Source, name: str) -> None:
+    """Read this rank's part of a stored tensor into `target`, converting it to the target's type."""
+    for offset, chunk in _local_chunks(target):
+        chunk.copy_(source.read(name, offset, chunk.shape))
 
 
-def load_weights(model: nn.Module, source: HuggingFaceWeights | CheckpointWeights) -> None:
-    """Fills every parameter (plain or DTensor) in its own type, from a source that fits it (see `fit`); a rank reads
-    its own slices only. Raises InputError for damaged files."""
-    for name, p in _parameters(model).items():
-        _fill(p, source, name)
+def load_weights(model: nn.Module, source: Source | None, seed: int = 0) -> None:
+    """Fill every parameter and persistent buffer in its own type; each rank reads its own slices.
+
+    `source` has passed `check_compatible(model)`. Tensors that it lacks get initial values drawn from `seed`; without a
+    source, all tensors do. Raises InputError for damaged files.
+    """
+    tensors = stored_tensors(model)
+    absent = {name for name in tensors if source is None or name not in source.tensors}
+    if absent:
+        model.init_weights(seed, local_shard_and_offset, names=absent)
+    for name, tensor in tensors.items():
+        if name not in absent:
+            _fill(tensor, source, name)
+
+
+def load_optimizer(source: Source, model: nn.Module, optimizer: Optimizer) -> None:
+    """Load the stored optimizer state, whatever its keys; each rank reads its own slices. Raises InputError.
+
+    A tensor of its parameter's shape gets the parameter's type and layout. Any other, such as AdamW's `step`, is loaded
+    in full: onto the parameter's device if its group is fused or capturable, else onto the CPU. Parameters without
+    stored state, because they were frozen, start without one.
+    """
+    keys: dict[str, list[str]] = {}  # parameter name -> keys of its stored state
+    for stored in source.tensors:
+        if stored.startswith("optimizer."):
+            key, _, name = stored.removeprefix("optimizer.").partition(".")
+            keys.setdefault(name, []).append(key)
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    parameters = {name: tensor for name, tensor in stored_tensors(model).items() if tensor in groups}
+    for name, p in parameters.items():
+        on_device = groups[p].get("fused") or groups[p].get("capturable")
+        for key in keys.get(name, ()):
+            stored = f"optimizer.{key}.{name}"
+            _, shape = source.tensors[stored]
+            if shape == p.shape:
+                value = torch.zeros_like(p.detach())
+                _fill(value, source, stored)
+            else:
+                value = source.read(stored, (0,) * len(shape), shape).to(p.device if on_device else "cpu")
+            optimizer.state[p][key] = value
+    without = [name for name in parameters if name not in keys]
+    if without:
+        logger.warning("%s: no optimizer state for %d of %d trainable parameters (%s, ...), which start without it",
+                       source.path, len(without), len(parameters), without[0])
+
+
+def load_trainer_state(directory: Path, rank: int) -> dict | None:
+    """Return the trainer state that `rank` saved, rank 0's if there were fewer ranks, or None. Raises InputError."""
+    path = directory / f"trainer_state_rank_{rank:05d}.pt"
+    if not path.exists():
+        path = directory / "trainer_state_rank_00000.pt"
+    return _read_trainer_state(path) if path.exists() else None
+
+
+def load_data_positions(directory: Path) -> list[dict]:
+    """Return the "data" of every rank's trainer state, ordered by rank. Raises InputError."""
+    return [_read_trainer_state(path)["data"] for path in sorted(directory.glob("trainer_state_rank_*.pt"))]
+
+
+def _read_trainer_state(path: Path) -> dict:
+    content = _read_verified(path, _read_checksums(path.parent))
+    try:
+        return _torch_load(content)
+    except Exception as e:  # damaged bytes can raise nearly anything
+        raise InputError(f"{path}: is damaged or not a trainer state; use another checkpoint") from e
+
+
+def load_checkpoint(directory: str | Path, model: nn.Module, optimizer: Optimizer | None = None) -> dict | None:
+    """Load one checkpoint's weights, its optimizer state if wanted and stored, and its trainer state.
+
+    Any number of ranks may have saved it. Returns this rank's trainer state, or None for a converted checkpoint. Raises
+    InputError for damaged files, missing tensors and other shapes.
+    """
+    source = CheckpointWeights(directory).check_compatible(model)
+    load_weights(model, source)
+    if optimizer is not None:
+        load_optimizer(source, model, optimizer)
+    return load_trainer_state(source.path, _rank())
 
 
 # ---- sources -------------------------------------------------------------------------------------------------------
 
 
 def _is_file_name(name: object) -> bool:
-    """Whether this is the name of a file of the same directory, and no path out of it."""
-    good = isinstance(name, str) and os.path.basename(name) == name not in ("", ".", "..")
-    return good and len(name) < 256 and "\0" not in name
-
-
-def _short(name: object) -> str:
-    """A stranger's name for an error's one line."""
-    return str(name)[:200]
+    """Return whether `name` names a file of the same directory, and is no path out of it."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\\0]", name)
 
 
 _LAYER = re.compile(r"model\.(?:language_model\.layers|visual\.blocks|visual\.deepstack_merger_list)\.\d+")
 
 
-def _check_names_and_shapes(tensors: dict[str, TensorInfo], expected: dict[str, torch.Size], where: Path) -> None:
-    """Names and shapes in a source against the model's. Left unread: layers that config.json no longer has (editing it
-    is how a user cuts them), and the copy of the embedding that some tied checkpoints carry as lm_head.weight."""
-    layers = {name: m[0] for name in [*tensors, *expected] if (m := _LAYER.match(name))}
-    cut = set(layers.values()) - {layers.get(name) for name in expected}
-    missing = [name for name in expected if name not in tensors]
+def _check_names_and_shapes(tensors: dict[str, TensorInfo], model: nn.Module, path: Path) -> None:
+    """Compare the names and shapes in a source with the model's. Raises InputError.
+
+    Two kinds of unknown tensors are ignored: layers beyond config.json's depth, because editing it is how users cut a
+    model, and the lm_head.weight that some checkpoints with tied weights hold beside the embedding.
+    """
+    expected = {name: tensor.shape for name, tensor in stored_tensors(model).items()}
+    layers = {name: match[0] for name in [*tensors, *expected] if (match := _LAYER.match(name))}
+    cut_layers = set(layers.values()) - {layers.get(name) for name in expected}
+    missing = [name for name in expected if name not in tensors and not model.may_be_absent(name)]
     unknown = [name for name in tensors
-               if name not in expected and name != "lm_head.weight" and layers.get(name) not in cut]
-    problems = [f"{len(names)} {what}: {', '.join(name[:200] for name in names[:3])}{', ...' if len(names) > 3 else ''}"
+               if name not in expected and name != "lm_head.weight" and layers.get(name) not in cut_layers]
+    problems = [f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
                 for what, names in (("missing", missing), ("unknown", unknown)) if names]
     if problems:
-        raise InputError(f"{where}: its tensors are not those of the model that config.json describes: "
-                         f"{'; '.join(problems)}; take the config.json that belongs to these weights")
-    if cut:
-        logger.warning("%s: %d layers are not in config.json and stay unread", where, len(cut))
+        raise InputError(f"{path}: its tensors are not those of the model that config.json describes: "
+                         f"{'; '.join(problems)}; use the config.json that belongs to these weights")
+    if cut_layers:
+        logger.warning("%s: %d layers are beyond the depth in config.json and are not read", path, len(cut_layers))
     for name, shape in expected.items():
-        if tensors[name][1] != shape:
-            raise InputError(f"{where}: {name} has shape {_short(list(tensors[name][1]))}, "
-                             f"config.json makes it {list(shape)}")
+        if name in tensors and tensors[name][1] != shape:
+            raise InputError(f"{path}: {name} has shape {shorten(list(tensors[name][1]))}, config.json requires "
+                             f"{list(shape)}; use the config.json that belongs to these weights")
 
 
 def hf_has_weights(hf_dir: str | Path) -> bool:
-    """Whether a Hugging Face directory holds safetensors (one file, or an index of several)."""
+    """Return whether a Hugging Face directory holds safetensors, as one file or as an index of several."""
     return any((Path(hf_dir) / name).exists() for name in ("model.safetensors", INDEX))
 
 
 class HuggingFaceWeights:
-    """The safetensors of a Hugging Face directory. Raises InputError for what is missing, truncated or inconsistent."""
+    """Read the safetensors of a Hugging Face directory. Raises InputError for missing and damaged files."""
 
     def __init__(self, hf_dir: str | Path):
         self.path = Path(hf_dir)
-        self.files = self._files()  # file name -> names of its tensors, in stored order
         self.tensors: dict[str, TensorInfo] = {}
-        self._slices = {}
+        self.files = self._list_files()  # file name -> names of its tensors
+        self._views = {}  # tensor name -> safetensors' lazy slice
         self._transposed: set[str] = set()
-        self._published = True  # every file says so
-        for file, names in self.files.items():
-            try:
-                self._check_header(self.path / file)
-                handle = safe_open(self.path / file, "pt")
-                self._published &= LAYOUT.items() <= (handle.metadata() or {}).items()
-                stored = set(handle.keys())
-                names = self.files[file] = names or sorted(stored)
-                for name in names:
-                    if name not in stored:
-                        raise InputError(f"{self.path / file}: lacks {_short(name)}, which {INDEX} says is there")
-                    self._slices[name] = view = handle.get_slice(name)
-                    if view.get_dtype() not in SAFETENSORS_TYPES:
-                        raise InputError(
-                            f"{self.path / file}: {_short(name)} is {view.get_dtype()}; only weights in "
-                            f"{', '.join(SAFETENSORS_TYPES)} can be used, not quantised ones")
-                    self.tensors[name] = SAFETENSORS_TYPES[view.get_dtype()], torch.Size(view.get_shape())
-            except SafetensorError as e:  # the header must cover the file exactly, so this is where truncation shows
-                raise InputError(f"{self.path / file}: is damaged or incomplete ({str(e)[:300]}); "
-                                 "download it again") from e
-            except (OSError, OverflowError, UnicodeError) as e:
-                raise InputError(f"{self.path / file}: cannot be read ({e}); download it again") from e
+        self._is_published_layout = True
+        for file in self.files:
+            self._open(file)
 
-    @staticmethod
-    def _check_header(path: Path) -> None:
-        """The library reads a header whatever its length, and would wait for ever for a pipe's."""
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path}: is not a regular file")
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-        if length > HEADER_BYTES:
-            raise InputError(f"{path}: is damaged (a header of {length} bytes); download it again")
-
-    def _files(self) -> dict[str, list[str]]:
+    def _list_files(self) -> dict[str, list[str]]:
+        """Return the files that the index lists; a single file stands without its tensors' names."""
         if (self.path / "model.safetensors").exists():
             return {"model.safetensors": []}
         index = self.path / INDEX
+        pickles = [*self.path.glob("pytorch_model*.bin")]
+        if not index.exists() and pickles:
+            raise InputError(f"{pickles[0]}: is a pickle, which can run code; convert it to safetensors")
         if not index.exists():
-            pickles = [*self.path.glob("pytorch_model*.bin")]
-            raise InputError(f"{pickles[0]}: is a pickle, which can run code; only safetensors are read" if pickles else
-                             f"{self.path}: holds no weights (neither model.safetensors nor {INDEX})")
-        files: dict[str, list[str]] = {}
+            raise InputError(f"{self.path}: holds no weights (neither model.safetensors nor {INDEX})")
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index}: has no weight_map; download it again")
+        files: dict[str, list[str]] = {}
         for name, file in weight_map.items():
             if not _is_file_name(file):
-                raise InputError(f"{index}: {_short(name)} is said to be in {_short(repr(file))}, "
-                                 "which is not a file of this directory")
+                raise InputError(f"{index}: says that {name} is in {shorten(file)}, which is not a file of this "
+                                 "directory; download it again")
             files.setdefault(file, []).append(name)
         return files
 
-    def check_compatible(self, expected: dict[str, torch.Size]) -> HuggingFaceWeights:
-        """Checks names and shapes against a model's (returns self), and finds out which way round the experts lie.
+    def _open(self, file: str) -> None:
+        path = self.path / file
+        try:
+            handle = safe_open(path, "pt")  # the header must describe the file exactly, so truncation is found here
+        except (SafetensorError, OSError) as e:
+            raise InputError(f"{path}: is damaged or incomplete ({one_line(e)}); download it again") from e
+        self._is_published_layout &= LAYOUT.items() <= (handle.metadata() or {}).items()
+        stored = set(handle.keys())
+        self.files[file] = self.files[file] or sorted(stored)
+        for name in self.files[file]:
+            if name not in stored:
+                raise InputError(f"{path}: lacks {name}, which {INDEX} lists; download it again")
+            view = self._views[name] = handle.get_slice(name)
+            dtype = SAFETENSORS_TYPES.get(view.get_dtype())
+            if dtype is None:
+                raise InputError(f"{path}: {name} has type {view.get_dtype()}; quantised weights are not supported, "
+                                 f"only {', '.join(SAFETENSORS_TYPES)}")
+            self.tensors[name] = dtype, torch.Size(view.get_shape())
+
+    def check_compatible(self, model: nn.Module) -> HuggingFaceWeights:
+        """Compare names and shapes with the model's, find the layout of the experts, and return self.
 
         Published checkpoints and transformers 4 store [E, D, 2I] and [E, I, D]; transformers 5 writes [E, 2I, D] and
-        [E, D, I] under the same names. A square tensor (2I == D or I == D) cannot tell, and its neighbour is no
-        evidence either: transformers 5 turns a published checkpoint's other experts on loading, but never square ones,
-        and then saves both (huggingface/transformers#47031). What `dcp_to_hf` has written says its layout.
+        [E, D, I] under the same names. A square tensor (2I == D or I == D) cannot tell, and neither can its neighbour:
+        transformers 5 transposes a published checkpoint's other experts on loading, but never square ones, and then
+        saves both (huggingface/transformers#47031). The headers that `dcp_to_hf` writes name the layout.
         """
-        for name, shape in expected.items():
-            if name.endswith(EXPERTS) and name in self.tensors and not self._published:
-                dtype, stored = self.tensors[name]
-                turned = torch.Size((shape[0], shape[2], shape[1]))
-                if stored == shape == turned:
-                    raise InputError(
-                        f"{self.path}: {name} is square, {list(shape)}: its shape cannot tell the published layout "
-                        "from transformers 5's transposed one; change moe_intermediate_size or hidden_size")
-                if stored == turned:
-                    self._transposed.add(name)
-                    self.tensors[name] = dtype, shape
-        _check_names_and_shapes(self.tensors, expected, self.path)
+        for name, tensor in stored_tensors(model).items():
+            if name not in self.tensors or not name.endswith(EXPERTS) or self._is_published_layout:
+                continue
+            dtype, stored_shape = self.tensors[name]
+            transposed_shape = tensor.mT.shape
+            if stored_shape == tensor.shape == transposed_shape:
+                raise InputError(
+                    f"{self.path}: {name} is square, {list(stored_shape)}: its shape cannot tell the published layout "
+                    "from transformers 5's transposed one; change moe_intermediate_size or hidden_size")
+            if stored_shape == transposed_shape:
+                self._transposed.add(name)
+                self.tensors[name] = dtype, tensor.shape
+        _check_names_and_shapes(self.tensors, model, self.path)
         return self
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        """One window of a tensor, in the published layout; it may be a view of the mapped file: do not write to it."""
+        """Return a slice of a tensor, in the published layout. It may be a view of the mapped file."""
         window = _slices(offset, sizes)
         if name in self._transposed:
-            return self._slices[name][window[0], window[2], window[1]].transpose(1, 2)
-        return self._slices[name][window]
+            return self._views[name][window[0], window[2], window[1]].transpose(1, 2)
+        return self._views[name][window]
 
 
-def load_hf_weights(model: nn.Module, hf_dir: str | Path) -> None:
-    """Opens a Hugging Face directory and loads it. Raises InputError, besides what `load_weights` does, for missing,
-    unknown, misshapen or ambiguous tensors."""
-    load_weights(model, HuggingFaceWeights(hf_dir).check_compatible(shapes_of(model)))
-
-
-_DCP_CLASSES = {  # all that the pickle of a DCP checkpoint's description needs
+_DCP_CLASSES = {  # everything that the pickle in a DCP checkpoint's .metadata needs
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
         "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"},
@@ -268,272 +333,164 @@ _DCP_CLASSES = {  # all that the pickle of a DCP checkpoint's description needs
     "torch": {"Size", *(str(d).removeprefix("torch.") for d in vars(torch).values() if isinstance(d, torch.dtype))},
     "pathlib": {"PosixPath"},
 }
+_DCP_INSTANCES = (_StorageInfo, *(getattr(dcp_metadata, name) for name in _DCP_CLASSES[dcp_metadata.__name__]
+                                  if name != "_MEM_FORMAT_ENCODING"))
 
 
-_DCP_DATA = (_StorageInfo, *(getattr(dcp_metadata, name) for name in _DCP_CLASSES[dcp_metadata.__name__]
-                             if name != "_MEM_FORMAT_ENCODING"))
+class _MetadataUnpickler(pickle._Unpickler):  # the one in Python, because the C one's operations cannot be overridden
+    """Read a pickle that may use the classes in _DCP_CLASSES and nothing else."""
 
-
-class _MetadataUnpickler(pickle._Unpickler):  # Python's own: in the C one a few bytes can take all memory for its memo
     dispatch = dict(pickle._Unpickler.dispatch)
-
-    def __init__(self, file: BinaryIO):
-        super().__init__(file)
-        self.hashes: set[int] = set()
 
     def find_class(self, module: str, name: str):
         if name not in _DCP_CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)
 
-    def check(self, code: int) -> None:
-        """Before an operation: attributes set on a class would change this process, and a function in the place of a
-        method would be called; hashes of tuples in tuples can overflow the stack, and keys of one hash take for ever.
-        """
-        first, last = self.stack[-2:] if code != pickle.SETITEMS[0] else (None, None)
-        bad = False
-        if code == pickle.BUILD[0] and type(first) is not dcp_metadata.TensorProperties:
-            bad = type(first) not in _DCP_DATA or type(last) is not dict or any(map(callable, last.values()))
-        elif code in (pickle.REDUCE[0], pickle.NEWOBJ[0]) and first is not torch.Size:
-            bad = any(isinstance(part, (tuple, dcp_metadata.MetadataIndex)) for part in last)
-        for key in self.stack[::2] if code == pickle.SETITEMS[0] else [first] if code == pickle.SETITEM[0] else ():
-            if type(key) is not str:
-                bad = (bad or type(key) is not dcp_metadata.MetadataIndex or type(key.fqn) is not str
-                       or type(key.offset) not in (torch.Size, type(None)) or hash(key) in self.hashes)
-                self.hashes.add(0 if bad else hash(key))
-        if bad:
-            raise pickle.UnpicklingError("it changes a class or has keys that no checkpoint needs")
-        pickle._Unpickler.dispatch[code](self)
+    def load_build(self) -> None:
+        """Set an instance's attributes. On a class, the same operation would change the class in this process."""
+        if type(self.stack[-2]) not in _DCP_INSTANCES:
+            raise pickle.UnpicklingError(f"it sets attributes of {shorten(self.stack[-2])}")
+        super().load_build()
 
-    def load_again(self, code: int) -> None:
-        """Brings something a second time. Pairs of pairs of pairs made so have hashes that take for ever."""
-        pickle._Unpickler.dispatch[code](self)
-        again, nested = self.stack[-1], (tuple, list, dict, *_DCP_DATA)
-        if isinstance(again, nested[1:]) or isinstance(again, tuple) and (
-                len(again) > 64 or any(isinstance(part, nested) for part in again)):
-            raise pickle.UnpicklingError("it has a nested value twice, which no checkpoint needs")
-
-    for _op in (pickle.GET, pickle.BINGET, pickle.LONG_BINGET, pickle.DUP):
-        dispatch[_op[0]] = functools.partial(lambda code, self: self.load_again(code), _op[0])
-    for _op in (pickle.BUILD, pickle.REDUCE, pickle.NEWOBJ, pickle.SETITEM, pickle.SETITEMS):
-        dispatch[_op[0]] = functools.partial(lambda code, self: self.check(code), _op[0])
-    for _op in (pickle.DICT, pickle.EMPTY_SET, pickle.FROZENSET, pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX):
-        del dispatch[_op[0]]  # which no checkpoint needs
+    dispatch[pickle.BUILD[0]] = load_build
 
 
-def read_metadata(directory: Path) -> dcp_metadata.Metadata:
-    """DCP's description of a checkpoint: a pickle, read admitting only the plain classes that DCP writes into it."""
-    path = directory / ".metadata"
-    try:
-        if path.exists() and not path.is_file():
-            raise TypeError("it is not a regular file")
-        if path.stat().st_size > METADATA_BYTES:
-            raise ValueError(f"it has more than {METADATA_BYTES} bytes")
-        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()  # in memory no length can be overstated
-        if not isinstance(metadata, dcp_metadata.Metadata):
-            raise TypeError(f"it holds a {type(metadata).__name__}")
-        return metadata
-    except FileNotFoundError as e:
-        raise InputError(f"{directory}: is not a checkpoint (it has no .metadata)") from e
-    except Exception as e:  # a damaged pickle can raise nearly anything
-        raise _damaged(path, f"is damaged or not a DCP checkpoint's ({str(e)[:300]})") from e
+def _torch_load(content: bytes) -> object:
+    """Return the tensors in plain containers that `torch.save` wrote. Runs no code; damaged bytes raise many types."""
+    file = io.BytesIO(content)
+    if zipfile.ZipFile(file).testzip() is not None:
+        raise ValueError("a checksum in it is wrong")  # torch.load does not compare them
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _checksums(directory: Path) -> dict[str, dict]:
-    """What checksums.json says of each file; nothing where there is none. Raises InputError."""
-    records = read_json(directory / CHECKSUMS) if (directory / CHECKSUMS).exists() else {}
+def _read_checksums(directory: Path) -> dict[str, dict]:
+    """Return checksums.json: file name -> {"bytes", "sha256"}; {} if there is none. Raises InputError."""
+    path = directory / CHECKSUMS
+    records = read_json(path, missing_ok=True)
     for name, record in records.items():
-        fields = (record.get("bytes"), record.get("sha256")) if isinstance(record, dict) else ()
-        if not _is_file_name(name) or [type(field) for field in fields] != [int, str] or not 0 <= fields[0] < 2**63:
-            raise InputError(f"{directory / CHECKSUMS}: its entry {_short(repr(name))} is damaged")
+        fields = [type(record.get(key)) for key in ("bytes", "sha256")] if isinstance(record, dict) else None
+        if not _is_file_name(name) or fields != [int, str]:
+            raise InputError(f"{path}: its entry {shorten(name)} is damaged; use another checkpoint")
     return records
 
 
-def _wrong_sizes(directory: Path, records: dict[str, dict]) -> Iterator[tuple[str, str]]:
-    """(file, what is wrong) of the files that are not there or have another size than they were written with."""
-    for name, record in records.items():
-        size = (directory / name).stat().st_size if os.path.isfile(directory / name) else None
-        if size != record["bytes"]:
-            yield name, "is missing" if size is None else f"is damaged ({size} of {record['bytes']} bytes)"
+def _wrong_sizes(directory: Path, sizes: dict[str, int]) -> list[str]:
+    """Return one phrase for each file that is missing or smaller than expected."""
+    problems = []
+    for name, size in sizes.items():
+        path = directory / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size < size:
+            problems.append(f"{name} is damaged ({path.stat().st_size} of {size} bytes)")
+    return problems
 
 
-def _damaged(file: Path, what: str) -> InputError:
-    """The error for a checkpoint's file. It names the run's other iterations, of which only the user takes one."""
-
-    def whole(iteration: Path) -> bool:
-        try:
-            return not any(_wrong_sizes(iteration, _checksums(iteration)))
-        except InputError:
-            return False
-
-    here = file.parent.resolve()
-    others = [d for d in reversed(_iterations(here.parent).values()) if d != here and (d / ".metadata").exists()]
-    instead = " or ".join(f"--load {d}" for d in list(filter(whole, others))[:3])
-    return InputError(f"{file}: {what}; take another checkpoint" + f": {instead}" * bool(instead))
-
-
-def _check_contents(file: Path, records: dict[str, dict]) -> None:
-    """Of a small file, which is read whole anyway."""
-    if file.name in records and hashlib.sha256(file.read_bytes()).hexdigest() != records[file.name]["sha256"]:
-        raise _damaged(file, "has other contents than were written")
-
-
-def _is_whole(shape: torch.Size, boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
-    """Whether (offset, sizes) fill a tensor, no two on one place. They do if the corners of the boxes, with signs that
-    change along each edge, sum at every point to the corners of the whole. They are sorted, not in a dict: hashes of
-    tuples can be made equal. At most three dimensions may be cut: there are 2**dimensions corners."""
-    if any({len(at), len(sizes)} != {len(shape)} or any(n < 0 for n in sizes) for at, sizes in boxes):
-        return False
-    if 0 in shape:
-        return all(0 in sizes for _, sizes in boxes)
-    cut = [i for i, whole in enumerate(shape) if any((at[i], sizes[i]) != (0, whole) for at, sizes in boxes)]
-    if len(cut) > 3:
-        return False
-    corners = []
-    for sign, at, sizes in [(-1, [0] * len(shape), shape), *((1, *box) for box in boxes)]:
-        for ends in itertools.product((0, 1), repeat=len(cut)):
-            point = tuple(at[i] + sizes[i] * end for i, end in zip(cut, ends, strict=True))
-            corners.append((point, sign * (-1) ** sum(ends)))
-    corners.sort()
-    return not any(sum(sign for _, sign in same) for _, same in itertools.groupby(corners, key=lambda c: c[0]))
+def _read_verified(path: Path, records: dict[str, dict]) -> bytes:
+    """Return the bytes of a small file after comparing them with its checksum, if it has one. Raises InputError."""
+    content = path.read_bytes()
+    if path.name in records and hashlib.sha256(content).hexdigest() != records[path.name]["sha256"]:
+        raise InputError(f"{path}: is damaged (its checksum is wrong); use another checkpoint")
+    return content
 
 
 class CheckpointWeights:
-    """A DCP directory. Opening it checks that every tensor is whole, every file of its size and every piece inside."""
+    """Read a DCP directory. Opening it checks that every file has its size and every tensor all of its values.
+
+    Raises InputError for missing and damaged files.
+    """
 
     def __init__(self, directory: str | Path):
         self.path = Path(directory)
-        metadata = read_metadata(self.path)
-        self._records = _checksums(self.path)
-        for name, what in _wrong_sizes(self.path, self._records):
-            raise _damaged(self.path / name, what)
-        _check_contents(self.path / ".metadata", self._records)
         self.tensors: dict[str, TensorInfo] = {}
-        self._chunks: dict[str, list[tuple[torch.Size, torch.Size, _StorageInfo]]] = {}
-        lengths: dict[str, int] = {}
+        self._chunks: dict[str, list[tuple[torch.Size, torch.Size, _StorageInfo]]] = {}  # (offset, sizes, place)
+        self._recent: dict[tuple[str, int], Tensor] = {}  # the chunks of the latest read, which the next often needs
+        if not (self.path / ".metadata").exists():
+            raise InputError(f"{self.path}: is not a checkpoint (it has no .metadata)")
+        records = _read_checksums(self.path)
+        self._check_sizes({name: record["bytes"] for name, record in records.items()})
+        content = _read_verified(self.path / ".metadata", records)
         try:
-            for name, tensor in metadata.state_dict_metadata.items():
-                if not isinstance(tensor, dcp_metadata.TensorStorageMetadata):
-                    continue  # objects of other tools: they are pickles, and stay unread
-                self.tensors[name] = tensor.properties.dtype, tensor.size
-                if [type(part) for part in self.tensors[name]] != [torch.dtype, torch.Size]:
-                    raise TypeError(f"{name[:200]} has no type or no shape")
-                if any(type(part) is not torch.Size for c in tensor.chunks for part in (c.offsets, c.sizes)):
-                    raise TypeError(f"{name[:200]} has pieces without a place")
-                places = [metadata.storage_data[dcp_metadata.MetadataIndex(name, c.offsets)] for c in tensor.chunks]
-                self._chunks[name] = [(c.offsets, c.sizes, at) for c, at in zip(tensor.chunks, places, strict=True)]
-                for _, _, info in self._chunks[name]:
-                    if not _is_file_name(info.relative_path):
-                        raise ValueError(f"{reprlib.repr(info.relative_path)} is not a file of this directory")
-                    lengths[info.relative_path] = max(lengths.get(info.relative_path, 0), info.offset + info.length)
-                if not _is_whole(tensor.size, [(c.offsets, c.sizes) for c in tensor.chunks]):
-                    raise ValueError(f"{name[:200]} {list(tensor.size)} is not whole")
-        except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise _damaged(self.path / ".metadata", f"is damaged ({_short(e)})") from e
-        for file, length in lengths.items():
-            if not os.path.isfile(self.path / file):
-                raise _damaged(self.path / file, "is missing")
-            if (size := (self.path / file).stat().st_size) < length:
-                raise _damaged(self.path / file, f"is damaged ({size} of {length} bytes)")
+            self._read_metadata(_MetadataUnpickler(io.BytesIO(content)).load())
+        except Exception as e:  # a damaged pickle, and what it creates, can raise nearly anything
+            raise InputError(f"{self.path / '.metadata'}: is damaged or not a DCP checkpoint's "
+                             f"({one_line(e)[:200]}); use another checkpoint") from e
+        places = [place for chunks in self._chunks.values() for _, _, place in chunks]
+        ends: dict[str, int] = {}
+        for place in places:
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        self._check_sizes(ends)
 
-    def check_compatible(self, expected: dict[str, torch.Size]) -> CheckpointWeights:
-        """Checks the parameters' names and shapes against a model's. Returns self."""
-        parameters = {name: t for name, t in self.tensors.items() if not name.startswith("optimizer.")}
-        _check_names_and_shapes(parameters, expected, self.path)
+    def _read_metadata(self, metadata: dcp_metadata.Metadata) -> None:
+        for name, tensor in metadata.state_dict_metadata.items():
+            if not isinstance(tensor, dcp_metadata.TensorStorageMetadata):
+                continue  # an object that another tool stored is a pickle, and is never read
+            chunks = []
+            for chunk in tensor.chunks:
+                place = metadata.storage_data[dcp_metadata.MetadataIndex(name, chunk.offsets)]
+                if not _is_file_name(place.relative_path):
+                    raise ValueError(f"{place.relative_path!r} is not a file of this directory")
+                chunks.append((chunk.offsets, chunk.sizes, place))
+            if sum(sizes.numel() for _, sizes, _ in chunks) != tensor.size.numel():
+                raise ValueError(f"{name} {list(tensor.size)} is incomplete")
+            self.tensors[name] = tensor.properties.dtype, tensor.size
+            self._chunks[name] = chunks
+
+    def _check_sizes(self, sizes: dict[str, int]) -> None:
+        problems = _wrong_sizes(self.path, sizes)
+        if problems:
+            raise InputError(f"{self.path}/{problems[0]}; use another checkpoint")
+
+    def check_compatible(self, model: nn.Module) -> CheckpointWeights:
+        """Compare names and shapes with the model's and return self. Raises InputError."""
+        weights = {name: info for name, info in self.tensors.items() if not name.startswith("optimizer.")}
+        _check_names_and_shapes(weights, model, self.path)
         return self
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        """One window of a tensor, put together from the pieces that overlap it."""
-        window = torch.empty(sizes, dtype=self.tensors[name][0])
-        for at, shape, info in self._chunks[name]:
-            begin = [max(a, b) for a, b in zip(offset, at, strict=True)]
-            counts = [min(a + n, b + m) - c for a, n, b, m, c in zip(offset, sizes, at, shape, begin, strict=True)]
-            if all(n > 0 for n in counts):
-                piece = self._piece(name, shape, info, all(counts[i] == n for i, n in enumerate(shape)))
-                piece = piece[_slices((a - b for a, b in zip(begin, at, strict=True)), counts)]
-                window[_slices((a - b for a, b in zip(begin, offset, strict=True)), counts)] = piece
-        return window
+        """Return a slice of a tensor, assembled from the chunks that overlap it."""
+        result = torch.empty(sizes, dtype=self.tensors[name][0])
+        used = {}
+        for chunk_offset, chunk_sizes, place in self._chunks[name]:
+            begin = [max(a, b) for a, b in zip(offset, chunk_offset, strict=True)]
+            ends = zip(offset, sizes, chunk_offset, chunk_sizes, strict=True)
+            counts = [min(a + n, b + m) - start for start, (a, n, b, m) in zip(begin, ends, strict=True)]
+            if any(count <= 0 for count in counts):
+                continue
+            key = place.relative_path, place.offset
+            chunk = self._recent.get(key)
+            if chunk is None:
+                chunk = self._read_chunk(name, chunk_sizes, place)
+            used[key] = chunk
+            to = _slices((a - b for a, b in zip(begin, offset, strict=True)), counts)
+            result[to] = chunk[_slices((a - b for a, b in zip(begin, chunk_offset, strict=True)), counts)]
+        self._recent = used
+        return result
 
-    def _piece(self, name: str, shape: torch.Size, info: _StorageInfo, all_is_read: bool) -> Tensor:
-        """A stored piece as a view of the mapped file: torch.save wrote it, a zip with the values uncompressed. Its
-        checksum is compared where all of it is read anyway, and where we wrote it (others may leave theirs out)."""
-        path = self.path / info.relative_path
-        with open(path, "rb") as file:
-            try:
-                view = _Part(file, info.offset, info.length)
-                form = _load_plain(view, "meta")
-                if (form.shape, form.dtype) != (shape, self.tensors[name][0]) or not form.is_contiguous():
-                    raise ValueError(f"it holds {form.dtype} {list(form.shape)}")
-                view.seek(0)
-                start = info.offset + torch._C.PyTorchFileReader(view).get_record_offset("data/0")
-                start += form.storage_offset() * form.itemsize
-                mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-                raw = mapped[start : start + form.nbytes]
-                if all_is_read and self._records:
-                    behind = mapped[start + form.nbytes :][:8].numpy().tobytes()  # zip's descriptor: a mark, the CRC
-                    if behind[:4] == b"PK\7\10" and behind[4:] != zlib.crc32(raw.numpy()).to_bytes(4, "little"):
-                        raise ValueError("its values are not those that were written")
-                return (raw if start % form.itemsize == 0 else raw.clone()).view(form.dtype).view(shape)
-            except Exception as e:  # nearly anything; torch's own words advise running the file's code
-                raise _damaged(path, f"the piece of {name} at byte {info.offset} is damaged") from e
-
-
-class _Part(io.RawIOBase):
-    """Some of a file's bytes as a file (DCP's own `_create_file_view` is wrong about places counted from the end)."""
-
-    def __init__(self, file: BinaryIO, start: int, length: int):
-        self._file, self._start, self._length, self._at = file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = max(0, offset + (0, self._at, self._length)[whence])
-        return self._at
-
-    def readinto(self, buffer) -> int:
-        self._file.seek(self._start + self._at)
-        count = self._file.readinto(memoryview(buffer)[: max(0, self._length - self._at)])
-        self._at += count
-        return count
-
-
-def _load_plain(file: BinaryIO, device: str) -> object:
-    """torch.load of tensors in plain containers, without what can take far more memory than the file has bytes:
-    compression (torch.save does not compress) and bytearray(10**9), which weights_only admits. Raises nearly anything.
-    """
-    with zipfile.ZipFile(file) as archive:
-        for entry in archive.infolist():
-            name, is_pickle = entry.filename, entry.filename.endswith("data.pkl")
-            if entry.compress_type != zipfile.ZIP_STORED or is_pickle and entry.file_size > 1 << 20:
-                raise ValueError(f"{name} is compressed or too large")
-            tuples, before = set(), ""
-            for op, arg, _ in pickletools.genops(archive.read(entry)) if is_pickle else ():
-                if "GLOBAL" in op.name and not re.fullmatch(_PLAIN, str(arg)):
-                    raise ValueError(f"it names {arg}")
-                if op.name in ("DUP", "MEMOIZE") or "GET" in op.name and arg in tuples:  # see `load_again`
-                    raise ValueError("it has a tuple twice")
-                if "PUT" in op.name and before.startswith("TUPLE"):
-                    tuples.add(arg)
-                before = op.name
-    file.seek(0)
-    return torch.load(file, map_location=device, weights_only=True)
-
-
-_PLAIN = r"torch\._utils _rebuild_tensor_v2|torch \w+Storage|collections OrderedDict"
+    def _read_chunk(self, name: str, sizes: torch.Size, place: _StorageInfo) -> Tensor:
+        path = self.path / place.relative_path
+        try:
+            with open(path, "rb") as file:
+                file.seek(place.offset)
+                chunk = _torch_load(file.read(place.length))
+            if (chunk.dtype, chunk.shape) != (self.tensors[name][0], sizes):
+                raise ValueError(f"it holds {chunk.dtype} {list(chunk.shape)}")
+            return chunk
+        except Exception as e:  # nearly anything; torch's own message would advise to run the file's code
+            raise InputError(f"{path}: the chunk of {name} at byte {place.offset} is damaged; use another checkpoint"
+                             ) from e
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
 class _HashedFile:
-    """A new file, on the disk when its `with` block ends; its entry for checksums.json is in `files` then."""
+    """A new file. When its `with` block ends it is flushed to the disk, and `records` has its checksums.json entry."""
 
-    def __init__(self, path: Path, files: dict[str, dict]):
-        self.path, self.size, self._hash, self._files = path, 0, hashlib.sha256(), files
+    def __init__(self, path: Path, records: dict[str, dict]):
+        self.path, self.size, self._hash, self._records = path, 0, hashlib.sha256(), records
 
     def __enter__(self) -> _HashedFile:
         self._file = open(self.path, "xb")
@@ -547,43 +504,42 @@ class _HashedFile:
         with self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
-        self._files[self.path.name] = {"bytes": self.size, "sha256": self._hash.hexdigest()}
+        self._records[self.path.name] = {"bytes": self.size, "sha256": self._hash.hexdigest()}
 
 
-def _write_bytes(path: Path, data: bytes, files: dict[str, dict]) -> None:
-    with _HashedFile(path, files) as file:
+def _write_bytes(path: Path, data: bytes, records: dict[str, dict]) -> None:
+    with _HashedFile(path, records) as file:
         file.write(data)
 
 
-def _write_shard(path: Path, pieces: Iterable[TensorChunk], files: dict[str, dict]) -> list[tuple]:
-    """Writes one after the other. Returns what `_write_metadata` needs."""
+def _write_shard(path: Path, chunks: Iterable[TensorChunk], records: dict[str, dict]) -> list[tuple]:
+    """Write chunks one after the other. Returns the entries that `_write_metadata` needs."""
     entries = []
-    with _HashedFile(path, files) as file:
-        for name, whole, offset, values in pieces:
-            file.write(b"\0" * (-file.size % 64))  # aligned, so that a reader can map the values
+    with _HashedFile(path, records) as file:
+        for name, shape, offset, values in chunks:
             start = file.size
-            buffer = io.BytesIO()  # torch.save straight into a file hides why a write failed
-            torch.save(values.cpu().clone(memory_format=torch.contiguous_format), buffer)  # without what is around it
+            buffer = io.BytesIO()  # if torch.save wrote to the file itself, it would hide why a write failed
+            torch.save(values.cpu().clone(memory_format=torch.contiguous_format), buffer)  # without the storage around
             file.write(buffer.getbuffer())
-            info = _StorageInfo(path.name, start, file.size - start)
-            entries.append((name, values.dtype, whole, torch.Size(offset), values.shape, info))
+            place = _StorageInfo(path.name, start, file.size - start)
+            entries.append((name, values.dtype, shape, torch.Size(offset), values.shape, place))
     return entries
 
 
-def _write_metadata(directory: Path, entries: list[tuple], files: dict[str, dict]) -> None:
-    """The `.metadata` that makes a DCP checkpoint of written shards."""
+def _write_metadata(directory: Path, entries: Iterable[tuple], records: dict[str, dict]) -> None:
+    """Write the `.metadata` that makes a DCP checkpoint of written shards."""
     tensors: dict[str, dcp_metadata.TensorStorageMetadata] = {}
     storage = {}
-    for name, dtype, whole, offset, shape, info in entries:
-        empty = dcp_metadata.TensorStorageMetadata(dcp_metadata.TensorProperties(dtype=dtype), whole, [])
+    for name, dtype, shape, offset, sizes, place in entries:
+        empty = dcp_metadata.TensorStorageMetadata(dcp_metadata.TensorProperties(dtype=dtype), shape, [])
         chunks = tensors.setdefault(name, empty).chunks
-        storage[dcp_metadata.MetadataIndex(name, offset, len(chunks))] = info
-        chunks.append(dcp_metadata.ChunkStorageMetadata(offset, shape))
-    _write_bytes(directory / ".metadata", pickle.dumps(dcp_metadata.Metadata(tensors, storage_data=storage)), files)
+        storage[dcp_metadata.MetadataIndex(name, offset, len(chunks))] = place
+        chunks.append(dcp_metadata.ChunkStorageMetadata(offset, sizes))
+    _write_bytes(directory / ".metadata", pickle.dumps(dcp_metadata.Metadata(tensors, storage_data=storage)), records)
 
 
-def _sync(directory: Path) -> None:
-    """Flushes a directory's names to the disk."""
+def _flush_directory(directory: Path) -> None:
+    """Flush the names in a directory to the disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -591,178 +547,171 @@ def _sync(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
-    """A directory with all in it; of a link, the link alone."""
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def _begin(final: Path, family: str | None = None) -> Path:
-    """An empty directory to write `final` in. Clears up after killed writers of it (or of all that match `family`)."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    family = family or glob.escape(final.name)
-    for left in final.parent.glob(f".tmp_{family}"):
-        _remove(left)
-    for aside in final.parent.glob(f".old_{family}"):
-        replaced = aside.with_name(aside.name.removeprefix(".old_"))
-        _remove(aside) if os.path.lexists(replaced) else os.rename(aside, replaced)
-    partial = final.with_name(f".tmp_{final.name}")
-    partial.mkdir()
-    return partial
-
-
 def write_tracker(directory: Path, text: str) -> None:
-    """Says which iteration is the newest, or 'release'."""
+    """Replace the tracker file, which names the newest iteration, or 'release'."""
     temporary = directory / f".tmp_{TRACKER}"
     temporary.unlink(missing_ok=True)
     _write_bytes(temporary, text.encode(), {})
     os.replace(temporary, directory / TRACKER)
-    _sync(directory)
+    _flush_directory(directory)
 
 
-def _complete(partial: Path, final: Path, files: dict[str, dict], tracker: str | None = None) -> None:
-    """The promise: a directory is complete or it is not there, whatever happens.
-
-    The files are already on the disk (`_HashedFile`). Their sizes are checked, the checksums written, the names
-    flushed; only then is the directory renamed to its real name, and only then does the tracker point to it.
-    """
-    for name, what in _wrong_sizes(partial, files):
-        raise InputError(f"{partial / name}: {what} after it was written: it must be on storage that every node "
-                         "shares")
-    _write_bytes(partial / CHECKSUMS, json.dumps(files, indent=1, sort_keys=True).encode(), {})
-    _sync(partial)
-    aside = final.with_name(f".old_{final.name}")
-    if os.path.lexists(final):
-        os.rename(final, aside)  # find_checkpoint takes it from there if we die before the next line
-    os.rename(partial, final)
-    _sync(final.parent)
-    if tracker is not None:
-        write_tracker(final.parent, tracker)
-    with contextlib.suppress(OSError):
-        _remove(aside)
-
-
-@contextlib.contextmanager
-def _building(final: Path, nbytes: int, tracker: str | None = None) -> Iterator[tuple[Path, dict, tqdm]]:
-    """A conversion's output: (the directory to write in, its files' entries for checksums.json, a bar of bytes done).
-    Complete when the block ends, gone if it fails."""
-    there = next(d for d in final.parents if d.exists())
-    free = shutil.disk_usage(there).free
-    if free < nbytes:
-        raise InputError(f"{there}: {nbytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
-    partial = _begin(final)
-    try:
-        files: dict[str, dict] = {}
-        with tqdm(total=nbytes, desc=final.name, unit="B", unit_scale=True) as bar:
-            yield partial, files, bar
-        _complete(partial, final, files, tracker)
-    except OSError as e:
-        raise InputError(f"{final}: cannot be written ({e.strerror or e}); nothing is left of it") from e
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-# ---- a training run's checkpoints ----------------------------------------------------------------------------------
+# ---- directories that are complete or absent -----------------------------------------------------------------------
 
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _run_synced(action: Callable[[], object], group: dist.ProcessGroup | None, on_rank_0: bool = False) -> list:
-    """Runs `action` on every rank (or on rank 0 alone) and gathers the results. If it fails on one it raises on all:
-    no rank goes on to wait for another that will not come."""
-    result = problem = cause = None
+def _synced(action: Callable, group: dist.ProcessGroup | None):
+    """`run_synced` over a gloo group of the background's own, or over the default group of the accelerator."""
+    return run_synced(action, group, "cpu" if group is not None else kernels_npu.ops.device)
+
+
+def _on_rank_0(action: Callable, group: dist.ProcessGroup | None) -> None:
+    """Run `action` on rank 0 alone. If it fails, every rank raises."""
+    _synced(lambda: action() if _rank() == 0 else None, group)
+
+
+def _gather(value: object, group: dist.ProcessGroup | None) -> list:
+    """Return the values of all ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group)
+    return values
+
+
+@contextlib.contextmanager
+def atomic_directory(
+    final: Path, tracker: str | None = None, stale: str | None = None, group: dist.ProcessGroup | None = None
+) -> Iterator[tuple[Path, dict[str, dict]]]:
+    """Write a directory that is complete or absent, whatever happens; every rank of `group` enters.
+
+    Yields (staging directory, records). The block writes its files into the staging directory through `_HashedFile`,
+    which flushes them and fills `records`. When the block has ended, rank 0 checks the files' sizes, writes the
+    checksums, renames the directory to `final` and, last, writes `tracker`. If anything fails, the staging directory is
+    removed and an older `final` stays. `stale` is a pattern of names whose killed writers are cleaned up after.
+    """
+    staging = final.with_name(f".tmp_{final.name}")
+    records: dict[str, dict] = {}
     try:
-        if _rank() == 0 or not on_rank_0:
-            result = action()
-    except Exception as e:  # whatever it is: the others wait for this rank's word
-        problem, cause = f"{e} (rank {_rank()})" if dist.is_initialized() else str(e), e
-    outcomes = [(result, problem)]
-    if dist.is_initialized():
-        outcomes *= dist.get_world_size()
-        dist.all_gather_object(outcomes, (result, problem), group)
-    for _, problem in outcomes:
-        if problem is not None:
-            raise InputError(problem) from cause
-    return [value for value, _ in outcomes]
+        _on_rank_0(lambda: _begin(staging, final, stale or glob.escape(final.name)), group)
+        yield staging, records
+        all_records = {name: record for each in _gather(records, group) for name, record in each.items()}
+        _on_rank_0(lambda: _commit(staging, final, all_records, tracker), group)
+    finally:
+        if _rank() == 0:
+            shutil.rmtree(staging, ignore_errors=True)  # after a commit it has its final name
 
 
-def _own_pieces(model: nn.Module, optimizer: Optimizer | None) -> Iterator[TensorChunk]:
-    """What this rank writes: its part of every DTensor (replicas take turns), and on rank 0 the plain tensors."""
-    parameters = _parameters(model)
-    state: dict[str, Tensor] = dict(parameters)
-    for name, p in parameters.items():
-        moments = optimizer.state.get(p, {}) if optimizer is not None else {}
-        state |= {f"optimizer.{key}.{name}": value for key, value in moments.items()}
-    for i, (name, tensor) in enumerate(state.items()):
+def _begin(staging: Path, final: Path, stale: str) -> None:
+    """Create the staging directory, and clean up after writers of `stale` names that were killed."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in final.parent.glob(f".tmp_{stale}"):
+        shutil.rmtree(leftover)
+    for replaced in final.parent.glob(f".old_{stale}"):
+        original = replaced.with_name(replaced.name.removeprefix(".old_"))
+        if original.exists():
+            shutil.rmtree(replaced)
+        else:
+            os.rename(replaced, original)
+    staging.mkdir()
+
+
+def _commit(staging: Path, final: Path, records: dict[str, dict], tracker: str | None) -> None:
+    problems = _wrong_sizes(staging, {name: record["bytes"] for name, record in records.items()})
+    if problems:
+        raise InputError(f"{staging}: {problems[0]} after it was written; use storage that every node shares")
+    _write_bytes(staging / CHECKSUMS, json.dumps(records, indent=1, sort_keys=True).encode(), {})
+    _flush_directory(staging)
+    replaced = final.with_name(f".old_{final.name}")
+    if final.exists():
+        os.rename(final, replaced)  # `find_checkpoint` looks there in case this process dies before the next line
+    os.rename(staging, final)
+    _flush_directory(final.parent)
+    if tracker is not None:
+        write_tracker(final.parent, tracker)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+# ---- a training run's checkpoints ----------------------------------------------------------------------------------
+
+
+def _chunks_to_save(model: nn.Module, optimizer: Optimizer | None) -> Iterator[TensorChunk]:
+    """Yield what this rank writes: its shard of every DTensor (replicas take turns), and on rank 0 plain tensors."""
+    tensors = {}
+    for name, tensor in stored_tensors(model).items():
+        tensors[name] = tensor
+        state = optimizer.state.get(tensor, {}) if optimizer is not None else {}
+        tensors |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
+    for i, (name, tensor) in enumerate(tensors.items()):
         if isinstance(tensor, DTensor):
             mesh = tensor.device_mesh
-            places = zip(mesh.get_coordinate(), mesh.shape, tensor.placements, strict=True)
-            mine = all(at == i % n for at, n, placement in places if placement.is_replicate())
+            axes = zip(mesh.get_coordinate(), mesh.shape, tensor.placements, strict=True)
+            is_writer = all(rank == i % size for rank, size, placement in axes if placement.is_replicate())
         else:
-            mine = _rank() == 0
-        for offset, part in _local_pieces(tensor) if mine else ():
-            yield name, tensor.shape, offset, part
+            is_writer = _rank() == 0
+        if is_writer:
+            for offset, values in _local_chunks(tensor):
+                yield name, tensor.shape, offset, values
 
 
 def save_checkpoint(
     save_dir: str | Path, iteration: int, model: nn.Module, optimizer: Optimizer | None = None,
     trainer_state: dict | None = None, retain: int | None = None,
 ) -> Path:
-    """Writes `save_dir/iter_XXXXXXX` and points the tracker to it; every rank calls it. Returns the directory.
+    """Write `save_dir/iter_XXXXXXX`, point the tracker to it, and return it; every rank calls this.
 
-    `trainer_state` is this rank's: plain types and tensors, "iteration" (an int) and "data" (a dict) among them.
-    `retain`: of the iterations up to this one keep the newest N. Whatever happens, the directory is complete or it is
-    not there (see `_complete`), and a failure on one rank (a full disk, say) raises InputError on all of them, with the
-    earlier iterations as they were.
+    `trainer_state` is this rank's: plain types and tensors, with "iteration" (int) and "data" (dict). `retain` is the
+    number of iterations to keep, among those up to this one. If a rank fails, it raises InputError, the others
+    PeerError, and the earlier iterations are unchanged (see `atomic_directory`).
     """
     final = Path(save_dir) / f"iter_{iteration:07d}"
-    _save(final, _own_pieces(model, optimizer), trainer_state, retain, None)
+    _save(final, _chunks_to_save(model, optimizer), trainer_state, retain, None)
     return final
 
 
 def _save(
-    final: Path, pieces: Iterable[TensorChunk], trainer_state: dict | None, retain: int | None,
+    final: Path, chunks: Iterable[TensorChunk], trainer_state: dict | None, retain: int | None,
     group: dist.ProcessGroup | None,
 ) -> None:
-    """All of a save, in the foreground or not: `pieces` are this rank's, `group` is for its collectives alone."""
-    partial = final.with_name(f".tmp_{final.name}")
+    """Do a full save in the foreground (`group` is None) or background. `chunks` are this rank's."""
     iteration, rank = int(final.name.removeprefix("iter_")), _rank()
 
-    def write() -> tuple[list, dict]:
-        files: dict[str, dict] = {}
-        entries = _write_shard(partial / f"__{rank}_0.distcp", pieces, files)
+    def write() -> list[tuple]:
+        entries = _write_shard(staging / f"__{rank}_0.distcp", chunks, records)
         if trainer_state is not None:
             buffer = io.BytesIO()
             torch.save(trainer_state, buffer)
-            torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)  # what could not be loaded is not saved
-            _write_bytes(partial / f"trainer_state_rank_{rank:05d}.pt", buffer.getvalue(), files)
-        return entries, files
+            _torch_load(buffer.getvalue())  # a state that cannot be loaded is not saved
+            _write_bytes(staging / f"trainer_state_rank_{rank:05d}.pt", buffer.getvalue(), records)
+        return entries
 
-    def complete() -> None:
-        files = {name: record for _, records in written for name, record in records.items()}
-        _write_metadata(partial, [entry for entries, _ in written for entry in entries], files)
-        CheckpointWeights(partial)  # every tensor whole
-        _complete(partial, final, files, tracker=str(iteration))
+    def describe() -> None:
+        _write_metadata(staging, itertools.chain(*entries_of_ranks), records)
+        CheckpointWeights(staging)  # every tensor has all of its values
 
     try:
-        _run_synced(lambda: _begin(final, "iter_*"), group, on_rank_0=True)
-        written = _run_synced(write, group)
-        _run_synced(complete, group, on_rank_0=True)
-    except InputError as e:
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise InputError(f"{final}: was not saved: {e}; the iterations before it are as they were") from e
+        with atomic_directory(final, str(iteration), "iter_*", group) as (staging, records):
+            entries_of_ranks = _gather(_synced(write, group), group)
+            _on_rank_0(describe, group)
+    except Exception as e:
+        if is_peer_failure(e):
+            raise
+        failure = InputError(f"{final}: was not saved: {one_line(e)}; the iterations before it are as they were")
+        failure.only_on_this_rank = getattr(e, "only_on_this_rank", False)  # for `run_program`
+        raise failure from e
     if retain:
-        _run_synced(lambda: _prune(final.parent, iteration, retain), group, on_rank_0=True)
+        _on_rank_0(lambda: _prune(final.parent, iteration, retain), group)
 
 
 class CheckpointWriter:
-    """A run's saves, one at a time; `with` it ends when the last is written.
+    """Save a run's checkpoints one at a time. The `with` block ends when the last one is written.
 
-    In the background: training stands still while this rank's part is copied to host memory (taken once), then a thread
-    does with the copy what `save_checkpoint` does. It talks to the other ranks over a process group of its own, so that
-    its collectives never mix with those of training. A failure raises in `wait` or the next `save`.
+    In the background: training waits only while this rank's chunks are copied to host memory, which is allocated once.
+    A thread then does what `save_checkpoint` does. It has its own process group, so that its collectives never mix with
+    those of training. A failure raises in `wait` or in the next `save`.
     """
 
     def __init__(self, background: bool, timeout: timedelta):
@@ -775,29 +724,29 @@ class CheckpointWriter:
         self, save_dir: str | Path, iteration: int, model: nn.Module, optimizer: Optimizer | None, trainer_state: dict,
         retain: int | None,
     ) -> None:
-        """`save_checkpoint`, or its beginning."""
-        self.wait()  # for the copy's memory, too
+        """Do what `save_checkpoint` does, or start it in the background."""
+        self.wait()  # the previous save still reads the copies
         if self._thread is None:
             save_checkpoint(save_dir, iteration, model, optimizer, trainer_state, retain)
             return
-        pieces = [(name, whole, offset, self._copy((name, offset), values))
-                  for name, whole, offset, values in _own_pieces(model, optimizer)]
+        chunks = [(name, shape, offset, self._copy((name, offset), values))
+                  for name, shape, offset, values in _chunks_to_save(model, optimizer)]
         kernels_npu.ops.synchronize()
         final = Path(save_dir) / f"iter_{iteration:07d}"
-        self._saving = self._thread.submit(_save, final, pieces, copy.deepcopy(trainer_state), retain, self._group)
+        self._saving = self._thread.submit(_save, final, chunks, copy.deepcopy(trainer_state), retain, self._group)
 
     def _copy(self, key: tuple, values: Tensor) -> Tensor:
-        pinned = not values.is_cpu  # then it is on the accelerator
+        on_accelerator = not values.is_cpu
         if key not in self._copies:
-            self._copies[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=pinned)
-        return self._copies[key].copy_(values, non_blocking=pinned)
+            self._copies[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=on_accelerator)
+        return self._copies[key].copy_(values, non_blocking=on_accelerator)
 
     def failed(self) -> bool:
-        """Whether the save in the background has ended in an error, which `wait` raises; on the others it will, too."""
+        """Return whether the background save has failed on this rank; `wait` then raises on every rank."""
         return self._saving is not None and self._saving.done() and self._saving.exception() is not None
 
     def wait(self) -> None:
-        """Until nothing is being saved. Raises what the save raised."""
+        """Wait until nothing is being saved, and raise what the save raised."""
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
@@ -812,315 +761,284 @@ class CheckpointWriter:
             if error is None:
                 raise
             if not is_peer_failure(e):
-                logger.error("%s", e)  # beside what ends the run
+                logger.error("%s", e)  # without hiding the error that ends the run
         if self._thread is not None:
             self._thread.shutdown()
 
 
 def _iterations(save_dir: Path) -> dict[int, Path]:
+    """Return the directories of the iterations in a save directory, in order."""
     found = {int(d.name[5:]): d for d in save_dir.glob("iter_*") if re.fullmatch(r"iter_\d{7,}", d.name)}
     return dict(sorted(found.items()))
 
 
 def _prune(save_dir: Path, newest: int, retain: int) -> None:
+    """Remove all but the last `retain` iterations up to `newest`."""
     for directory in [d for i, d in _iterations(save_dir).items() if i <= newest][:-retain]:
         doomed = directory.with_name(f".tmp_{directory.name}")
-        os.rename(directory, doomed)  # first the name: half a removal must not look like an iteration
-        _remove(doomed)
+        os.rename(directory, doomed)  # a directory that is half removed must not look like an iteration
+        shutil.rmtree(doomed)
 
 
 def find_checkpoint(load_dir: str | Path) -> Path:
-    """The checkpoint's directory in a run's save directory (its latest complete iteration) or a converted one; one
-    that is named itself. Raises InputError if there is none."""
+    """Return the checkpoint in a directory: itself, or the one that the tracker file in it names.
+
+    Raises InputError if there is none.
+    """
     path = Path(load_dir)
     if (path / ".metadata").exists():
         return path
-    complete = ", ".join(d.name for d in _iterations(path).values() if (d / ".metadata").exists())
-    if not (path / TRACKER).exists():
-        hint = (f"name one of its iterations ({complete})" if complete else
-                "convert it first (convert.py hf_to_dcp)" if hf_has_weights(path) else
-                "give a save directory, one of its iter_XXXXXXX, or what hf_to_dcp wrote")
-        raise InputError(f"{path}: {'is not there' if not path.exists() else f'has no {TRACKER}'}: {hint}")
     if not (path / TRACKER).is_file():
-        raise InputError(f"{path / TRACKER}: is not a regular file")
-    with open(path / TRACKER, errors="replace") as file:
-        tracker = file.read(1000).strip()
-    if tracker != "release" and not re.fullmatch(r"\d{1,12}", tracker):
-        raise InputError(f"{path / TRACKER}: holds {tracker[:40]!r}, not an iteration's number or 'release'")
+        advice = ("convert it first (convert.py hf_to_dcp)" if hf_has_weights(path) else
+                  "give a save directory, one of its iter_XXXXXXX, or an output of hf_to_dcp")
+        raise InputError(f"{path}: is not a checkpoint (it has no {TRACKER}): {advice}")
+    tracker = (path / TRACKER).read_text(errors="replace").strip()
+    if not re.fullmatch(r"release|[0-9]{1,12}", tracker):
+        raise InputError(f"{path / TRACKER}: holds {shorten(tracker)} instead of an iteration's number or 'release'; "
+                         "name one of the iterations")
     name = tracker if tracker == "release" else f"iter_{int(tracker):07d}"
-    for directory in (path / name, path / f".old_{name}"):  # the second: a save that replaced it was killed
+    for directory in (path / name, path / f".old_{name}"):  # the second if a save that replaced the first was killed
         if (directory / ".metadata").exists():
             return directory
-    state = "incomplete (it has no .metadata)" if (path / name).exists() else "not there"
-    hint = f"name another one of {complete}" if complete else "no complete one is there"
-    raise InputError(f"{path / TRACKER}: names {name}, which is {state}; {hint}")
+    raise InputError(f"{path / TRACKER}: names {name}, which is not there or incomplete; name another iteration")
 
 
-def load_checkpoint(
-    iteration: str | Path | CheckpointWeights, model: nn.Module, optimizer: Optimizer | None = None
-) -> dict | None:
-    """Loads weights, and the optimizer's state if given and stored, whatever layout wrote them; a rank reads its own
-    slices. Parameters whose state was not saved (they were frozen) start fresh, and the log says so.
-    `iteration`: its directory, or that opened already and found to fit the model.
-
-    Returns this rank's trainer state, or None (a converted checkpoint has none). A rank that the saving run did not
-    have gets rank 0's. Raises InputError for damaged files, missing tensors, other shapes.
-    """
-    source = iteration
-    if not isinstance(source, CheckpointWeights):
-        source = CheckpointWeights(source).check_compatible(shapes_of(model))
-    load_weights(model, source)
-    if optimizer is not None:
-        _load_optimizer(source, _parameters(model), optimizer)
-    path = source.path / f"trainer_state_rank_{_rank():05d}.pt"
-    path = path if path.exists() else source.path / "trainer_state_rank_00000.pt"
-    return _trainer_state(path) if path.exists() else None
+# ---- conversions ---------------------------------------------------------------------------------------------------
 
 
-def load_data_positions(iteration_dir: str | Path) -> list[dict]:
-    """The "data" of every rank's trainer state, in the order of the ranks that saved them. Raises InputError."""
-    return [_trainer_state(path)["data"] for path in sorted(Path(iteration_dir).glob("trainer_state_rank_*.pt"))]
-
-
-def _trainer_state(path: Path) -> dict:
-    if not path.is_file():
-        raise InputError(f"{path}: is not a regular file; take another checkpoint")
-    with open(path, "rb") as file:
-        try:
-            state = {**_load_plain(file, "cpu")}
-            counts, dicts = (state["iteration"], state.get("world", 1)), (state["data"], state.get("rng", {}))
-            if any(type(n) is not int or n < 0 for n in counts) or not all(isinstance(d, dict) for d in dicts):
-                raise TypeError("its iteration and data are not a count and a dict")
-        except Exception as e:  # as in `_piece`
-            raise _damaged(path, "is damaged or not a trainer's state") from e
-    _check_contents(path, _checksums(path.parent))
-    return state
-
-
-def _load_optimizer(source: CheckpointWeights, parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
-    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-    fresh = []
-    for name, p in parameters.items():
-        if p not in groups:
-            continue
-        on_device = groups[p].get("fused") or groups[p].get("capturable")
-        state = {"step": torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu"),
-                 "exp_avg": torch.zeros_like(p.detach()), "exp_avg_sq": torch.zeros_like(p.detach())}
-        stored = {key: source.tensors.get(f"optimizer.{key}.{name}") for key in state}
-        if None in stored.values():
-            fresh.append(name)
-            continue
-        for key, value in state.items():
-            if stored[key][1] != value.shape:
-                raise InputError(f"{source.path}: optimizer.{key}.{name} has shape {_short(list(stored[key][1]))}, "
-                                 f"the model's is {list(value.shape)}")
-            _fill(value, source, f"optimizer.{key}.{name}")
-        optimizer.state[p] = state
-    if fresh:
-        logger.warning("%s: no optimizer state for %d of %d trainable parameters (%s, ...): theirs starts fresh",
-                       source.path, len(fresh), len(groups), fresh[0])
-
-
-# ---- the conversions -----------------------------------------------------------------------------------------------
-
-
-def expected_shapes(hf_dir: str | Path) -> dict[str, torch.Size]:
-    """`shapes_of` the model that a directory's config.json describes."""
-    with torch.device("meta"):
-        return shapes_of(Qwen3VL(Qwen3VLConfig.from_json(hf_dir)))
+@contextlib.contextmanager
+def _conversion(final: Path, nbytes: int, tracker: str | None = None) -> Iterator[tuple[Path, dict[str, dict], tqdm]]:
+    """Check that the disk has room for `nbytes`, then yield what `atomic_directory` does, and a progress bar."""
+    existing = next(d for d in final.parents if d.exists())
+    free = shutil.disk_usage(existing).free
+    if free < nbytes:
+        raise InputError(f"{existing}: {nbytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; free some space")
+    try:
+        with (tqdm(total=nbytes, desc=final.name, unit="B", unit_scale=True) as bar,
+              atomic_directory(final, tracker) as (staging, records)):
+            yield staging, records, bar
+    except OSError as e:
+        raise InputError(f"{final}: was not written: {e.strerror or e}") from e
 
 
 def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, overwrite: bool = False) -> Path:
-    """Writes `dcp_dir/release` (types as stored, published layout, a shard for each source file) and the tracker."""
-    expected = expected_shapes(hf_dir)
-    source = HuggingFaceWeights(hf_dir).check_compatible(expected)
+    """Write `dcp_dir/release` and its tracker file: types as stored, published layout, one shard per source file."""
+    model = build_model(Qwen3VLConfig.from_json(hf_dir))
+    source = HuggingFaceWeights(hf_dir).check_compatible(model)
     final = Path(dcp_dir).resolve() / "release"
     if _iterations(final.parent):
-        raise InputError(f"{final.parent}: is a training run's directory; choose another --dcp_dir")
-    if not overwrite and (final.exists() or final.with_name(TRACKER).exists()):
-        raise InputError(f"{final.parent}: holds a checkpoint already; choose another --dcp_dir, or give --overwrite")
-    itemsize = {name: source.tensors[name][0].itemsize for name in expected}
+        raise InputError(f"{final.parent}: is the directory of a training run; choose another --dcp_dir")
+    if not overwrite and (final.exists() or (final.parent / TRACKER).exists()):
+        raise InputError(f"{final.parent}: already holds a checkpoint; choose another --dcp_dir, or give --overwrite")
+    names = {name for name in stored_tensors(model) if name in source.tensors}
 
-    def pieces(names: list[str]) -> Iterator[TensorChunk]:
-        for name in filter(expected.__contains__, names):
-            for offset, sizes in _row_chunks(expected[name], itemsize[name]):
-                yield name, expected[name], offset, source.read(name, offset, sizes)
-                bar.update(math.prod(sizes) * itemsize[name])
+    def chunks(file: str) -> Iterator[TensorChunk]:
+        for name in source.files[file]:
+            if name not in names:
+                continue
+            dtype, shape = source.tensors[name]
+            for offset, sizes in _row_chunks(shape, dtype.itemsize):
+                yield name, shape, offset, source.read(name, offset, sizes)
+                bar.update(math.prod(sizes) * dtype.itemsize)
 
-    total = sum(itemsize[name] * shape.numel() for name, shape in expected.items())
-    with _building(final, total, tracker="release") as (partial, files, bar):
+    total = sum(_nbytes(source.tensors[name]) for name in names)
+    with _conversion(final, total, tracker="release") as (staging, records, bar):
         entries = []
-        for i, names in enumerate(source.files.values()):
-            entries += _write_shard(partial / f"__0_{i}.distcp", pieces(names), files)
-        _write_metadata(partial, entries, files)
+        for i, file in enumerate(source.files):
+            entries += _write_shard(staging / f"__0_{i}.distcp", chunks(file), records)
+        _write_metadata(staging, entries, records)
     return final
 
 
-# configurations, tokenizer, chat template, licence; not weights, and no code
+def _nbytes(info: TensorInfo) -> int:
+    dtype, shape = info
+    return dtype.itemsize * shape.numel()
+
+
+# configuration, tokenizer, chat template, licence; neither weights nor code
 _ASSET = re.compile(r".*(?<!\.index)\.json|.*\.(txt|jinja|model)|(LICEN[SC]E|NOTICE).*")
 
 
 def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str | Path, dtype: str | None = None,
               overwrite: bool = False, max_shard_gb: float = 5) -> Path:
-    """Writes a checkpoint's parameters as a Hugging Face directory: safetensors, index, the base model's assets.
+    """Write a checkpoint's parameters and buffers as a Hugging Face directory: safetensors, index, and the base
+    model's assets.
 
-    `dtype` ('bfloat16', ...) defaults to the one that the assets' config.json names, else to what is stored.
+    `dtype` ('bfloat16', ...) defaults to the one in the assets' config.json, or else to the stored type.
     """
     assets = Path(model_assets_dir)
-    copied = [path for path in sorted(assets.glob("*"))
-              if path.is_file() and _ASSET.fullmatch(path.name) and path.name != CHECKSUMS]
-    for path in copied:
-        if path.stat().st_size > ASSET_BYTES:
-            raise InputError(f"{path}: has more than {ASSET_BYTES} bytes; take it out of --model_assets_dir")
-    expected = expected_shapes(assets)
-    source = CheckpointWeights(find_checkpoint(load_dir)).check_compatible(expected)
+    config = Qwen3VLConfig.from_json(assets)
+    model = build_model(config)
+    source = CheckpointWeights(find_checkpoint(load_dir)).check_compatible(model)
     final = Path(save_dir).resolve()
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        if not overwrite:
-            raise InputError(f"{final}: is there already; choose another --save_dir, or give --overwrite")
-        inputs = [assets.resolve(), source.path.resolve()]
-        if not (final / INDEX).exists() or any(final == d or final in d.parents for d in inputs):
-            raise InputError(f"{final}: is not the output of an earlier conversion, or holds this one's input: "
-                             "it is not overwritten; choose another --save_dir")
-    named = dtype or Qwen3VLConfig.from_json(assets).dtype
-    target = next((t for t in SAFETENSORS_TYPES.values() if str(t) == f"torch.{named}"), None)
-    if named and target is None:
-        raise InputError(f"{assets / 'config.json'}: dtype {named!r} is not a weight's; give --dtype bfloat16")
-    if any(name.endswith(EXPERTS) and shape[1] == shape[2] for name, shape in expected.items()):
-        logger.warning("the experts are square: transformers 5 will take them for its own transposed layout")
-    types = {name: target or source.tensors[name][0] for name in expected}
-    for name, kind in types.items():
-        if kind not in SAFETENSORS_TYPES.values():
-            raise InputError(f"{source.path}: {name} is {kind}, which is not a weight's type; give --dtype bfloat16")
-    nbytes = {name: types[name].itemsize * shape.numel() for name, shape in expected.items()}
-    shards: list[list[str]] = []
-    room = 0.0
-    for name in expected:
-        room -= nbytes[name]
-        if room < 0 or not shards:
-            shards.append([])
-            room = max_shard_gb * 1e9 - nbytes[name]
-        shards[-1].append(name)
-    total = sum(nbytes.values())
-    with _building(final, total) as (partial, files, bar):
+    _check_output(final, [assets.resolve(), source.path.resolve()], overwrite)
+    dtype = dtype or config.dtype
+    names = [name for name in stored_tensors(model) if name in source.tensors]
+    output = _output_tensors({name: source.tensors[name] for name in names}, dtype)
+    shards = _split_into_shards(output, max_shard_gb * 1e9)
+    total = sum(map(_nbytes, output.values()))
+    with _conversion(final, total) as (staging, records, bar):
         weight_map = {}
-        for i, names in enumerate(shards):
-            file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            weight_map |= dict.fromkeys(names, file)
-            with _HashedFile(partial / file, files) as output:
-                _write_safetensors(output, names, types, source, bar)
+        for i, shard in enumerate(shards):
+            file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            weight_map |= dict.fromkeys(shard, file_name)
+            with _HashedFile(staging / file_name, records) as file:
+                _write_safetensors(file, {name: output[name] for name in shard}, source, bar)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_bytes(partial / INDEX, json.dumps(index, indent=2).encode(), files)
-        for path in copied:
-            data = path.read_bytes()
-            if path.name == "config.json" and target is not None:
-                data = _config_with_dtype(data, named)
-            _write_bytes(partial / path.name, data, files)
+        _write_bytes(staging / INDEX, json.dumps(index, indent=2).encode(), records)
+        for path in sorted(assets.glob("*")):
+            if path.is_file() and _ASSET.fullmatch(path.name) and path.name != CHECKSUMS:
+                data = path.read_bytes()
+                if path.name == "config.json" and dtype is not None:
+                    data = _config_with_dtype(data, dtype)
+                _write_bytes(staging / path.name, data, records)
     return final
 
 
-def _write_safetensors(
-    file: _HashedFile, names: list[str], types: dict[str, torch.dtype], source: CheckpointWeights, bar: tqdm
-) -> None:
-    """Tensors in these types, piece by piece. Wide types go first: readers map the values, and need them aligned."""
-    names = sorted(names, key=lambda name: -types[name].itemsize)
+def _check_output(final: Path, inputs: list[Path], overwrite: bool) -> None:
+    """Raise InputError unless `final` is new, or may be overwritten and is an earlier conversion's output."""
+    if not final.exists() or final.is_dir() and not any(final.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(f"{final}: already exists; choose another --save_dir, or give --overwrite")
+    holds_input = any(final == path or final in path.parents for path in inputs)
+    if holds_input or not (final / INDEX).exists():
+        raise InputError(f"{final}: is not overwritten, because it holds the input or is not the output of an earlier "
+                         "conversion; choose another --save_dir")
+
+
+def _output_tensors(stored: dict[str, TensorInfo], dtype: str | None) -> dict[str, TensorInfo]:
+    """Return the types and shapes to write: all of `dtype` if given, else as stored. Raises InputError."""
+    types = {str(t).removeprefix("torch."): t for t in SAFETENSORS_TYPES.values()}
+    if dtype is not None and dtype not in types:
+        raise InputError(f"config.json: its dtype {dtype!r} is not a type of weights; give --dtype bfloat16")
+    output = {}
+    for name, (stored_type, shape) in stored.items():
+        output[name] = types.get(dtype, stored_type), shape
+        if output[name][0] not in types.values():
+            raise InputError(f"{name} has type {stored_type}, which is not a type of weights; give --dtype bfloat16")
+        if name.endswith(EXPERTS) and shape[1] == shape[2]:
+            logger.warning("%s is square: transformers 5 will take it for its own transposed layout", name)
+    return output
+
+
+def _split_into_shards(tensors: dict[str, TensorInfo], max_bytes: float) -> list[list[str]]:
+    """Distribute names, in order, over as few files of at most `max_bytes` as possible."""
+    shards: list[list[str]] = []
+    remaining = 0.0
+    for name, info in tensors.items():
+        remaining -= _nbytes(info)
+        if remaining < 0 or not shards:
+            shards.append([])
+            remaining = max_bytes - _nbytes(info)
+        shards[-1].append(name)
+    return shards
+
+
+def _write_safetensors(file: _HashedFile, tensors: dict[str, TensorInfo], source: Source, bar: tqdm) -> None:
+    """Write tensors in the given types, chunk by chunk. Wide types come first, because readers map aligned values."""
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1][0].itemsize))
     labels = {dtype: label for label, dtype in SAFETENSORS_TYPES.items()}
     header: dict[str, dict] = {"__metadata__": {"format": "pt", **LAYOUT}}
     end = 0
-    for name in names:
-        shape = source.tensors[name][1]
-        begin, end = end, end + types[name].itemsize * shape.numel()
-        header[name] = {"dtype": labels[types[name]], "shape": list(shape), "data_offsets": [begin, end]}
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + _nbytes((dtype, shape))
+        header[name] = {"dtype": labels[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     file.write(len(encoded).to_bytes(8, "little") + encoded)
-    for name in names:
-        stored, shape = source.tensors[name]
-        for offset, sizes in _row_chunks(shape, max(types[name].itemsize, stored.itemsize)):
-            values = source.read(name, offset, sizes).to(types[name])
+    for name, (dtype, shape) in tensors.items():
+        stored_type, _ = source.tensors[name]
+        for offset, sizes in _row_chunks(shape, max(dtype.itemsize, stored_type.itemsize)):
+            values = source.read(name, offset, sizes).to(dtype)
             file.write(memoryview(values.view(-1).view(torch.uint8).numpy()))
             bar.update(values.nbytes)
 
 
 def _config_with_dtype(data: bytes, dtype: str) -> bytes:
-    """config.json with the type of the weights beside it; the user's own bytes where that is what it says already."""
+    """Return config.json with the type of the weights; unchanged bytes if it names that type already."""
     config = json.loads(data)
     parts = (config, config["text_config"], config["vision_config"])
-    named = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if key in part] or [(config, "dtype")]
-    if all(part.get(key) == dtype for part, key in named):
+    places = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if key in part] or [(config, "dtype")]
+    if all(part.get(key) == dtype for part, key in places):
         return data
-    for part, key in named:
+    for part, key in places:
         part[key] = dtype
     return json.dumps(config, indent=2, ensure_ascii=False).encode()
 
 
+# ---- verify --------------------------------------------------------------------------------------------------------
+
+
 def verify(directory: str | Path) -> list[str]:
-    """Checks a directory's files against checksums.json, or what can be checked without one: the sizes that headers and
-    indices give. A save directory: each of its iterations. Returns one line for each; raises InputError at the first
-    directory that is damaged."""
+    """Check a directory's files, or those of every iteration in a save directory, against checksums.json.
+
+    Without one, only the sizes in headers and indices are checked. Returns one line per directory; raises InputError at
+    the first that is damaged.
+    """
     path = Path(directory)
     if not path.is_dir():
         raise InputError(f"{path}: is not a directory")
-    parts = [*_iterations(path).values(), *([path / "release"] if (path / "release").is_dir() else [])]
     if (path / TRACKER).exists():
         find_checkpoint(path)
-    return [_verify_one(part) for part in parts or [path]]
+    checkpoints = [*_iterations(path).values(), *path.glob("release")]
+    return [_verify_one(checkpoint) for checkpoint in checkpoints or [path]]
 
 
 def _verify_one(path: Path) -> str:
     if not (path / CHECKSUMS).exists():
         source = CheckpointWeights(path) if (path / ".metadata").exists() else HuggingFaceWeights(path)
         if not source.tensors:
-            raise InputError(f"{path}: holds no tensors; take another checkpoint")
+            raise InputError(f"{path}: holds no tensors; use another checkpoint")
         return (f"{path}: {len(source.tensors)} tensors, sizes are right "
-                f"(there is no {CHECKSUMS}: contents cannot be checked)")
-    records = _checksums(path)
-    unlisted = sorted({file.name for file in path.iterdir() if file.is_file()} - records.keys() - {CHECKSUMS})
-    wrong = dict(_wrong_sizes(path, records))
-    bad = [f"{name} is not in {CHECKSUMS}" for name in unlisted] + [f"{name} {what}" for name, what in wrong.items()]
-    with tqdm(total=sum(r["bytes"] for r in records.values()), desc=path.name, unit="B", unit_scale=True) as bar:
-        for name, record in records.items():
-            if name in wrong:
-                continue
+                f"(without {CHECKSUMS}, contents cannot be checked)")
+    records = _read_checksums(path)
+    files = {file.name for file in path.iterdir() if file.is_file()} - {CHECKSUMS}
+    problems = [f"{name} is not in {CHECKSUMS}" for name in sorted(files - records.keys())]
+    problems += _wrong_sizes(path, {name: record["bytes"] for name, record in records.items()})
+    total = sum(record["bytes"] for record in records.values())
+    with tqdm(total=total, desc=path.name, unit="B", unit_scale=True) as bar:
+        for name in sorted(files & records.keys()):
             digest = hashlib.sha256()
             with open(path / name, "rb") as file:
                 while data := file.read(1 << 20):
                     digest.update(data)
                     bar.update(len(data))
-            if digest.hexdigest() != record["sha256"]:
-                bad.append(f"{name} has other contents than were written")
-    if bad:
-        raise InputError(f"{path}: {len(bad)} files are not as written: {'; '.join(bad[:3])}"
-                         f"{'; ...' if len(bad) > 3 else ''}")
-    return f"{path}: {len(records)} files, {sum(r['bytes'] for r in records.values()) / 1e9:.3f} GB, all as written"
+            if digest.hexdigest() != records[name]["sha256"]:
+                problems.append(f"{name} has other contents than were written")
+    if problems:
+        raise InputError(f"{path}: {len(problems)} problems: {'; '.join(problems[:3])}"
+                         f"{'; ...' if len(problems) > 3 else ''}; use another checkpoint")
+    return f"{path}: {len(records)} files, {total / 1e9:.3f} GB, all as written"
 
 
 # ---- command line --------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str]) -> None:
-    """The command line; raises what `common.run_program` reports."""
+    """Run the command line. `common.run_program` reports what this raises."""
     parser = Parser(description="Hugging Face safetensors <-> DCP checkpoints", prog="convert.py")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{hf_to_dcp,dcp_to_hf,verify}")
-    to_dcp = commands.add_parser("hf_to_dcp", help="makes DCP_DIR/release of a Hugging Face directory")
-    to_dcp.add_argument("--hf_dir", required=True, help="config.json and safetensors")
-    to_dcp.add_argument("--dcp_dir", required=True, help="gets release/ and the tracker file")
-    to_hf = commands.add_parser("dcp_to_hf", help="makes a Hugging Face directory of a checkpoint")
-    to_hf.add_argument("--load_dir", required=True, help="an iteration's directory (of a save directory: its latest)")
-    to_hf.add_argument("--save_dir", required=True, help="the Hugging Face directory to write")
-    to_hf.add_argument("--model_assets_dir", required=True, help="where configuration, tokenizer and licence come from")
+    to_dcp = commands.add_parser("hf_to_dcp", help="convert a Hugging Face directory to DCP_DIR/release")
+    to_dcp.add_argument("--hf_dir", required=True, help="directory with config.json and safetensors")
+    to_dcp.add_argument("--dcp_dir", required=True, help="directory to write release/ and the tracker file to")
+    to_hf = commands.add_parser("dcp_to_hf", help="convert a checkpoint to a Hugging Face directory")
+    to_hf.add_argument("--load_dir", required=True, help="an iteration's directory, or a save directory for its latest")
+    to_hf.add_argument("--save_dir", required=True, help="Hugging Face directory to write")
+    to_hf.add_argument("--model_assets_dir", required=True,
+                       help="directory to copy the configuration, tokenizer and licence from")
     to_hf.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
-                       help="of the weights written (default: the assets' configuration's, else as stored)")
+                       help="type of the written weights (default: the one in config.json, else as stored)")
     to_hf.add_argument("--max-shard-size", type=number(float, 0, above=True), default=5.0, metavar="GB",
-                       help="of one safetensors file")
+                       help="largest size of a safetensors file")
     for command in (to_dcp, to_hf):
         command.add_argument("--overwrite", action="store_true", help="replace an earlier output")
-    verifier = commands.add_parser("verify", help="checks a directory's files against their checksums")
+    verifier = commands.add_parser("verify", help="check a directory's files against their checksums")
     verifier.add_argument("dir", help="a checkpoint, a save directory or a Hugging Face directory")
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args, unknown = parser.parse_known_args(argv)
-    if unknown:  # said by the command's own parser, which knows the flags that come near
+    if unknown:  # the command's own parser suggests similar flags
         commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     if args.command == "hf_to_dcp":
         print("wrote", hf_to_dcp(args.hf_dir, args.dcp_dir, args.overwrite))

@@ -32,7 +32,7 @@ import convert
 import data
 import kernels_npu
 from common import InputError, Parser, UsageError, number, read_json, run_program, shorten
-from model import Qwen3VL, Qwen3VLConfig, TextModel
+from model import Qwen3VL, Qwen3VLConfig, TextModel, build_model
 
 FOR_GENERATION = data.EncodeOptions(for_generation=True)
 
@@ -214,9 +214,8 @@ def load_model(hf_dir: str | Path, load: str | Path | None = None, dtype: str | 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"{Path(hf_dir) / 'config.json'}: dtype is {dtype!r}: choose one with --dtype")
     source = convert.CheckpointWeights(convert.find_checkpoint(load)) if load else convert.HuggingFaceWeights(hf_dir)
-    with torch.device("meta"):
-        model = Qwen3VL(config).to(getattr(torch, dtype))
-    source.check_compatible(convert.shapes_of(model))  # before memory is taken for what may not fit together
+    model = build_model(config).to(getattr(torch, dtype))
+    source.check_compatible(model)  # before memory is taken for what may not fit together
     model.to_empty(device=ops.device).requires_grad_(False)
     convert.load_weights(model, source)
     ops.prepare_for_decoding(model)

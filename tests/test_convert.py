@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import convert
-from common import run_program
-from convert import InputError, find_checkpoint, load_checkpoint, load_hf_weights, save_checkpoint
-from model import Qwen3VL, Qwen3VLConfig
+from common import InputError, run_program
+from convert import HuggingFaceWeights, find_checkpoint, load_checkpoint, load_weights, save_checkpoint
+from model import Qwen3VL, Qwen3VLConfig, build_model
 
 ROOT = Path(__file__).parents[1]
 STATE = {"iteration": 1, "data": {"consumed": 4}}  # the least that a trainer's state holds
@@ -46,6 +46,14 @@ def build(hf_dir: Path) -> Qwen3VL:
     for p in model.parameters():
         p.data.fill_(float("nan"))
     return model
+
+
+def load_hf_weights(model: nn.Module, hf_dir: Path) -> None:
+    load_weights(model, HuggingFaceWeights(hf_dir).check_compatible(model))
+
+
+def meta_model(hf_dir: Path) -> Qwen3VL:
+    return build_model(Qwen3VLConfig.from_json(hf_dir))
 
 
 def contents(directory: Path) -> dict[str, torch.Tensor]:
@@ -210,19 +218,6 @@ def test_assets_may_be_links_but_not_huge(make_hf, tmp_path):
         convert.dcp_to_hf(tmp_path / "dcp", tmp_path / "out", assets, overwrite=True)
 
 
-def test_errors_are_short(make_hf, tmp_path):
-    shutil.copytree(make_hf("dense, tied"), tmp_path / "hf")
-    for name, shape, kind in (("x" * 5_000_000, (1,), torch.int8), (NORM, (1,) * 300_000, torch.float32)):
-        header = {name: {"dtype": {torch.int8: "I8"}.get(kind, "F32"), "shape": shape,
-                         "data_offsets": [0, kind.itemsize]}}
-        encoded = json.dumps(header).encode()
-        content = len(encoded).to_bytes(8, "little") + encoded + b"\0" * kind.itemsize
-        (tmp_path / "hf/model.safetensors").write_bytes(content)
-        with pytest.raises(InputError, match="is I8|has shape") as error:
-            convert.HuggingFaceWeights(tmp_path / "hf").check_compatible({NORM: torch.Size([56])})
-        assert len(str(error.value)) < 1000
-
-
 @pytest.mark.parametrize("width", [28, 56], ids=["2I == D", "I == D"])
 def test_ambiguous_experts_are_refused(tmp_path, capfd, width):
     """For I == D or 2I == D the shape of one tensor is the same in both layouts. Its neighbour's shape is no evidence:
@@ -271,12 +266,12 @@ def test_tied_checkpoint_with_a_copy_of_the_embedding_and_cut_layers(make_hf, tm
 def test_shapes_are_checked_before_memory_is_taken(make_hf, tmp_path):
     """A model too large for any machine is compared with the files on the meta device."""
     hf = make_hf("dense, untied")
-    convert.HuggingFaceWeights(hf).check_compatible(convert.expected_shapes(hf))
+    convert.HuggingFaceWeights(hf).check_compatible(meta_model(hf))
     raw = json.loads((hf / "config.json").read_text())
     raw["text_config"]["vocab_size"] = 99_999_999
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(InputError, match=r"embed_tokens.weight has shape .*, config.json makes it \[99999999, 56\]"):
-        convert.HuggingFaceWeights(hf).check_compatible(convert.expected_shapes(tmp_path))
+        convert.HuggingFaceWeights(hf).check_compatible(meta_model(tmp_path))
 
 
 def cut(path: Path, size: int) -> None:
@@ -636,6 +631,7 @@ class Poison:
 def test_checkpoints_run_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = nn.Linear(3, 3)
+    model.may_be_absent = lambda name: False
     saved = save_checkpoint(tmp_path / "run", 1, model, trainer_state=STATE)
     (saved / convert.CHECKSUMS).unlink()  # which would tell any change before
     good = (saved / ".metadata").read_bytes()
@@ -875,7 +871,7 @@ def large_hf(path: Path, experts: int, layers: int, shards: int) -> int:
     raw = tiny.config_dict(moe=True, layers=layers)
     raw["text_config"]["num_experts"] = experts
     (path / "config.json").write_text(json.dumps(raw | {"dtype": "float32"}))
-    names = list(convert.expected_shapes(path).items())
+    names = [(name, p.shape) for name, p in meta_model(path).named_parameters()]
     weight_map, total = {}, 0
     for i in range(shards):
         tensors = {name: tiny.our_layout(name, torch.randn(shape)).contiguous() for name, shape in names[i::shards]}

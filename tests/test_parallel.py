@@ -338,7 +338,7 @@ def test_starved_experts_get_no_token(folder, one_rank):
     config = Qwen3VLConfig.from_json(folder / "starved")
     model = Qwen3VL(config)
     trained = convert.find_checkpoint(one_rank("starved", "alone", *AUX))
-    for load in (lambda: convert.load_hf_weights(model, folder / "starved"),
+    for load in (lambda: convert.load_weights(model, convert.HuggingFaceWeights(folder / "starved")),
                  lambda: convert.load_checkpoint(trained, model)):
         load()
         for sample in encoded(folder, "alone"):
@@ -653,7 +653,7 @@ def test_offload_leaves_two_inputs_on_the_device(tmp_path, moe):
         parallel.parallelize(model, ranks, compute_dtype=torch.float32, recompute="full", offload=offload,
                              compile=False)
         model.to_empty(device="cpu")
-        convert.load_hf_weights(model, hf_dir)
+        convert.load_weights(model, convert.HuggingFaceWeights(hf_dir).check_compatible(model))
         for _ in range(2):  # the second as the first: nothing is left over
             batch = tiny.batch_of([sample], [positions])
             with storages:
