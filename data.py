@@ -1055,8 +1055,115 @@ def _pixel_limits(kind: str, settings: dict, minimum: int | None, maximum: int |
 # -------------------------------------------------------------------------------------------------------- files of rows
 
 
+class RowFile:
+    """A file of rows. To add a format, write a subclass and give its suffix in `ROW_FORMATS`.
+
+    A row is found by a half-open range [start, end) of integers in a unit that the format chooses, such as bytes or row
+    numbers. The ranges of a file increase and do not overlap. `read` runs in forked worker processes, so that it
+    must not use a file handle that was opened before the fork. All methods may raise OSError.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def size(self) -> int:
+        """Return an upper bound of the ranges' ends, in the format's unit."""
+        raise NotImplementedError
+
+    def scan(self, start: int = 0) -> Iterator[tuple[int, int]]:
+        """Yield the range of each row from `start` on, in bounded memory. `start` is 0 or the end of a row.
+
+        Raises InputError for a file that cannot be divided into rows.
+        """
+        raise NotImplementedError
+
+    def read(self, start: int, end: int) -> dict:
+        """Return the row of a range. Raises ValueError with a reason for a row that cannot be read."""
+        raise NotImplementedError
+
+
+class JsonRows(RowFile):
+    """Rows in a JSON array or in JSON lines, in UTF-8. The ranges count bytes."""
+
+    def size(self) -> int:
+        return os.path.getsize(self.path)
+
+    def scan(self, start: int = 0) -> Iterator[tuple[int, int]]:
+        with open(self.path, "rb") as stream:
+            first_byte = len(codecs.BOM_UTF8) if stream.read(3) == codecs.BOM_UTF8 else 0
+            stream.seek(first_byte)
+            while (chunk := stream.read(1 << 20)).isspace():
+                pass
+            mark = chunk.lstrip()[:1]
+            if mark not in (b"[", b"{", b""):
+                raise InputError(
+                    f"{self.path} begins with {mark!r}: a dataset is a JSON array of rows or JSON lines, in UTF-8"
+                )
+            start = stream.seek(max(start, first_byte))
+            if mark == b"[":
+                yield from _scan_array(self.path, stream, start, "[" if start == first_byte else ",]")
+                return
+            for line in stream:
+                end = start + len(line)
+                if not line.isspace():
+                    yield start, end
+                start = end
+
+    def read(self, start: int, end: int) -> dict:
+        with open(self.path, "rb") as stream:
+            stream.seek(start)
+            content = stream.read(end - start)
+        try:
+            return json.loads(content.decode())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"it is not JSON in UTF-8 ({one_line(error)})") from error
+
+
+ROW_FORMATS: dict[str, type[RowFile]] = {}  # by suffix, such as ".parquet"; files with other suffixes are JSON
+
+
+def _scan_array(path: str, stream: BinaryIO, offset: int, expected: str) -> Iterator[tuple[int, int]]:
+    """Yield the byte range of each element of a JSON array. Raises InputError.
+
+    `offset` is the stream's position: the start of the array (`expected` is "[") or the end of an element (",]").
+
+    The bytes are decoded as Latin-1, in which every byte is one character, so that the parser's positions are
+    byte positions. The result is the same: in UTF-8, only characters inside strings have bytes above 127. The parser is
+    lenient about the contents of rows, because `JsonRows.read` reports each bad row on its own.
+    """
+    parse = json.JSONDecoder(strict=False, parse_int=len).raw_decode
+    separator = re.compile(r"[ \t\n\r]*(\[[ \t\n\r]*\]|[\[,\]]?)[ \t\n\r]*")
+    window, at, at_end = "", 0, False  # window[0] is byte `offset` of the file; everything before `at` is done
+    while True:
+        match = separator.match(window, at)
+        mark, start = match[1], match.end()
+        is_last = mark[-1:] == "]"
+        problem, position = "", start
+        if not mark or mark[0] not in expected:
+            problem, position = f"expected {' or '.join(expected)}", match.start(1)
+        elif not is_last:
+            try:
+                position = parse(window, start)[1]
+            except (ValueError, RecursionError) as error:
+                problem, position = getattr(error, "msg", one_line(error)), getattr(error, "pos", start)
+        # Where the window ends, an element looks damaged or ends too early. A cut string is an error at its start.
+        if not at_end and (position > len(window) - 16 or problem.startswith("Unterminated")):
+            chunk = stream.read(max(1 << 20, len(window) - at))  # doubles the window while an element exceeds it
+            offset, window, at = offset + at, window[at:] + chunk.decode("latin-1"), 0
+            at_end = not chunk
+            continue
+        if is_last and not problem:
+            if start == len(window):
+                return
+            problem = "extra data after the array"
+        if problem:
+            raise InputError(f"{path} is not a JSON array: {problem} (byte {offset + position})")
+        yield offset + start, offset + position
+        at, expected = position, ",]"
+
+
 class Span(NamedTuple):
-    """Where a row stands: number of its file and of the row in it, both from 0, and its bytes."""
+    """The location of a row: the numbers of its file and of the row in the file, from 0, and its `RowFile` range."""
 
     file: int
     number: int
@@ -1064,287 +1171,199 @@ class Span(NamedTuple):
     end: int
 
 
-class RowFiles:
-    """Files of rows, JSON arrays or JSON lines: their names, the folders of their media, and how a row is read.
+class RowSource:
+    """Files of rows that are read as one dataset: the common part of `RowDataset` and `RowStream`.
 
-    `max_samples` takes the first rows of each file. Media are relative to `dataset_dir`, by default each file's own
-    folder. Raises InputError.
+    Only the first `max_samples` rows of each file are used. Media paths are relative to `dataset_dir`, by default to
+    the folder of each file. Raises InputError.
     """
+
+    sizes: list[int]  # of the files, to notice that they have changed
+    buffer: int | None = None  # number of rows in a block of a stream
 
     def __init__(self, paths: list[str], dataset_dir: str | None = None, max_samples: int | None = None):
         if dataset_dir is not None and not os.path.isdir(dataset_dir):
-            raise InputError(f"{dataset_dir} is no folder: --dataset-dir names the one that media paths start from")
+            raise InputError(f"{dataset_dir} is not a folder: --dataset-dir is the folder that media paths start from")
         self.paths, self.max_samples = [str(path) for path in paths], max_samples
         if "" in self.paths:
-            raise InputError("the name of a dataset is empty: give a file, and no comma too many")
+            raise InputError("the name of a dataset is empty: separate file names by single commas")
         self.media_dirs = [Path(dataset_dir or Path(path).parent) for path in self.paths]
+        self.files = [ROW_FORMATS.get(Path(path).suffix, JsonRows)(path) for path in self.paths]
+        for path, file in zip(self.paths, self.files, strict=True):
+            try:
+                if next(file.scan(), None) is None:
+                    raise InputError(f"{path} holds no rows: a dataset is a JSON array of rows or JSON lines")
+            except OSError as error:
+                raise InputError(f"the dataset {path} cannot be read: {error.strerror}") from error
 
     def read(self, span: Span) -> tuple[dict, str, Path]:
-        """The row, where it comes from ("train.json row 12 (id 33471)", rows counted from 1), its media's folder."""
+        """Return a row, its source such as "train.json row 12 (id 33471)" (counted from 1), and its media folder."""
         source = f"{self.paths[span.file]} row {span.number + 1}"
         try:
-            with open(self.paths[span.file], "rb") as stream:  # opened anew: processes would share a handle's position
-                stream.seek(span.start)
-                row = json.loads(stream.read(min(span.end - span.start, ROW_BYTES)).decode())
-        except OSError as error:
-            raise InputError(f"{source} cannot be read: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{source} is not JSON in UTF-8: {one_line(error)}") from error
+            row = self.files[span.file].read(span.start, span.end)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{source} cannot be read: {one_line(error)}") from error
         if isinstance(row, dict) and row.get("id") is not None:
             source += f" (id {' '.join(str(row['id']).split())[:100]})"
         return row, source, self.media_dirs[span.file]
 
+    def stream(self, state: dict, seed: int | None) -> Iterator[tuple[Span, dict]]:
+        """Yield the rows after the position `state`, endlessly, each with the position after it.
 
-class RowDataset(RowFiles):
-    """Rows of known number, read from disk when asked for: only their byte ranges are kept, 16 bytes each.
+        `state` is {} at the start. Each of the blocks that `_blocks` yields is shuffled in an order that depends on
+        `seed` and the epoch; `seed` None keeps the files' order. Raises InputError.
+        """
+        if state:
+            self._check_position(state)
+        layout = {"sizes": self.sizes, "shuffle_buffer": self.buffer}
+        consumed, epoch, done = (state.get(name, 0) for name in ("consumed", "epoch", "done"))
+        first_block = state.get("block")
+        while True:
+            for block, size, span_at in self._blocks(first_block):
+                order = range(size)
+                if seed is not None:
+                    order = np.random.default_rng([seed, epoch, *block]).permutation(size)
+                while done < size:
+                    span = span_at(int(order[done]))
+                    done, consumed = done + 1, consumed + 1
+                    yield span, {"consumed": consumed, "epoch": epoch, "block": block, "done": done} | layout
+                done = 0
+            first_block, epoch, done = None, epoch + 1, 0
 
-    `cache_dir` keeps the byte ranges, by the file's content; it may be deleted at any time.
+    def _check_position(self, state: dict) -> None:
+        """Compare a position with these datasets. Raises InputError if only one of them was streamed."""
+        was_streamed = state["shuffle_buffer"] is not None
+        if was_streamed != (self.buffer is not None):
+            raise InputError(
+                f"the checkpoint's data was read with{'' if was_streamed else 'out'} --streaming: "
+                f"{'give' if was_streamed else 'omit'} --streaming, or give --finetune to restart the data"
+            )
+        if state["sizes"] != self.sizes:
+            logger.warning(
+                "the datasets have sizes %s, but had %s when saved: the order is new, rows may be lost or repeated",
+                self.sizes, state["sizes"],
+            )
+        if state["shuffle_buffer"] != self.buffer:  # other blocks would lose rows
+            self.buffer = state["shuffle_buffer"]
+            logger.warning("the stream keeps the shuffle buffer of %d rows that it was saved with", self.buffer)
+
+
+class RowDataset(RowSource):
+    """Rows of known number, read from disk on demand. Only the range of each row is kept in memory, in 16 bytes.
+
+    `cache_dir` keeps the ranges for the next start. Its files may be deleted at any time.
     """
 
     def __init__(
-        self,
-        paths: list[str],
-        dataset_dir: str | None = None,
-        cache_dir: str | None = None,
+        self, paths: list[str], dataset_dir: str | None = None, cache_dir: str | None = None,
         max_samples: int | None = None,
     ):
         super().__init__(paths, dataset_dir, max_samples)
-        self.ranges = [_cached_index(Path(path), cache_dir)[:max_samples] for path in self.paths]  # [rows, 2] each
-        self.ends = np.cumsum([len(ranges) for ranges in self.ranges])
+        self.ranges = [_cached_index(file, cache_dir)[:max_samples] for file in self.files]  # [rows, 2] each
+        self.sizes = [len(ranges) for ranges in self.ranges]
+        self.ends = np.cumsum(self.sizes)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def span(self, index: int) -> Span:
-        """Where the row of a number from 0, counted over all files, stands."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        file = int(np.searchsorted(self.ends, index, side="right"))
-        number = index - int(self.ends[file]) + len(self.ranges[file])
-        return Span(file, number, *self.ranges[file][number].tolist())
-
     def __getitem__(self, index: int) -> tuple[dict, str, Path]:
         return self.read(self.span(index))
 
-    def rows_of(self, file: int) -> float:
-        """How many rows a file has."""
-        return len(self.ranges[file])
+    def span(self, index: int) -> Span:
+        """Return the location of a row. `index` counts from 0 over all files."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        file = int(np.searchsorted(self.ends, index, side="right"))
+        number = index - int(self.ends[file]) + self.sizes[file]
+        return Span(file, number, *self.ranges[file][number].tolist())
 
     def count(self) -> int:
-        """All rows of an epoch."""
+        """Return the number of rows in an epoch."""
         return len(self)
 
-    def stream(self, state: dict, seed: int | None) -> Iterator[tuple[Span, dict]]:
-        """The rows behind the position `state`, endlessly, each with the position behind it.
+    def file_rows(self, file: int) -> float:
+        """Return the number of rows of a file."""
+        return self.sizes[file]
 
-        Each epoch has an order of its own from `seed`, or the files' if that is None. Raises InputError.
-        """
-        if state and "rows" not in state:
-            raise InputError("the checkpoint's data was streamed: give --streaming, or start the data anew: --finetune")
-        if state and state["rows"] != len(self):
-            logger.warning("the dataset has %d rows, %d when saved: the order is new", len(self), state["rows"])
-        order = None
-        for position in itertools.count(state.get("consumed", 0)):
-            epoch, index = divmod(position, len(self))
-            if seed is not None and (index == 0 or order is None):
-                order = np.random.default_rng([seed, epoch]).permutation(len(self))
-            span = self.span(index if order is None else int(order[index]))
-            yield span, {"consumed": position + 1, "epoch": epoch, "rows": len(self)}
+    def _blocks(self, first: list[int] | None) -> Iterator[tuple[list[int], int, Callable[[int], Span]]]:
+        """Yield one block that holds the whole epoch (see `RowStream._blocks`)."""
+        yield [], len(self), self.span
 
 
-class RowStream(RowFiles):
-    """Rows of unknown number, found by reading the files once an epoch, with `buffer` rows' places in memory at a time.
+class RowStream(RowSource):
+    """Rows of unknown number, found by reading the files once an epoch.
 
-    Their order is the files', each `buffer` rows in a row shuffled among themselves: then a position is a byte offset
-    and a number below `buffer`, and no two ranks or workers can disagree about it.
+    Each block of `buffer` successive rows is shuffled on its own. A position is therefore the start of a block and a
+    number below `buffer`, and all ranks find the same order without communication.
     """
 
     def __init__(
         self, paths: list[str], dataset_dir: str | None = None, max_samples: int | None = None, buffer: int = 1000
     ):
         super().__init__(paths, dataset_dir, max_samples)
-        self.buffer, self._found = buffer, [(1, 1)] * len(paths)  # of each file: rows, and the byte where they end
-        for path in self.paths:
-            next(_scan(Path(path)))  # none is empty or of another kind
-        self._bytes = [os.path.getsize(path) for path in self.paths]
-
-    def rows_of(self, file: int) -> float:
-        """How many rows a file has, as far as can be told from those found so far."""
-        found, end = self._found[file]
-        return found * self._bytes[file] / end
+        self.buffer = buffer
+        self.sizes = [file.size() for file in self.files]
+        self._found = [(1, 1)] * len(paths)  # for each file: the number of rows found so far, and the end of the last
 
     def count(self) -> int:
-        """All rows of an epoch: reads every file through."""
+        """Return the number of rows in an epoch. This reads every file."""
         return sum(1 for _ in self._spans(0, 0, 0))
 
-    def stream(self, state: dict, seed: int | None) -> Iterator[tuple[Span, dict]]:
-        """As `RowDataset.stream`; begins to read the files at `state`, so that resuming is quick."""
-        if state and "block" not in state:
-            raise InputError("the checkpoint's data was not streamed: leave --streaming out, or start the data anew: "
-                             "--finetune")
-        if state and state["bytes"] != self._bytes:
-            logger.warning("the datasets have %s bytes, %s when saved: rows may be lost", self._bytes, state["bytes"])
-        consumed, epoch = state.get("consumed", 0), state.get("epoch", 0)
-        # The block in hand: where it begins (file, row, byte), how many rows it may have, how many of them are done.
-        start, size, done = state.get("block", (0, 0, 0)), state.get("buffer", self.buffer), state.get("done", 0)
-        if size != self.buffer:  # blocks cut anew would lose rows
-            logger.warning("the stream keeps the shuffle buffer of %d rows that it was saved with", size)
-        while True:
-            spans = self._spans(*start)
-            while block := list(itertools.islice(spans, size)):
-                order = range(len(block))
-                if seed is not None:
-                    order = np.random.default_rng([seed, epoch, *start]).permutation(len(block)).tolist()
-                while done < len(block):
-                    done, consumed = done + 1, consumed + 1
-                    state = {"consumed": consumed, "epoch": epoch, "bytes": self._bytes}
-                    yield block[order[done - 1]], state | {"block": list(start), "buffer": size, "done": done}
-                start, done = (block[-1].file, block[-1].number + 1, block[-1].end), 0
-            start, epoch = (0, 0, 0), epoch + 1
+    def file_rows(self, file: int) -> float:
+        """Return an estimate of a file's number of rows, from the rows found so far."""
+        rows, end = self._found[file]
+        return rows * self.sizes[file] / end
 
-    def _spans(self, file: int, number: int, offset: int) -> Iterator[Span]:
-        """The rest of an epoch, from a row and its byte offset on."""
-        for file in range(file, len(self.paths)):  # noqa: B020
-            rows = _scan(Path(self.paths[file]), offset)
+    def _blocks(self, first: list[int] | None) -> Iterator[tuple[list[int], int, Callable[[int], Span]]]:
+        """Yield the blocks of the rest of an epoch: (where it starts, number of rows, function of a row's location).
+
+        A block starts at [file number, row number, position in the file]; `first` is where the first one starts.
+        """
+        start = first or [0, 0, 0]
+        spans = self._spans(*start)
+        while block := list(itertools.islice(spans, self.buffer)):
+            yield start, len(block), block.__getitem__
+            start = [block[-1].file, block[-1].number + 1, block[-1].end]
+
+    def _spans(self, first_file: int, number: int, start: int) -> Iterator[Span]:
+        """Yield the locations of the rest of an epoch, from a row of `first_file` and its position on."""
+        for file in range(first_file, len(self.files)):
             numbers = itertools.count(number) if self.max_samples is None else range(number, self.max_samples)
-            for number, (start, end) in zip(numbers, rows, strict=False):
-                self._found[file] = max(self._found[file], (number + 1, end))
-                yield Span(file, number, start, end)
-            number = offset = 0
+            for row, (begin, end) in zip(numbers, self.files[file].scan(start), strict=False):
+                self._found[file] = max(self._found[file], (row + 1, end))
+                yield Span(file, row, begin, end)
+            number = start = 0
 
 
-def _cached_index(path: Path, cache_dir: str | None) -> np.ndarray:
-    """Byte ranges [rows, 2] of a file's rows, in `cache_dir` under a hash of the file's bytes, so never another's."""
-    def index() -> np.ndarray:
-        return np.fromiter(itertools.chain.from_iterable(_scan(path)), np.int64).reshape(-1, 2)
-
+def _cached_index(file: RowFile, cache_dir: str | None) -> np.ndarray:
+    """Return the ranges [rows, 2] of a file's rows, from `cache_dir` unless the file has changed since."""
     if cache_dir is None:
-        return index()
-    digest = hashlib.sha256()
-    with _dataset(path) as stream:
-        while chunk := stream.read(1 << 22):
-            digest.update(chunk)
-    cached = Path(cache_dir, f"rows-{digest.hexdigest()[:32]}.index")
+        return _index(file)
+    status = os.stat(file.path)
+    identity = f"{os.path.abspath(file.path)} {status.st_size} {status.st_mtime_ns}"
+    cached = Path(cache_dir, f"rows-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npy")
     if cached.exists():
-        with contextlib.suppress(OSError):
-            content = cached.read_bytes()
-            if len(content) > 32 and hashlib.sha256(content[32:]).digest() == content[:32]:
-                return np.frombuffer(content, np.int64, offset=32).reshape(-1, 2)
-        logger.warning("%s is damaged and is made anew", cached)
-    ranges = index()
-    temporary = cached.with_suffix(f".{uuid.uuid4().hex}")  # of this process of this node alone
+        try:
+            return np.load(cached)
+        except (OSError, EOFError, ValueError) as error:
+            logger.warning("%s is damaged and is built again: %s", cached, one_line(error))
+    ranges = _index(file)
+    temporary = cached.with_suffix(f".{uuid.uuid4().hex}")  # other processes may write the same index
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(hashlib.sha256(ranges.tobytes()).digest() + ranges.tobytes())
+        with open(temporary, "wb") as stream:
+            np.save(stream, ranges)
         os.replace(temporary, cached)
-    except OSError as error:  # a full disk, say: the next start will be slower, that is all
-        logger.warning("%s cannot be kept: %s", cached, error.strerror)
+    except OSError as error:  # such as a full disk, which only makes the next start slower
+        logger.warning("%s cannot be written: %s", cached, error.strerror)
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     return ranges
 
 
-@contextlib.contextmanager
-def _dataset(path: Path) -> Iterator[BinaryIO]:
-    if path.exists() and not path.is_file():
-        raise InputError(f"the dataset {path} is not a regular file: its rows are read from there again and again")
-    try:
-        with open(path, "rb") as stream:
-            yield stream
-    except OSError as error:
-        raise InputError(f"the dataset {path} cannot be read: {error.strerror}") from error
-
-
-def _scan(path: Path, offset: int = 0) -> Iterator[tuple[int, int]]:
-    """Byte range of each row of a file, or of those behind the byte where a row ends; in bounded memory."""
-    with _dataset(path) as stream:
-        start = len(codecs.BOM_UTF8) if stream.read(3) == codecs.BOM_UTF8 else 0
-        stream.seek(start)
-        while (chunk := stream.read(1 << 20)).isspace():
-            pass
-        first = chunk.lstrip()[:1]
-        if first not in (b"[", b"{", b""):
-            raise InputError(f"{path} begins with {first!r}: a dataset is a JSON list of rows or JSON lines, in UTF-8")
-        begin, found = stream.seek(max(start, offset)), offset > 0
-        if first == b"[":
-            ranges = _scan_array(path, stream, begin, ",]" if offset else "[")
-        else:
-            ranges = _scan_lines(path, stream, begin)
-        for found in ranges:
-            yield found
-        if not found:
-            raise InputError(f"{path} holds no rows: a dataset is a JSON list of rows or JSON lines")
-
-
-ROW_BYTES = 16 << 20  # a row's most; Python can take thirty times as much for it
-
-
-def _scan_lines(path: Path, stream: BinaryIO, end: int) -> Iterator[tuple[int, int]]:
-    """Byte range of each line that is not blank in `stream`, which stands at byte `end`."""
-    while line := stream.readline(ROW_BYTES + 1):
-        if len(line) > ROW_BYTES:
-            raise InputError(f"{path}: the row at byte {end} is longer than {ROW_BYTES >> 20} MB")
-        start, end = end, end + len(line)
-        if not line.isspace():
-            yield start, end
-
-
-def _scan_array(path: Path, stream: BinaryIO, offset: int, expected: str) -> Iterator[tuple[int, int]]:
-    """Byte range of each element of the JSON array in `stream`, which stands at byte `offset`; in bounded memory.
-
-    `expected` is "[", or ",]" behind an element.
-    """
-    # Only where rows end matters here: bytes that are not UTF-8 and numbers that are too long are `read`'s to refuse.
-    decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
-    parse = json.JSONDecoder(strict=False, parse_int=len).raw_decode
-    between = re.compile(r"[ \t\n\r]*(\[[ \t\n\r]*\]|[\[,\]]?)[ \t\n\r]*")
-    begin = read_bytes = offset
-    text, at, lines = "", 0, 0  # a window of the file; `offset` and `lines`, counted from `begin`, belong to text[at]
-
-    def more() -> bool:
-        """Drops what is done from the window and reads on; False at the end of the file."""
-        nonlocal text, at, lines, read_bytes
-        if len(text) - at > ROW_BYTES:
-            raise InputError(f"{path}: the row after byte {offset} is longer than {ROW_BYTES >> 20} MB")
-        chunk = stream.read(max(1 << 20, len(text) - at))  # doubles while a row outgrows the window
-        read_bytes += len(chunk)
-        new = decode(chunk, final=not chunk)
-        if chunk:
-            lines += text.count("\n", 0, at)
-            text, at = text[at:] + new, 0
-        return bool(chunk)
-
-    def fail(message: str, place: int) -> InputError:
-        line, column = lines + text.count("\n", 0, place) + 1, place - text.rfind("\n", 0, place)
-        with open(path, "rb") as before:
-            line += sum(before.read(min(1 << 22, begin - done)).count(b"\n") for done in range(0, begin, 1 << 22))
-        return InputError(f"{path} is not a JSON list: {message} at line {line} column {column}")
-
-    while True:
-        match = between.match(text, at)
-        mark, start = match[1], match.end()
-        if start == len(text) and more():
-            continue
-        if not mark or mark[0] not in expected:
-            raise fail(f"expected {' or '.join(expected)}", match.start(1))
-        if mark[-1] == "]":
-            break
-        try:
-            end = parse(text, start)[1]
-        except (ValueError, RecursionError) as error:
-            place = getattr(error, "pos", start)
-            # A row that the window cuts looks like an error at the window's end, or like an endless string.
-            if (place > len(text) - 16 or str(error).startswith("Unterminated")) and more():
-                continue
-            raise fail(getattr(error, "msg", one_line(error)), place) from error
-        if end == len(text) and more():
-            continue
-        offset += len(text[at:start].encode(errors="surrogateescape"))
-        size = len(text[start:end].encode(errors="surrogateescape"))
-        yield offset, offset + size
-        offset, at, expected = offset + size, end, ",]"
-    if start < len(text):
-        raise fail("extra data after the list", start)
+def _index(file: RowFile) -> np.ndarray:
+    """Return the ranges [rows, 2] of a file's rows."""
+    return np.fromiter(itertools.chain.from_iterable(file.scan()), np.int64).reshape(-1, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------- the stream
@@ -1356,15 +1375,15 @@ PACKING_WINDOW = 128  # samples
 class Loader:
     """An endless stream of micro-batches, the same for any number of workers and exact when resumed.
 
-    All that has an order happens in this process: it walks `dataset.stream`, deals the rows to the data-parallel ranks,
-    and hands their places to workers, who remember nothing. Each Batch carries the position behind it, `resume_state`.
+    The main process decides the order: it iterates `dataset.stream`, assigns rows to data-parallel ranks, and sends the
+    rows' locations to stateless workers. Each Batch carries the position after it, `resume_state`.
 
-    The stream is cut into micro-batches of `micro_batch_size` rows, dealt to the ranks in turn: global batch k holds
-    the rows from k * global_batch_size whatever the layout. With `packing` the rows themselves are dealt in turn, and a
-    micro-batch is `micro_batch_size` packed rows, each filled to `seq_length` tokens (see `_packed_rows`).
+    The stream is cut into micro-batches of `micro_batch_size` rows, which go to the ranks in turn. Global batch k
+    starts at row k * global_batch_size in every layout. With `packing`, single rows go to the ranks in turn, and a
+    micro-batch has `micro_batch_size` packed rows of up to `seq_length` tokens each (see `_packed_rows`).
 
-    `on_bad_sample` "error" raises a bad row's InputError here, in the main process; "skip" leaves the row out and logs
-    it once; `judge` says when that is too many.
+    With `on_bad_sample` "error", the main process raises a bad row's InputError. With "skip", the row is left out and
+    logged once; `check_bad_row_rate` raises if there are too many.
     """
 
     dataset: RowDataset | RowStream
@@ -1377,41 +1396,32 @@ class Loader:
     seed: int
     shuffle: bool
     num_workers: int
-    on_bad_sample: str
+    on_bad_sample: str  # "error" or "skip"
     options: EncodeOptions
     packing: bool = False
-    resume_state: dict | list[dict] | None = None  # or those of all ranks, where their number may have changed
-    num_samples: int | None = None  # the stream ends after so many, for held-out rows; ranks may come away empty
+    pin_memory: bool = False  # for copies to an accelerator
+    resume_state: dict | list[dict] | None = None  # one rank's position, or all ranks' if their number may differ
+    num_samples: int | None = None  # ends the stream after so many rows; the last batches of some ranks may be empty
 
     def __post_init__(self):
-        self._round = self.micro_batch_size * self.dp_size  # what all ranks together take at a time
-        if self.global_batch_size % self._round:
+        self._rows_per_step = self.micro_batch_size * self.dp_size  # of one micro-batch on every rank
+        if self.global_batch_size % self._rows_per_step:
             raise InputError(
-                f"a global batch of {self.global_batch_size} cannot be dealt in micro-batches of "
-                f"{self.micro_batch_size} to {self.dp_size} data-parallel ranks"
+                f"a global batch of {self.global_batch_size} cannot be divided into micro-batches of "
+                f"{self.micro_batch_size} on {self.dp_size} data-parallel ranks"
             )
-        if self.on_bad_sample not in ("error", "skip"):
-            raise InputError(f"on_bad_sample must be 'error' or 'skip', not {self.on_bad_sample!r}")
         self._order_seed = self.seed if self.shuffle else None
-        self._read = self._bad = None  # rows of each file, as `judge` was told
+        self._rows_read, self._rows_bad = np.zeros((2, len(self.dataset.paths)), np.int64)
+        self._first_epoch = 0
 
     def __iter__(self) -> Iterator[Batch]:
         states = self.resume_state if isinstance(self.resume_state, list) else [self.resume_state or {}]
-        for state in states:
-            _check_position(state, len(self.dataset.paths))
-        if "waiting" in states[0] and not self.packing:
-            raise InputError("the checkpoint's data was packed: give --packing, or start the data anew: --finetune")
-        by_rank = {tuple(state.get("dealt", ())): state for state in states}
-        own = by_rank.get((self.dp_rank, self.dp_size))
-        self._states = [own] if own else list(by_rank.values())
-        ranks, consumed = len(by_rank), [state.get("consumed", 0) for state in self._states]
-        if (not own and set(by_rank) not in ({()}, {(rank, ranks) for rank in range(ranks)})  # one is missing, or
-                or max(consumed) - min(consumed) > 1_000_000):  # ahead by so much that it takes minutes to walk there
-            raise InputError(DAMAGED_POSITION)
-        items = self._packed() if self.packing else self._micro_batches()
-        batches = self._in_workers(self._load, items, self.num_workers)
+        if "rank_layout" in states[0] and not self.packing:
+            raise InputError("the checkpoint's data was packed: give --packing, or --finetune to restart the data")
+        self._first_epoch = states[0].get("epoch", 0)
+        items = self._packed(states) if self.packing else self._micro_batches(states[0])
         logged = set()
-        for batch, failures in batches:
+        for batch, failures in self._in_workers(self._load, items, self.num_workers, self.pin_memory):
             for message in failures:
                 if self.on_bad_sample == "error":
                     raise InputError(message)
@@ -1421,54 +1431,50 @@ class Loader:
             yield batch
 
     def check_bad_row_rate(self, rows_read: list[int], rows_bad: list[int], epoch: int) -> None:
-        """Raises InputError if more than a tenth of a dataset's rows are bad: to be told, again and again, what all
-        ranks have read of each file since the last time, and the epoch that they are in."""
-        if self._read is None:
-            self._read, self._bad = np.zeros((2, len(self.dataset.paths)))
-        self._read, self._bad = self._read + rows_read, self._bad + rows_bad
-        for file, (read, bad) in enumerate(zip(self._read.tolist(), self._bad.tolist(), strict=True)):
-            rows = self.dataset.rows_of(file)
-            if read >= min(10, rows) and bad > 0.1 * (epoch - self._states[0].get("epoch", 0) + 1) * rows:
+        """Raise InputError if more than a tenth of a dataset's rows are bad.
+
+        `rows_read` and `rows_bad` are the rows of each file since the last call, summed over all ranks; `epoch` is the
+        current one.
+        """
+        self._rows_read += rows_read
+        self._rows_bad += rows_bad
+        epochs = epoch - self._first_epoch + 1
+        for file, (read, bad) in enumerate(zip(self._rows_read.tolist(), self._rows_bad.tolist(), strict=True)):
+            rows = self.dataset.file_rows(file)
+            if read >= min(10, rows) and bad > 0.1 * epochs * rows:
                 raise InputError(
-                    f"{self.dataset.paths[file]}: {bad:.0f} of {read:.0f} rows read are bad, more than a tenth of the "
-                    "dataset; the reasons are above"
+                    f"{self.dataset.paths[file]}: {bad} of {read} rows read are bad, more than a tenth of the "
+                    "dataset; the log has the reasons"
                 )
 
     def epoch_size(self) -> float:
-        """Rows of an epoch; of packed rows about how many, judged by the lengths of a thousand rows."""
+        """Return the number of rows in an epoch. With `packing`, estimate the number of packed rows.
+
+        The estimate divides the tokens of up to 1000 rows by `seq_length`, as if packed rows had no unused space. With
+        samples much shorter than `seq_length`, it is too low by less than 2 %.
+        """
         rows = self.dataset.count()
         if not self.packing:
             return rows
-        order = self.dataset.stream({}, self._order_seed)
-        measured = [self._measure((span, {}))[::2] for span, _ in itertools.islice(order, min(rows, 1000))]
-        judged, packed, space, waiting = len(measured), 0.0, self.options.seq_length, []
-        for sample in [*measured, None]:
-            while waiting and (sample is None or ready_to_pack(waiting, space)):
-                row, waiting = pack_row(waiting, space)
-                # the last is not full, where rows beyond those judged would fill it
-                part = sample is None and not waiting and judged < rows
-                packed += sum(length for _, length in row) / space if part else 1
-            waiting.append(sample)
-        return packed * rows / judged
+        measured = itertools.islice(self.dataset.stream({}, self._order_seed), min(rows, 1000))
+        lengths = [self._measure(item)[2] for item in measured]
+        return rows * sum(lengths) / len(lengths) / self.options.seq_length
 
-    def _in_workers(self, function: Callable, items: Iterator, workers: int) -> Iterator:
-        """What `function` makes of each item, in order."""
-        if workers:  # they would crash on clearing away an earlier run's process groups: a fork lacks their threads
+    def _in_workers(self, function: Callable, items: Iterator, workers: int, pin_memory: bool = False) -> Iterator:
+        """Return an iterator over `function(item)` of each item, in order, computed in worker processes."""
+        if workers:  # forked workers crash when they destroy an earlier run's process groups, whose threads they lack
             gc.collect()
-        return iter(
-            DataLoader(
-                _Map(function),
-                batch_size=None,
-                sampler=items,
-                num_workers=workers,
-                worker_init_fn=leave_process_group,
-                generator=torch.Generator(),  # it would draw from the training's, which a resumed run must find again
-            )
-        )
+        return iter(DataLoader(
+            _FunctionDataset(function), batch_size=None, sampler=items, num_workers=workers, pin_memory=pin_memory,
+            worker_init_fn=leave_process_group,
+            generator=torch.Generator(),  # the global one belongs to the training, whose random state is resumed
+        ))
 
     def _load(self, item: tuple[list[Span], dict]) -> tuple[Batch, list[str]]:
-        """What a worker does: a micro-batch of the rows at given places, and why some of them are bad: returned, not
-        raised, because torch would bury the message in a worker's traceback."""
+        """Make a micro-batch of the rows at some locations. A worker runs this.
+
+        The errors of bad rows are returned, not raised, because torch would hide them in a worker's traceback.
+        """
         spans, state = item
         samples, failures = [], []
         rows_read, rows_bad = [0] * len(self.dataset.paths), [0] * len(self.dataset.paths)
@@ -1482,116 +1488,104 @@ class Loader:
                 failures.append(str(error))
         return collate(samples, state, rows_read, rows_bad), failures
 
-    def _micro_batches(self) -> Iterator[tuple[list[Span], dict]]:
-        """This rank's rows of each micro-batch, and the position behind those of all ranks."""
-        rows = itertools.islice(self.dataset.stream(self._states[0], self._order_seed), self.num_samples)
+    def _micro_batches(self, state: dict) -> Iterator[tuple[list[Span], dict]]:
+        """Yield this rank's rows of each micro-batch, and the position after the rows of all ranks."""
+        rows = itertools.islice(self.dataset.stream(state, self._order_seed), self.num_samples)
         first = self.dp_rank * self.micro_batch_size
-        while taken := list(itertools.islice(rows, self._round)):
-            yield [span for span, _ in taken[first : first + self.micro_batch_size]], taken[-1][1]
+        while step := list(itertools.islice(rows, self._rows_per_step)):
+            yield [span for span, _ in step[first : first + self.micro_batch_size]], step[-1][1]
 
-    def _packed(self) -> Iterator[tuple[list[Span], dict]]:
-        """This rank's rows of each micro-batch of packed rows, and the position behind them."""
-        rows = self._packed_rows()
-        while taken := list(itertools.islice(rows, self.micro_batch_size)):
-            yield [span for spans, _ in taken for span in spans], taken[-1][1]
+    def _packed(self, states: list[dict]) -> Iterator[tuple[list[Span], dict]]:
+        """Yield the rows of each micro-batch of packed rows, and the position after them."""
+        packed_rows = self._packed_rows(states)
+        while step := list(itertools.islice(packed_rows, self.micro_batch_size)):
+            yield [span for spans, _ in step for span in spans], step[-1][1]
 
-    def _packed_rows(self) -> Iterator[tuple[list[Span], dict]]:
-        """The samples of each packed row (see `pack_row`), never of two epochs, and the position behind them.
+    def _packed_rows(self, states: list[dict]) -> Iterator[tuple[list[Span], dict]]:
+        """Yield the samples of each packed row (see `pack_row`), and the position after them.
 
-        Lengths are measured ahead, in a worker if there are any. The samples that wait belong to the position.
+        A packed row never mixes two epochs. A worker measures the samples' lengths ahead, if there are workers. The
+        position includes the samples in the buffer.
         """
-        left, state = self._left_over()
-        rows = itertools.chain(((span, state) for span in left), self._own_rows(state))
-        waiting: list[tuple[Span, int]] = []
-        space = self.options.seq_length
-        position: dict = {}
-        for taken, (span, behind, length) in enumerate(self._in_workers(self._measure, rows, min(1, self.num_workers))):
-            again = taken >= len(left)  # as where the run ended: not before goes a resumed one on
-            while again and waiting and (behind["epoch"] != position["epoch"] or ready_to_pack(waiting, space)):
-                row, waiting = pack_row(waiting, space)
-                places = [list(span) for span, _ in waiting]
-                yield [span for span, _ in row], position | {"dealt": [self.dp_rank, self.dp_size], "waiting": places}
-            waiting.append((span, length))
-            position = behind
+        undelivered, state = self._undelivered_rows(states)
+        rows_of_this_rank = (
+            (span, next_state) for span, next_state in self.dataset.stream(state, self._order_seed)
+            if (next_state["consumed"] - 1) % self.dp_size == self.dp_rank
+        )
+        rows = itertools.chain(((span, state) for span in undelivered), rows_of_this_rank)
+        buffer: list[tuple[Span, int]] = []  # samples that are not packed yet, and their lengths
+        seq_length = self.options.seq_length
+        measured = self._in_workers(self._measure, rows, min(1, self.num_workers))
+        for count, (span, next_state, length) in enumerate(measured):
+            # Everything that was buffered at the checkpoint must be back in the buffer before packing starts. Only then
+            # does a resumed run pack exactly as the interrupted one would have.
+            is_new = count >= len(undelivered)
+            while is_new and buffer and (next_state["epoch"] != state["epoch"] or ready_to_pack(buffer, seq_length)):
+                row, buffer = pack_row(buffer, seq_length)
+                position = {"rank_layout": [self.dp_rank, self.dp_size], "buffer": [list(span) for span, _ in buffer]}
+                yield [span for span, _ in row], state | position
+            buffer.append((span, length))
+            state = next_state
 
     def _measure(self, item: tuple[Span, dict]) -> tuple[Span, dict, int]:
-        """With a row's place its number of tokens. A bad row has few, so that it gets somewhere and is told there, or,
-        where it ends the run, so many that this is soon."""
-        try:
-            row, source, media_dir = self.dataset.read(item[0])
-            return *item, self.processor.count_tokens(row, media_dir=media_dir, source=source, options=self.options)
-        except InputError:
-            return *item, self.options.seq_length if self.on_bad_sample == "error" else 1
+        """Add the number of tokens to a row's location and position.
 
-    def _left_over(self) -> tuple[list[Span], dict]:
-        """The rows that waited at a checkpoint and are this rank's to pack now, and the position that all go on from.
-
-        Ranks fill their rows at different speeds, so each has a position of its own. Where other ranks left off than
-        go on now, what any of them had waiting or had not come to is dealt anew, and all go on
-        from the foremost position.
+        A bad row counts as one token, so that it is still packed and reported. If it ends the run, it counts as a full
+        row, so that it is reported soon.
         """
-        waiting = [Span(*place) for state in self._states for place in state.get("waiting", [])]
-        state = max(self._states, key=lambda state: state.get("consumed", 0))
-        if state.get("dealt", [self.dp_rank, self.dp_size]) != [self.dp_rank, self.dp_size]:
-            done = {state["dealt"][0]: state["consumed"] for state in self._states}
-            last = min(self._states, key=lambda state: state["consumed"])
-            between = self.dataset.stream(last, self._order_seed)
-            for span, behind in itertools.islice(between, state["consumed"] - last["consumed"]):
-                if behind["consumed"] > done[(behind["consumed"] - 1) % state["dealt"][1]]:
-                    waiting.append(span)
-            waiting = waiting[self.dp_rank :: self.dp_size]
-        return waiting, {name: value for name, value in state.items() if name != "waiting"}
+        span, state = item
+        try:
+            row, source, media_dir = self.dataset.read(span)
+            length = self.processor.count_tokens(row, media_dir=media_dir, source=source, options=self.options)
+        except InputError:
+            length = self.options.seq_length if self.on_bad_sample == "error" else 1
+        return span, state, length
 
-    def _own_rows(self, state: dict) -> Iterator[tuple[Span, dict]]:
-        """The rows behind a position that are this rank's to pack, each with the position behind it."""
-        for span, behind in self.dataset.stream(state, self._order_seed):
-            if (behind["consumed"] - 1) % self.dp_size == self.dp_rank:
-                yield span, behind
+    def _undelivered_rows(self, states: list[dict]) -> tuple[list[Span], dict]:
+        """Return the rows of before the checkpoint that this rank still has to pack, and the position to continue from.
+
+        Ranks pack at different speeds, so that each saves its own position. If the layout of ranks has changed, all
+        ranks continue from the furthest position. The rows before it that no rank has packed are divided anew.
+        """
+        layout = [self.dp_rank, self.dp_size]
+        own = [state for state in states if state.get("rank_layout", layout) == layout]
+        if own:
+            return [Span(*span) for span in own[0].get("buffer", [])], own[0]
+        spans = [Span(*span) for state in states for span in state["buffer"]]
+        consumed = {state["rank_layout"][0]: state["consumed"] for state in states}
+        oldest, newest = (choose(states, key=lambda state: state["consumed"]) for choose in (min, max))
+        stream = self.dataset.stream(oldest, self._order_seed)
+        for span, state in itertools.islice(stream, newest["consumed"] - oldest["consumed"]):
+            rank = (state["consumed"] - 1) % newest["rank_layout"][1]
+            if state["consumed"] > consumed[rank]:
+                spans.append(span)
+        return spans[self.dp_rank :: self.dp_size], newest
 
 
-def ready_to_pack(waiting: list[tuple[Span, int]], space: int) -> bool:
-    """Whether the samples that wait are enough to fill a row of `space` tokens well: one PACKING_WINDOW of them or
-    several, and tokens for two rows."""
-    return len(waiting) % PACKING_WINDOW == 0 and sum(length for _, length in waiting) >= 2 * space
+def ready_to_pack(buffer: list[tuple[Span, int]], seq_length: int) -> bool:
+    """Return whether enough samples are buffered to fill a row well.
+
+    The conditions are a multiple of PACKING_WINDOW samples and tokens for two rows.
+    """
+    return len(buffer) % PACKING_WINDOW == 0 and sum(length for _, length in buffer) >= 2 * seq_length
 
 
-def pack_row(waiting: list[tuple[Span, int]], space: int) -> tuple[list, list]:
-    """Of samples and their lengths those for a packed row of `space` tokens, and those that go on waiting: the first,
-    which has waited longest, then always the longest that still fits."""
+def pack_row(buffer: list[tuple[Span, int]], seq_length: int) -> tuple[list, list]:
+    """Choose samples for one packed row of `seq_length` tokens. Returns (chosen, remaining), in the buffer's order.
+
+    The oldest sample comes first, then repeatedly the longest that still fits.
+    """
     chosen = {0}
-    space -= waiting[0][1]
-    for i in sorted(range(1, len(waiting)), key=lambda i: -waiting[i][1]):
-        if waiting[i][1] <= space:
-            space -= waiting[i][1]
+    remaining = seq_length - buffer[0][1]
+    for i in sorted(range(1, len(buffer)), key=lambda i: -buffer[i][1]):
+        if buffer[i][1] <= remaining:
+            remaining -= buffer[i][1]
             chosen.add(i)
-    row = [waiting[i] for i in sorted(chosen)]
-    return row, [pair for i, pair in enumerate(waiting) if i not in chosen]
+    return [buffer[i] for i in sorted(chosen)], [pair for i, pair in enumerate(buffer) if i not in chosen]
 
 
-DAMAGED_POSITION = ("the checkpoint's position in the data is damaged: take another one, or start the data anew: "
-                    "--finetune")
-
-
-def _check_position(state: dict, files: int) -> None:
-    """Raises InputError for what is no `Batch.resume_state`: a checkpoint may be a stranger's."""
-    try:
-        dealt, block, waiting = state.get("dealt", [0, 1]), state.get("block", [0, 0, 0]), state.get("waiting", [])
-        numbers = [state.get(name, 0) for name in ("consumed", "epoch", "rows", "done")] + [state.get("buffer", 1)]
-        numbers += [*dealt, *block, *state.get("bytes", []), *(number for place in waiting for number in place)]
-        good = all(type(number) is int and 0 <= number < 2**53 for number in numbers)
-        good &= (len(dealt), len(block), {len(place) for place in waiting} - {4}) == (2, 3, set())
-        good = good and ("waiting" not in state or "consumed" in state and "epoch" in state)
-        good = good and ("block" not in state or "bytes" in state) and len(waiting) <= 1_000_000
-        good = good and min(dealt[1], state.get("buffer", 1)) > 0 and all(
-            place[0] < files and place[2] <= place[3] for place in waiting)
-    except (AttributeError, TypeError):
-        good = False
-    if not good:
-        raise InputError(DAMAGED_POSITION)
-
-
-class _Map:
-    """A function as DataLoader wants it."""
+class _FunctionDataset:
+    """Present a function as the dataset that DataLoader needs."""
 
     def __init__(self, function: Callable):
         self.function = function
@@ -1601,6 +1595,6 @@ class _Map:
 
 
 if __name__ == "__main__":
-    from tools.dataset_cli import run  # which imports this file
+    from tools.dataset_cli import run  # imports this file a second time, as `data`
 
     sys.exit(run(sys.argv[1:]))

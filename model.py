@@ -1,15 +1,29 @@
-"""Qwen3-VL (arXiv:2511.21631): vision encoder, projector, dense or mixture-of-experts text decoder, and its loss.
+"""Qwen3-VL (arXiv:2511.21631): vision encoder, projector, dense or mixture-of-experts text decoder, and loss.
 
-Tokens are always packed: samples lie end to end as [T, ...] with `cu_seqlens`, each attending to itself. There is no
-batch dimension, no padding and no attention mask. Parameter names, shapes and layouts are those of the published
-checkpoints, so that converting is reading and writing.
+Tokens are always packed: samples lie end to end as [T, ...] with `cu_seqlens`, and each sample attends to itself.
+There is no batch dimension, no padding and no attention mask. Parameter names, shapes and layouts are those of the
+published checkpoints, so that no conversion renames or transposes a tensor.
 
 Shapes: T tokens, D hidden size, H heads, K key-value heads, d head size, E experts, I expert width, V vocabulary;
-P patches, C vision hidden size, N pictures and videos.
+P patches, C vision hidden size, N images and videos.
 
-Four seams, plain callables with defaults here, let `parallel.py` and `infer.py` change what happens without being
-named in a forward: `attention` (of every attention module), `run_experts` (of every Experts), `block_fn` (of both
-towers), `exchange_features` (of the model: visual features to the rank that holds their tokens).
+`parallel.py`, `infer.py` and `train.py` change a forward only through this list.
+
+Seams, which are callables with a default here:
+- `VisionAttention.attention`, `TextAttention.attention`: the implementation, Ulysses, the KV cache.
+- `Experts.run_experts`: expert parallelism.
+- `VisionModel.block_fn`, `TextModel.block_fn`: call a block. Recompute and offload.
+- `Qwen3VL.exchange_features`: send visual features to the ranks that hold their tokens.
+- `LMHead.loss_fn`: the loss of a batch.
+Settings:
+- `Qwen3VL.vision_always`: run the vision encoder without media too, so that the collectives of several ranks match.
+- `Qwen3VL.loss_chunk_size`, `Qwen3VL.router_aux_loss_coef`.
+Fields of a batch that context parallelism sets:
+- `local_visual_tokens`: the slice of the visual tokens whose patches this rank has.
+- `feature_splits`: how many features `exchange_features` sends and receives.
+Hooks:
+- Context parallelism adds a forward hook to `TextModel`, which sums the router statistics over ranks.
+- FSDP2 gathers parameters in hooks. A parameter must be used in the forward of the module that FSDP2 wraps.
 """
 from __future__ import annotations
 
@@ -17,7 +31,8 @@ import functools
 import itertools
 import math
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
@@ -49,7 +64,7 @@ class VisionConfig:
 
     @property
     def patch_dim(self) -> int:
-        """Values of one patch of pixels: 3 * 2 * 16 * 16 = 1536."""
+        """The number of pixel values in a patch: 3 * 2 * 16 * 16 = 1536."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
 
@@ -85,29 +100,32 @@ class Qwen3VLConfig:
     tie_word_embeddings: bool
     image_token_id: int
     video_token_id: int
-    dtype: str | None  # of the stored weights, as the file says
+    dtype: str | None  # the stored weights' type according to the file
 
     @staticmethod
     def from_json(path: str | Path) -> Qwen3VLConfig:
-        """Reads a Hugging Face `config.json` (or the directory that holds it), as transformers 4.57 or 5 write it.
+        """Read a Hugging Face `config.json`, or the one in a directory, in the form of transformers 4.57 or 5.
 
-        Raises InputError that names the file and the key for what is missing, of a wrong type, or cannot be built.
+        Raises InputError, which names the file and the key, if the model cannot be built from it.
         """
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
-        if not path.exists():
-            raise InputError(f"{path}: cannot be read (No such file or directory): give a Hugging Face directory")
         raw = read_json(path)
         if raw.get("model_type") not in ("qwen3_vl", "qwen3_vl_moe"):
-            raise InputError(f"{path}: model_type is {shorten(raw.get('model_type'))}, this program trains qwen3_vl "
-                             "and qwen3_vl_moe")
+            raise InputError(f"{path}: model_type is {shorten(raw.get('model_type'))}, it must be qwen3_vl or "
+                             "qwen3_vl_moe")
         text, vision = raw.get("text_config"), raw.get("vision_config")
         if not isinstance(text, dict) or not isinstance(vision, dict):
-            raise InputError(f"{path}: needs text_config and vision_config, each an object")
+            raise InputError(f"{path}: text_config and vision_config must be objects")
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}  # transformers 5, transformers 4
+        if not isinstance(rope, dict):
+            raise InputError(f"{path}: text_config.rope_parameters must be an object")
+        if rope.get("rope_type", "default") != "default":
+            raise InputError(f"{path}: rope_type {shorten(rope['rope_type'])} is not supported, only 'default' is")
+        # transformers 5 writes the opposite value into text_config for mixture-of-experts models
         tied = raw.get("tie_word_embeddings", False)
-        if not isinstance(rope, dict) or not isinstance(tied, bool):
-            raise InputError(f"{path}: rope_parameters must be an object, tie_word_embeddings true or false")
+        if not isinstance(tied, bool):
+            raise InputError(f"{path}: tie_word_embeddings must be true or false")
         moe = raw["model_type"] == "qwen3_vl_moe"
         text = {
             **text,
@@ -117,12 +135,9 @@ class Qwen3VLConfig:
         }
         if moe and not text["num_experts"]:
             raise InputError(f"{path}: text_config.num_experts is missing")
-        if rope.get("rope_type", "default") != "default":
-            raise InputError(f"{path}: rope_type {shorten(rope['rope_type'])} is not supported, only 'default'")
         config = Qwen3VLConfig(
             text=_build(TextConfig, text, f"{path}: text_config"),
             vision=_build(VisionConfig, vision, f"{path}: vision_config"),
-            # the nested value that transformers 5 writes for mixture-of-experts models says the opposite
             tie_word_embeddings=tied,
             image_token_id=raw.get("image_token_id", 151655),
             video_token_id=raw.get("video_token_id", 151656),
@@ -132,64 +147,46 @@ class Qwen3VLConfig:
         return config
 
     def _check(self, path: Path) -> None:
+        """Raise InputError if an edited value, or one from another model, does not fit the others."""
         t, v = self.text, self.vision
-        problems = {
+        experts_fit = 1 <= t.num_experts_per_tok <= t.num_experts and t.moe_intermediate_size > 0
+        indexes = v.deepstack_visual_indexes
+        for rule, holds in {
             "text_config.num_key_value_heads must divide num_attention_heads":
-                t.num_attention_heads % t.num_key_value_heads,
-            "text_config.head_dim must be even": t.head_dim % 2,
+                t.num_attention_heads % t.num_key_value_heads == 0,
             "text_config.mrope_section must be three numbers that add up to head_dim / 2":
-                len(t.mrope_section) != 3 or min(t.mrope_section) < 0 or sum(t.mrope_section) != t.head_dim // 2,
-            "text_config.hidden_act must be 'silu'": t.hidden_act != "silu",
-            "text_config.num_experts_per_tok must be between 1 and num_experts":
-                t.num_experts > 0 and not 1 <= t.num_experts_per_tok <= t.num_experts,
-            "text_config.moe_intermediate_size is missing": t.num_experts > 0 and t.moe_intermediate_size < 1,
-            "text_config.num_hidden_layers and vision_config.depth must be 1000 at most":
-                max(t.num_hidden_layers, v.depth) > 1000,
-            "its sizes multiply to tensors of more than 1e12 values": max(  # the largest published has 2e9
-                t.hidden_size * max(t.vocab_size, t.intermediate_size, t.num_attention_heads * t.head_dim,
-                                    t.num_experts * 2 * t.moe_intermediate_size),
-                v.hidden_size * max(v.patch_dim, v.num_position_embeddings, v.intermediate_size, 3 * v.hidden_size),
-                (v.hidden_size * v.spatial_merge_size**2) ** 2,
-                v.hidden_size * v.spatial_merge_size**2 * v.out_hidden_size) > 1e12,
-            "vision_config.patch_size must be 64 at most, spatial_merge_size and temporal_patch_size 8":
-                v.patch_size > 64 or max(v.spatial_merge_size, v.temporal_patch_size) > 8,
-            "vision_config.in_channels must be 3": v.in_channels != 3,
-            "vision_config.num_heads must divide hidden_size": v.hidden_size % v.num_heads,
-            "vision_config.hidden_size / num_heads must be a multiple of 4": v.hidden_size // v.num_heads % 4,
-            "vision_config.out_hidden_size must equal text_config.hidden_size": v.out_hidden_size != t.hidden_size,
+                len(t.mrope_section) == 3 and 2 * sum(t.mrope_section) == t.head_dim,
+            "text_config needs moe_intermediate_size, and num_experts_per_tok between 1 and num_experts":
+                t.num_experts == 0 or experts_fit,
+            "text_config.hidden_act must be 'silu'": t.hidden_act == "silu",
+            "vision_config.hidden_act must be 'gelu_pytorch_tanh'": v.hidden_act == "gelu_pytorch_tanh",
+            "vision_config.in_channels must be 3": v.in_channels == 3,
+            "vision_config.hidden_size must be a multiple of 4 * num_heads": v.hidden_size % (4 * v.num_heads) == 0,
+            "vision_config.out_hidden_size must equal text_config.hidden_size": v.out_hidden_size == t.hidden_size,
             "vision_config.num_position_embeddings must be a square":
-                math.isqrt(v.num_position_embeddings) ** 2 != v.num_position_embeddings,
-            "vision_config.deepstack_visual_indexes must rise, stay below depth, and be no more than the text layers":
-                sorted(set(v.deepstack_visual_indexes)) != v.deepstack_visual_indexes
-                or any(not 0 <= i < v.depth for i in v.deepstack_visual_indexes)
-                or len(v.deepstack_visual_indexes) > t.num_hidden_layers,
-            "vision_config.hidden_act must be 'gelu_pytorch_tanh'": v.hidden_act != "gelu_pytorch_tanh",
-        }
-        for rule, broken in problems.items():
-            if broken:
+                math.isqrt(v.num_position_embeddings) ** 2 == v.num_position_embeddings,
+            "vision_config.deepstack_visual_indexes must rise and stay below depth":
+                indexes == sorted(set(indexes) & set(range(v.depth))),
+        }.items():
+            if not holds:
                 raise InputError(f"{path}: {rule}")
 
 
 def _build(cls: type, values: dict, where: str):
-    """A config dataclass from a JSON object, its types checked; keys that it does not know are left alone."""
-    kinds = {
-        "int": (int, "a whole number above 0 and below 1e8"), "float": ((int, float), "a number above 0"),
-        "str": (str, "a text"), "list[int]": (list, "a list of whole numbers"),
-    }
+    """Build a config dataclass from a JSON object; unknown keys and null values are ignored. Raises InputError."""
+    json_types = {"int": int, "float": (int, float), "str": str, "list[int]": list}  # by annotation
     known = {}
     for f in fields(cls):
-        value, (kind, wanted) = values.get(f.name), kinds[f.type]
+        value = values.get(f.name)
         if value is None:
             if f.default is MISSING and f.default_factory is MISSING:
                 raise InputError(f"{where}.{f.name} is missing")
             continue
-        good = isinstance(value, kind) and not isinstance(value, bool)
-        if f.type in ("int", "float"):
-            good = good and (value > 0 or value == 0 and f.name in ("num_experts", "initializer_range")) and value < 1e8
-        elif f.type == "list[int]":
-            good = good and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
-        if not good:
-            raise InputError(f"{where}.{f.name} is {shorten(value)}, it must be {wanted}")
+        items = value if isinstance(value, list) else ()
+        if not isinstance(value, json_types[f.type]) or not all(isinstance(item, int) for item in items):
+            raise InputError(f"{where}.{f.name} is {shorten(value)}, its type must be {f.type}")
+        if f.type == "int" and value < 1 and f.name != "num_experts":
+            raise InputError(f"{where}.{f.name} is {value}, it must be above 0")
         known[f.name] = value
     return cls(**known)
 
@@ -197,7 +194,7 @@ def _build(cls: type, values: dict, where: str):
 def device_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], causal: bool, implementation: str | None = None
 ) -> Tensor:
-    """Call the current device's attention: the default of the `attention` seam."""
+    """Call the current device's attention (see `kernels_npu.Torch.attention`): the default of the `attention` seam."""
     return kernels_npu.ops.attention(q, k, v, cu_seqlens, causal, implementation)
 
 
@@ -205,7 +202,7 @@ def device_attention(
 
 
 class PatchEmbed(nn.Module):
-    """The checkpoint's Conv3d with stride = kernel, which is a matrix product over the values of a patch."""
+    """Embed patches. The checkpoint's Conv3d has stride = kernel, so it is a matrix product over a patch's values."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -256,7 +253,10 @@ class VisionBlock(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """2x2 patches -> one token of the text decoder. The last merger normalises patches, DeepStack's the merged ones."""
+    """Merge 2x2 patches into one token of the text decoder.
+
+    `norm_after_merge`: the DeepStack mergers normalise the merged patches, the final merger each patch.
+    """
 
     def __init__(self, config: VisionConfig, norm_after_merge: bool):
         super().__init__()
@@ -273,7 +273,7 @@ class PatchMerger(nn.Module):
 
 
 class VisionModel(nn.Module):
-    """Pictures and videos of any size, in one pass -> token embeddings and DeepStack features (arXiv:2406.04334)."""
+    """Encode images and videos of any size in one pass: token embeddings and DeepStack features (arXiv:2406.04334)."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -288,28 +288,32 @@ class VisionModel(nn.Module):
         self.block_fn: Callable = plain_block
 
     def dummy(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(pixel_values, grid_thw) of the smallest picture: one token."""
+        """Return (pixel_values, grid_thw) of the smallest image, which makes one token."""
         side = self.config.spatial_merge_size
         return torch.zeros(side**2, self.config.patch_dim, device=device), torch.tensor([[1, side, side]])
 
     def patches_of(self, patches: Tensor, tokens: slice) -> Tensor:
-        """Of [P, ...] in merge-block order those that make a run of the visual tokens."""
+        """Select the patches ([P, ...], in merge-block order) of a slice of the visual tokens."""
         return patches.unflatten(0, (-1, self.config.spatial_merge_size**2))[tokens].flatten(0, 1)
 
     def forward(
         self, pixel_values: Tensor, grid_thw: Tensor, tokens: slice = slice(None)
     ) -> tuple[Tensor, list[Tensor]]:
-        """pixel_values [P, 1536] and grid_thw [N, 3] (on the host: frames, rows and columns of patches)
-        -> ([P/4, D], a [P/4, D] for each DeepStack layer). `tokens`: of which of the grids' visual tokens pixel_values
-        are the patches (other ranks may have the rest)."""
+        """Return token embeddings [P/4, D] and, for each DeepStack layer, features [P/4, D].
+
+        pixel_values [P, 1536]; grid_thw [N, 3] on the host: frames, rows and columns of patches of each image or video.
+        tokens: the visual tokens of `grid_thw` whose patches are in pixel_values; other ranks may have the others.
+        """
         device = pixel_values.device
-        rows, columns, corners, shares = (self.patches_of(p, tokens) for p in patch_positions(grid_thw, self.config))
+        rows, columns, neighbour_ids, bilinear_weights = (
+            self.patches_of(p, tokens) for p in patch_positions(grid_thw, self.config)
+        )
         frames = [h * w for t, h, w in grid_thw.tolist() for _ in range(t)]
         cu_seqlens = [0, *itertools.accumulate(frames)]  # attention stays within a frame
         cos, sin = self.rotary_tables(rows.to(device), columns.to(device))
 
         x = self.patch_embed(pixel_values)
-        positions = self.pos_embed(corners.to(device)) * shares.to(device)[..., None]
+        positions = self.pos_embed(neighbour_ids.to(device)) * bilinear_weights.to(device)[..., None]
         x = x + positions.sum(1).to(x.dtype)
         deepstack = []
         for i, block in enumerate(self.blocks):
@@ -319,7 +323,10 @@ class VisionModel(nn.Module):
         return self.block_fn(self.merger, x), deepstack
 
     def rotary_tables(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """2-D rotary embedding: half of the angles turn with the row, half with the column. [P, d] float32 each."""
+        """Return cos and sin, [P, d] float32 each, of 2-D rotary embedding.
+
+        One half of the angles is proportional to the row, the other half to the column.
+        """
         half = self.config.hidden_size // self.config.num_heads // 2
         inv_freq = 1.0 / 10000.0 ** (torch.arange(0, half, 2, dtype=torch.float32, device=rows.device) / half)
         angles = torch.cat((rows[:, None] * inv_freq, columns[:, None] * inv_freq), dim=-1)
@@ -328,10 +335,10 @@ class VisionModel(nn.Module):
 
 
 def patch_positions(grid_thw: Tensor, config: VisionConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where each patch stands, in merge-block order (row/2, column/2, row%2, column%2), frame after frame.
+    """Return the position of each patch, in merge-block order (row/2, column/2, row%2, column%2), frame by frame.
 
-    Returns rows [P] and columns [P] in patches; and, for the learned square of position embeddings stretched over the
-    picture, the four entries around each patch, corners [P, 4], with their bilinear shares [P, 4].
+    Returns rows [P] and columns [P], in patches. The learned square of position embeddings is interpolated to the
+    image's size: neighbour_ids [P, 4] are the four embeddings around each patch, bilinear_weights [P, 4] their weights.
     """
     side, merge = math.isqrt(config.num_position_embeddings), config.spatial_merge_size
     parts = []
@@ -345,9 +352,9 @@ def patch_positions(grid_thw: Tensor, config: VisionConfig) -> tuple[Tensor, Ten
         top, left = at_y.long(), at_x.long()
         bottom, right = (top + 1).clamp(max=side - 1), (left + 1).clamp(max=side - 1)
         dy, dx = at_y - top, at_x - left
-        corners = torch.stack((top * side + left, top * side + right, bottom * side + left, bottom * side + right), -1)
-        shares = torch.stack(((1 - dy) * (1 - dx), (1 - dy) * dx, dy * (1 - dx), dy * dx), -1)
-        parts.append((y, x, corners, shares))
+        neighbours = (top * side + left, top * side + right, bottom * side + left, bottom * side + right)
+        weights = ((1 - dy) * (1 - dx), (1 - dy) * dx, dy * (1 - dx), dy * dx)
+        parts.append((y, x, torch.stack(neighbours, -1), torch.stack(weights, -1)))
     return tuple(torch.cat(p) for p in zip(*parts, strict=True))
 
 
@@ -397,11 +404,14 @@ class TextMLP(nn.Module):
 
 
 def run_experts(x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """SwiGLU experts on their tokens: x [T,D], expert_ids, weights [T,k], gate_up [E,D,2I], down [E,I,D] -> [T,D]."""
+    """Apply each token's SwiGLU experts and sum their weighted outputs: the default of the `run_experts` seam.
+
+    x [T, D], expert_ids and weights [T, k], gate_up [E, D, 2I], down [E, I, D] -> [T, D].
+    """
     ops = kernels_npu.ops
-    rows, where, counts = ops.moe_permute(x, expert_ids, gate_up.shape[0])
+    rows, slot_to_row, counts = ops.moe_permute(x, expert_ids, gate_up.shape[0])
     rows = ops.grouped_matmul(ops.swiglu(ops.grouped_matmul(rows, gate_up, counts)), down, counts)
-    return ops.moe_unpermute(rows, where, weights)
+    return ops.moe_unpermute(rows, slot_to_row, weights)
 
 
 class Experts(nn.Module):
@@ -417,7 +427,7 @@ class Experts(nn.Module):
 
 
 class SparseMLP(nn.Module):
-    """A mixture of experts: each token goes to its top k, weighted by the router's renormalised probabilities."""
+    """Mixture of experts: send each token to its top k experts, weighted by the router's renormalised probabilities."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -426,7 +436,10 @@ class SparseMLP(nn.Module):
         self.experts = Experts(config)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, D] -> ([T, D], router statistics [2, E]: assignments to each expert, sum of its probabilities)."""
+        """[T, D] -> ([T, D], router statistics [2, E]).
+
+        The statistics of an expert are the number of tokens assigned to it and the sum of its probabilities.
+        """
         probs, weights, expert_ids = kernels_npu.ops.moe_route(self.gate(x), self.top_k)
         assigned = torch.zeros_like(probs).scatter_(1, expert_ids, 1.0).sum(0)
         return self.experts(x, expert_ids, weights), torch.stack((assigned, probs.sum(0)))
@@ -457,25 +470,31 @@ class TextModel(nn.Module):
         self.block_fn: Callable = plain_block
 
     def forward(
-        self, inputs: list[Tensor], position_ids: Tensor, cu_seqlens: list[int]
+        self, inputs: deque[Tensor], position_ids: Tensor, cu_seqlens: list[int]
     ) -> tuple[Tensor, list[Tensor]]:
-        """inputs: embeddings [T, D], then the DeepStack features [T, D] that are added after the first layers (the list
-        is emptied on the way, so that none outlives its use); position_ids [3, T] (time, row, column)
-        -> (hidden states [T, D], router statistics [2, E] of each mixture-of-experts layer)."""
-        x = inputs.pop(0)
+        """Return the hidden states [T, D] and the router statistics [2, E] of each mixture-of-experts layer.
+
+        inputs: a queue of the embeddings [T, D] and the DeepStack features [T, D], one for each of the first layers.
+        This method takes tensors from the queue as it uses them, so that no caller keeps them in memory.
+        position_ids [3, T]: time, row, column.
+        """
+        x = inputs.popleft()
         cos, sin = (table.to(x.dtype) for table in self.rotary_tables(position_ids))
         stats = []
         for layer in self.layers:
             x, router_stats = self.block_fn(layer, x, cos, sin, cu_seqlens)
             if inputs:
-                x = x + inputs.pop(0)
+                x = x + inputs.popleft()
             if router_stats is not None:
                 stats.append(router_stats)
         return self.norm(x), stats
 
     def rotary_tables(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Interleaved mRoPE: frequencies 1, 4, 7... turn with the row and 2, 5, 8... with the column, as far as their
-        sections reach; the others turn with time. [T, d] float32 each."""
+        """Return cos and sin, [T, d] float32 each, of interleaved mRoPE.
+
+        Frequencies 1, 4, 7... use the row and 2, 5, 8... the column, up to the length of their sections. The other
+        frequencies use time.
+        """
         d, (_, height, width) = self.config.head_dim, self.config.mrope_section
         device = position_ids.device
         inv_freq = 1.0 / self.config.rope_theta ** (torch.arange(0, d, 2, dtype=torch.float32, device=device) / d)
@@ -491,23 +510,23 @@ class TextModel(nn.Module):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """sum_i weights[i] * -log softmax(hidden[i] @ weight.T)[labels[i]], holding one chunk of logits at a time.
+    """Compute `chunked_cross_entropy` and its gradients with one chunk of logits in memory at a time.
 
-    1. A chunk's logits are made, reduced to its loss, and turned in place into their own gradient.
-    2. That gradient goes into grad_hidden and is added to grad_weight in float32; the next chunk takes its memory.
-    3. Backward only scales what forward has made. So neither direction ever holds more than one chunk of logits.
+    1. Forward computes a chunk's logits, reduces them to the chunk's loss, and turns them in place into their gradient.
+    2. That gradient gives the chunk's rows of grad_hidden, and is added to grad_weight in float32. The next chunk uses
+       the same memory.
+    3. Backward only scales the gradients of forward. So neither direction holds more than one chunk of logits.
     """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, chunk_size: int, grads: bool):
-        """hidden [S,D], weight [V,D], labels [S], weights [S] float32 -> scalar float32."""
         need_hidden, need_weight = (grads and need for need in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         new_like = torch.empty_like if hidden.dtype == torch.float32 and len(labels) else torch.zeros_like
         grad_weight = new_like(weight, dtype=torch.float32) if need_weight else None
         loss = hidden.new_zeros((), dtype=torch.float32)
         chunk_size = min(chunk_size or len(labels), len(labels))
-        memory = hidden.new_empty(chunk_size, len(weight), dtype=torch.float32)  # of every chunk's logits, in turn
+        memory = hidden.new_empty(chunk_size, len(weight), dtype=torch.float32)  # each chunk's logits in turn
         for start in range(0, len(labels), max(1, chunk_size)):
             part = slice(start, start + chunk_size)
             target = labels[part, None]
@@ -516,20 +535,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(hidden[part], weight.T, out=logits)
             else:
                 logits.copy_(hidden[part] @ weight.T)
-            logits -= logits.amax(-1, keepdim=True)  # in place, where logsumexp would take as much again, twice
+            logits -= logits.amax(-1, keepdim=True)  # in place: logsumexp would allocate two more copies
             at_target = logits.gather(1, target)[:, 0]
             total = logits.exp_().sum(-1)
             loss += weights[part] @ (total.log() - at_target)
             if need_hidden or need_weight:
-                grad = logits.mul_((weights[part] / total)[:, None])  # the softmax, weighted
+                grad = logits.mul_((weights[part] / total)[:, None])  # weighted softmax
                 grad = grad.scatter_add_(1, target, -weights[part, None]).to(hidden.dtype)
             if need_hidden:
                 torch.mm(grad, weight, out=grad_hidden[part])
             if need_weight and grad.dtype == torch.float32:
-                grad_weight.addmm_(grad.T, hidden[part], beta=int(start > 0))  # the first one overwrites
+                grad_weight.addmm_(grad.T, hidden[part], beta=int(start > 0))  # the first chunk overwrites
             elif need_weight:
                 grad_weight += grad.T @ hidden[part]
-            grad = None  # in bf16 a copy: before the next chunk's is made, or two would be alive
+            grad = None  # a copy in bf16: free it before the next chunk's is allocated
         ctx.grads = grad_hidden, grad_weight
         return loss
 
@@ -537,7 +556,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale: Tensor):
         grads = ctx.grads
-        del ctx.grads  # scaled in place below, so a second backward must not find them
+        del ctx.grads  # they are scaled in place, so a second backward must not use them
         return (*(g if g is None else g.mul_(scale.to(g.dtype)) for g in grads), None, None, None, None)
 
 
@@ -577,92 +596,109 @@ class LMHead(nn.Linear):
 
 
 def load_balancing_loss(router_stats: list[Tensor], num_tokens: int) -> Tensor:
-    """E * sum_e f_e P_e (arXiv:2101.03961, equations 4 to 6), pooled over layers and tokens; even routing gives k.
+    """Return E * sum_e f_e P_e (arXiv:2101.03961, equations 4 to 6), pooled over layers and tokens.
 
-    router_stats: [2, E] for each layer; num_tokens: how many tokens one layer saw.
+    Even routing gives k. router_stats: [2, E] for each layer; num_tokens: the number of tokens in one layer.
     """
     assigned, probs = torch.stack(router_stats).sum(0) / (len(router_stats) * num_tokens)
     return len(probs) * (assigned * probs).sum()
 
 
-# ---- the whole model -----------------------------------------------------------------------------------------------
+# ---- full model ----------------------------------------------------------------------------------------------------
 
 
 def plain_block(block: nn.Module, *args):
-    """The default of the `block_fn` seam."""
+    """Call the block: the default of the `block_fn` seam."""
     return block(*args)
 
 
 def full_tensor_and_offset(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """(what this process has of a tensor, where that begins in the whole): all of it."""
+    """Return the tensor and offset 0 in each dimension: one process has the full tensor."""
     return tensor.detach(), (0,) * tensor.ndim
 
 
 def keep_features(features: list[Tensor], batch) -> list[Tensor]:
-    """The default of the `exchange_features` seam: one rank has every token."""
+    """Return the features unchanged, as one rank has every token: the default of the `exchange_features` seam."""
     return features
 
 
 class Qwen3VL(nn.Module):
-    """Build it under `torch.device("meta")`, `to_empty`, then `init_weights` or a checkpoint. It has no buffers."""
+    """The full model. Build it with `build_model`, allocate it with `to_empty`, then fill it with weights."""
 
     def __init__(self, config: Qwen3VLConfig):
         super().__init__()
         self.config = config
-        self.model = nn.Module()  # only a level in the published names
+        self.model = nn.Module()  # a level in the published names
         self.model.visual = VisionModel(config.vision)
         self.model.language_model = TextModel(config.text)
         self.lm_head = LMHead(config.text.hidden_size, config.text.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.language_model.embed_tokens.weight
         self.exchange_features: Callable = keep_features
-        self.vision_always = False  # without media, too: the collectives of many ranks have to match
+        self.vision_always = False
         self.loss_chunk_size = 1024
         self.router_aux_loss_coef = 0.0
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Qwen3VL:
         super()._apply(fn, recurse)
-        # `to_empty` makes new parameters module by module, which would untie what is tied
+        # `to_empty` replaces parameters module by module, which would untie the embedding
         embedding = self.model.language_model.embed_tokens.weight
         if self.config.tie_word_embeddings and self.lm_head.weight is not embedding:
             self.lm_head.weight = embedding
         return self
 
     def set_attention(self, text: str | None = None, vision: str | None = None) -> None:
-        """Chooses the attention implementation of each tower ('eager', 'sdpa', ...; None: the device's default)."""
+        """Choose the attention implementations ('eager', 'sdpa', ...) of the text decoder and the vision encoder.
+
+        None is the device's default. Raises UsageError if the device lacks an implementation.
+        """
         for implementation in (text, vision):
-            kernels_npu.ops.attention_implementation(implementation)  # raises now what the first forward would
+            kernels_npu.ops.attention_implementation(implementation)  # raises before the first forward
         for module in self.modules():
             if isinstance(module, TextAttention):
                 module.attention = functools.partial(device_attention, implementation=text)
             elif isinstance(module, VisionAttention):
                 module.attention = functools.partial(device_attention, implementation=vision)
 
-    def embed(self, batch) -> list[Tensor]:
-        """Token embeddings with pictures and videos in their places, then the DeepStack features, [T, D] each."""
+    def embed(self, batch) -> deque[Tensor]:
+        """Return the text decoder's inputs as a queue: token embeddings, then DeepStack features, [T, D] each.
+
+        The embeddings of media tokens are visual features. DeepStack features are zero at all other tokens. The decoder
+        empties the queue, so that each tensor is freed after its use.
+        """
         x = self.model.language_model.embed_tokens(batch.input_ids)
         visual = self.model.visual
         if len(batch.grid_thw) == 0:
             if not self.vision_always:
-                return [x]
+                return deque([x])
             pixel_values, grid_thw = visual.dummy(x.device)
             pixel_values = visual.patches_of(pixel_values, batch.local_visual_tokens)
-            features, deepstack = visual(pixel_values, grid_thw, batch.local_visual_tokens)
-            return [x + 0.0 * sum(f.sum() for f in (features, *deepstack)).to(x.dtype)]
-        features, deepstack = visual(batch.pixel_values, batch.grid_thw, batch.local_visual_tokens)
-        features, *deepstack = self.exchange_features([features, *deepstack], batch)
+            features = self._visual_features(pixel_values, grid_thw, batch.local_visual_tokens)
+            return deque([x + 0.0 * sum(f.sum() for f in features).to(x.dtype)])
+        features = self._visual_features(batch.pixel_values, batch.grid_thw, batch.local_visual_tokens)
+        features, *deepstack = self.exchange_features(features, batch)
         if len(features) != len(batch.visual_index):
-            raise InputError(f"the row has {len(batch.visual_index)} media tokens, its pictures make {len(features)}")
+            raise InputError(f"the row has {len(batch.visual_index)} media tokens, its images and videos make "
+                             f"{len(features)}")
         deepstack = [torch.zeros_like(x).index_copy(0, batch.visual_index, f.to(x.dtype)) for f in deepstack]
-        return [x.index_copy(0, batch.visual_index, features.to(x.dtype)), *deepstack]
+        return deque([x.index_copy(0, batch.visual_index, features.to(x.dtype)), *deepstack])
+
+    def _visual_features(self, pixel_values: Tensor, grid_thw: Tensor, tokens: slice) -> list[Tensor]:
+        """Return the vision encoder's token embeddings, then the DeepStack features that the text layers use."""
+        features, deepstack = self.model.visual(pixel_values, grid_thw, tokens)
+        # A model cut to fewer text layers leaves the others unused on every rank, a dummy pass included.
+        return [features, *deepstack[: self.config.text.num_hidden_layers]]
 
     def hidden_states(self, batch) -> tuple[Tensor, list[Tensor]]:
-        """-> (hidden states [T, D] after the last norm, router statistics of the layers)."""
+        """Return the hidden states [T, D] after the last norm, and the router statistics of the layers."""
         return self.model.language_model(self.embed(batch), batch.position_ids, batch.cu_seqlens)
 
     def forward(self, batch) -> tuple[Tensor, Tensor]:
-        """batch: a `data.Batch` on the model's device with its `loss_weights` -> (loss to call backward on, its router
-        auxiliary part before the coefficient and detached): both this micro-batch's share of the whole step's."""
+        """Return the loss and, detached and without its coefficient, the router auxiliary loss of a micro-batch.
+
+        batch: a `data.Batch` on the model's device. Its `loss_weights` and `aux_weight` make both losses this
+        micro-batch's terms of the sum over the step.
+        """
         x, router_stats = self.hidden_states(batch)
         loss = self.lm_head(x, batch, self.loss_chunk_size)
         aux_loss = loss.new_zeros(())
@@ -729,55 +765,21 @@ def build_model(config: Qwen3VLConfig, is_frozen: Callable[[str], bool] = lambda
     return model
 
 
+# ---- accounting ----------------------------------------------------------------------------------------------------
+
 COMPONENTS = ("vision encoder", "vision projector", "text decoder")
 
 
 def component_of(name: str) -> str:
-    """The tower that a parameter belongs to, by its name: the projector is the merger and the DeepStack mergers."""
+    """Return the component of a parameter's name. The projector is the merger and the DeepStack mergers."""
     if name.startswith(("model.visual.merger.", "model.visual.deepstack_merger_list.")):
         return "vision projector"
     return "vision encoder" if name.startswith("model.visual.") else "text decoder"
 
 
-def step_flops(
-    config: Qwen3VLConfig, cu_seqlens: list[int], grid_thw: Tensor, num_supervised: int,
-    trained: Collection[str] = COMPONENTS,
-) -> float:
-    """Floating point operations of forward and backward of one packed row, without recompute.
-
-    Matrix products only, counted from the row's own lengths and grids, causal attention at half; an unsupervised token
-    has no logits. Backward has the gradients of the weights of the `trained` towers, and those of activations in them
-    and in what comes after; so it is twice forward where all are trained.
-    """
-    t, v = config.text, config.vision
-    q, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
-    num_moe = sum(t.is_moe_layer(i) for i in range(t.num_hidden_layers))
-    attention = t.hidden_size * (2 * q + 2 * kv) * t.num_hidden_layers
-    dense = 3 * t.hidden_size * t.intermediate_size * (t.num_hidden_layers - num_moe)
-    sparse = (3 * t.num_experts_per_tok * t.moe_intermediate_size + t.num_experts) * t.hidden_size * num_moe
-    patches = [(frames * h * w, h * w) for frames, h, w in grid_thw.tolist()]  # of a picture or video, of one frame
-    total = sum(n for n, _ in patches)
-    block = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
-    merged = v.hidden_size * v.spatial_merge_size**2
-    merger = (merged * merged + merged * v.out_hidden_size) * (1 + len(v.deepstack_visual_indexes))
-    towers = (  # multiply-adds of forward: with weights, of activations with each other
-        (total * v.depth * block,
-         v.depth * sum(2 * v.hidden_size * n * frame for n, frame in patches)),
-        (total // v.spatial_merge_size**2 * merger, 0),
-        (cu_seqlens[-1] * (attention + dense + sparse) + num_supervised * t.hidden_size * t.vocab_size,
-         t.num_hidden_layers * sum(q * (b - a) ** 2 for a, b in itertools.pairwise(cu_seqlens))),
-    )
-    backward = COMPONENTS[0] in trained
-    flops = 2 * total * v.patch_dim * v.hidden_size * (1 + backward)  # pixels have no gradient
-    for tower, (with_weights, of_activations) in zip(COMPONENTS, towers, strict=True):
-        backward |= tower in trained
-        flops += 2 * with_weights * (1 + backward + (tower in trained)) + 2 * of_activations * (1 + 2 * backward)
-    return float(flops)
-
-
-def parameter_table(named_parameters: Iterator[tuple[str, nn.Parameter]]) -> dict[str, tuple[int, int]]:
-    """{tower: (parameters, trainable parameters)}."""
-    table = {tower: (0, 0) for tower in COMPONENTS}
+def parameter_table(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, tuple[int, int]]:
+    """Return {component: (number of parameters, number of trainable parameters)}."""
+    table = {component: (0, 0) for component in COMPONENTS}
     for name, p in named_parameters:
         total, trainable = table[component_of(name)]
         table[component_of(name)] = total + p.numel(), trainable + p.numel() * p.requires_grad
@@ -785,5 +787,41 @@ def parameter_table(named_parameters: Iterator[tuple[str, nn.Parameter]]) -> dic
 
 
 def trainable_components(model: Qwen3VL) -> set[str]:
-    """The towers that are not frozen."""
-    return {tower for tower, (_, trainable) in parameter_table(model.named_parameters()).items() if trainable}
+    """Return the components with at least one parameter that requires a gradient."""
+    return {component_of(name) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def step_flops(
+    config: Qwen3VLConfig, cu_seqlens: list[int], grid_thw: Tensor, num_supervised: int,
+    trainable: Collection[str] = COMPONENTS,
+) -> float:
+    """Return the floating point operations of forward and backward of one packed row, without recompute.
+
+    Only matrix products count. Causal attention counts half, and unsupervised tokens have no logits. Backward computes
+    the gradients of the weights of the `trainable` components, and those of the activations in these components and in
+    the components after them. So it is twice forward if every component is trainable.
+    """
+    t, v = config.text, config.vision
+    q, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
+    num_moe = sum(t.is_moe_layer(i) for i in range(t.num_hidden_layers))
+    attention = t.hidden_size * (2 * q + 2 * kv) * t.num_hidden_layers
+    dense = 3 * t.hidden_size * t.intermediate_size * (t.num_hidden_layers - num_moe)
+    sparse = (3 * t.num_experts_per_tok * t.moe_intermediate_size + t.num_experts) * t.hidden_size * num_moe
+    patches = [(frames * h * w, h * w) for frames, h, w in grid_thw.tolist()]  # per image or video, and per frame
+    total = sum(n for n, _ in patches)
+    block = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
+    merged = v.hidden_size * v.spatial_merge_size**2
+    merger = (merged * merged + merged * v.out_hidden_size) * (1 + len(v.deepstack_visual_indexes))
+    forward = (  # multiply-adds of each component: with weights, between activations
+        (total * v.depth * block,
+         v.depth * sum(2 * v.hidden_size * n * frame for n, frame in patches)),
+        (total // v.spatial_merge_size**2 * merger, 0),
+        (cu_seqlens[-1] * (attention + dense + sparse) + num_supervised * t.hidden_size * t.vocab_size,
+         t.num_hidden_layers * sum(q * (b - a) ** 2 for a, b in itertools.pairwise(cu_seqlens))),
+    )
+    backward = COMPONENTS[0] in trainable
+    flops = 2 * total * v.patch_dim * v.hidden_size * (1 + backward)  # pixels have no gradient
+    for component, (with_weights, of_activations) in zip(COMPONENTS, forward, strict=True):
+        backward |= component in trainable
+        flops += 2 * with_weights * (1 + backward + (component in trainable)) + 2 * of_activations * (1 + 2 * backward)
+    return float(flops)

@@ -35,7 +35,7 @@ import data
 import kernels_npu
 import parallel
 from common import InputError, Parser, UsageError, number
-from convert import CheckpointWeights, HuggingFaceWeights
+from convert import CheckpointWeights, HuggingFaceWeights, Source
 from model import (
     COMPONENTS,
     Qwen3VL,
@@ -344,7 +344,7 @@ def set_learning_rates(
 
 def open_source(
     hf_dir: str, init: str, load: str | None, model: Qwen3VL
-) -> HuggingFaceWeights | CheckpointWeights | None:
+) -> Source | None:
     """Open the weights to start from and check that they fit the model; return None for random weights."""
     if load:
         source = CheckpointWeights(convert.find_checkpoint(load))
@@ -359,7 +359,7 @@ def open_source(
 
 
 def load_initial_state(
-    model: Qwen3VL, optimizer: Optimizer, source: HuggingFaceWeights | CheckpointWeights | None, state: ParallelState,
+    model: Qwen3VL, optimizer: Optimizer, source: Source | None, state: ParallelState,
     *, seed: int, finetune: bool, load_optim: bool, load_rng: bool,
 ) -> tuple[int, dict | list[dict] | None]:
     """Fill the model and, to resume a run, the optimizer and the random number generators: all loading happens here.
@@ -384,7 +384,7 @@ def load_initial_state(
             kernels_npu.ops.set_rng_state(rng["device"])
     position = trainer_state["data"]
     this_rank = [state.dp_rank, state.dp_size]
-    if position.get("dealt", this_rank) != this_rank:
+    if position.get("rank_layout", this_rank) != this_rank:
         position = convert.load_data_positions(source.path)
     return trainer_state["iteration"], position
 
@@ -879,7 +879,7 @@ def setup_data(args: argparse.Namespace, state: ParallelState) -> tuple[data.Loa
 
 def setup_model(
     args: argparse.Namespace, config: Qwen3VLConfig, state: ParallelState
-) -> tuple[Qwen3VL, HuggingFaceWeights | CheckpointWeights | None]:
+) -> tuple[Qwen3VL, Source | None]:
     """Return the model, sharded and allocated but not yet filled, and the weights to fill it with (None: random)."""
     model = build_model(config, freezing_predicate(args))
     if args.save:

@@ -1,6 +1,7 @@
 """What only a GPU can show: `pytest -m cuda`. Skipped, with the reason, where there is none."""
 from __future__ import annotations
 
+from collections import deque
 from types import SimpleNamespace
 
 import pytest
@@ -72,7 +73,7 @@ def test_offload_keeps_inputs_on_the_host(tmp_path):
 
     def step():
         x = torch.randn(60_000, 56, device="cuda", generator=torch.Generator("cuda").manual_seed(0), requires_grad=True)
-        text([x * 1.0], positions, [0, 60_000])[0].square().mean().backward()
+        text(deque([x * 1.0]), positions, [0, 60_000])[0].square().mean().backward()
         gradients.append(x.grad)
 
     peaks, gradients = [], []

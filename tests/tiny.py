@@ -1,6 +1,7 @@
-"""Small models whose sizes are not round, and rows for them: what several tests need."""
+"""Build small models with uneven sizes, directories and samples for the tests."""
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +14,11 @@ START, END, IMAGE, VIDEO = 259, 260, 261, 262
 
 
 def config_dict(moe: bool = False, tied: bool = False, vocab_size: int = 264, layers: int = 4, **text) -> dict:
-    """A Hugging Face configuration as transformers 5 takes it: 3 heads for a key-value head, head size 24, I != D,
-    2I != D, three DeepStack layers, unequal mrope sections, 25 learned positions."""
+    """Return a small Hugging Face configuration that transformers 4 and 5 accept.
+
+    It has 3 heads per key-value head, head size 24, I != D, 2I != D, three DeepStack layers, unequal mrope sections and
+    25 learned positions.
+    """
     text = {
         "model_type": "qwen3_vl_moe_text" if moe else "qwen3_vl_text",
         "vocab_size": vocab_size, "hidden_size": 56, "intermediate_size": 72, "num_hidden_layers": layers,
@@ -22,7 +26,7 @@ def config_dict(moe: bool = False, tied: bool = False, vocab_size: int = 264, la
         "max_position_embeddings": 4096, "initializer_range": 0.1, "attention_bias": False, "rope_theta": 10000.0,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [5, 4, 3],
                             "mrope_interleaved": True},
-        "pad_token_id": None, "tie_word_embeddings": tied,  # transformers 4 reads it here, as published files have it
+        "pad_token_id": None, "tie_word_embeddings": tied,  # transformers 4 reads it here
         **text,
     }
     text["rope_scaling"] = {k: v for k, v in text["rope_parameters"].items() if k != "rope_theta"}  # transformers 4
@@ -44,7 +48,7 @@ def config_dict(moe: bool = False, tied: bool = False, vocab_size: int = 264, la
 
 
 def hf_model(raw: dict, seed: int = 0):
-    """transformers' model of a configuration, in float32, every parameter random (norms and biases too)."""
+    """Build transformers' model in float32 with random parameters, norms and biases included."""
     import transformers as t
 
     moe = raw["model_type"] == "qwen3_vl_moe"
@@ -59,36 +63,40 @@ def hf_model(raw: dict, seed: int = 0):
 
 
 def our_layout(name: str, value: torch.Tensor) -> torch.Tensor:
-    """A tensor of transformers' model in the published layout: version 5 turns experts, [E,2I,D] and [E,D,I]."""
-    turned = transformers_5() and name.endswith(("experts.gate_up_proj", "experts.down_proj"))
-    return value.transpose(1, 2) if turned else value
+    """Return a tensor of transformers' model in the published layout. Version 5 transposes experts."""
+    transposed = transformers_5() and name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+    return value.transpose(1, 2) if transposed else value
 
 
 def transformers_5() -> bool:
-    """Whether the transformers at hand is 5; `make test-slow` runs the model's tests with 4.57, too."""
+    """Return whether transformers 5 is installed; `make test-slow` runs the model's tests with 4.57 too."""
     import transformers
 
     return int(transformers.__version__.split(".")[0]) >= 5
 
 
-def ours_from_hf(hf, raw: dict, tmp_path: Path):
-    """Our model with the weights of transformers' one."""
-    import json
-
-    from model import Qwen3VL, Qwen3VLConfig
+def our_config(raw: dict, tmp_path: Path):
+    """Return our configuration of a Hugging Face one; `config.json` is written to `tmp_path`."""
+    from model import Qwen3VLConfig
 
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    model = Qwen3VL(Qwen3VLConfig.from_json(tmp_path))
-    state = {k: our_layout(k, v) for k, v in hf.state_dict().items()}
-    model.load_state_dict(state)
+    return Qwen3VLConfig.from_json(tmp_path)
+
+
+def ours_from_hf(hf, raw: dict, tmp_path: Path):
+    """Build our model with the weights of transformers' model."""
+    from model import Qwen3VL
+
+    model = Qwen3VL(our_config(raw, tmp_path))
+    model.load_state_dict({k: our_layout(k, v) for k, v in hf.state_dict().items()})
     return model
 
 
 def hf_dir(path: Path, raw: dict, hf=None) -> Path:
-    """A Hugging Face directory: configuration, a tokenizer of bytes, the picture processor's settings (pictures from
-    32 x 32 to 96 x 96) and, with transformers' model `hf`, its weights in the published layout."""
-    import json
+    """Write a Hugging Face directory: configuration, byte tokenizer, and image processor (32 x 32 to 96 x 96 pixels).
 
+    If transformers' model `hf` is given, write its weights too, in the published layout.
+    """
     from safetensors.torch import save_file
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -111,8 +119,10 @@ def hf_dir(path: Path, raw: dict, hf=None) -> Path:
 
 
 def row(parts: list, seed: int = 0):
-    """One sample: integers are runs of that many text tokens, ("image", h, w) a picture and ("video", t, h, w) a video
-    of patches. Returns input_ids, and pixel_values, grid_thw and kinds ('image' or 'video') in token order."""
+    """Build a sample: an integer is that many text tokens, ("image", h, w) and ("video", t, h, w) are patches.
+
+    Returns input_ids, pixel_values, grid_thw and kinds ("image" or "video"), in token order.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids, pixels, grids, kinds = [], [], [], []
     for part in parts:
@@ -124,7 +134,7 @@ def row(parts: list, seed: int = 0):
         for _ in range(t):
             ids += [START] + [IMAGE if kind == "image" else VIDEO] * (h * w // 4) + [END]
             if kind == "video":
-                ids += [7, 8]  # stands for the time stamp of the next frame
+                ids += [7, 8]  # in place of the next frame's time stamp
         pixels.append(torch.randn(t * h * w, 1536, generator=generator))
         grids.append([t, h, w])
         kinds.append(kind)
@@ -135,23 +145,36 @@ def row(parts: list, seed: int = 0):
 
 
 def hf_inputs(sample) -> dict:
-    """What transformers' forward takes for `row`'s sample."""
+    """Return the arguments of transformers' forward for a sample of `row`."""
     ids = sample.input_ids[None]
     out = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if transformers_5():
         out["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
     sizes = sample.grid_thw.prod(1).tolist()
     for kind, pixel_key in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-        pieces = [p for p, k in zip(sample.pixel_values.split(sizes), sample.kinds, strict=True) if k == kind]
-        if pieces:
-            out[pixel_key] = torch.cat(pieces)
+        pixels = [p for p, k in zip(sample.pixel_values.split(sizes), sample.kinds, strict=True) if k == kind]
+        if pixels:
+            out[pixel_key] = torch.cat(pixels)
             out[f"{kind}_grid_thw"] = sample.grid_thw[[i for i, k in enumerate(sample.kinds) if k == kind]]
     return out
 
 
+def positions(hf, inputs: dict) -> torch.Tensor:
+    """Return transformers' position ids [3, T] (time, row, column) for its forward's arguments."""
+    ids, _ = hf.model.get_rope_index(**{k: v for k, v in inputs.items() if not k.startswith("pixel_values")})
+    return ids[-3:, 0]
+
+
+def batch_from_hf(hf, samples: list):
+    """Pack samples for our model, with transformers' position ids."""
+    return batch_of(samples, [positions(hf, hf_inputs(sample)) for sample in samples])
+
+
 def batch_of(samples: list, positions: list[torch.Tensor], labels: list[torch.Tensor] | None = None):
-    """Samples packed for our model; positions [3, T] of each; labels (already shifted) default to the next token,
-    except where that is a media token."""
+    """Pack samples for our model. positions: [3, T] of each sample.
+
+    labels are already shifted. By default each is the next token, or -100 if that is a media token.
+    """
     ids = torch.cat([s.input_ids for s in samples])
     if labels is None:
         labels = []

@@ -1,0 +1,609 @@
+"""data.py from files of rows to batches: scanning, indexes, streams, resume, bad rows and packing."""
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import multiprocessing
+import os
+import random
+from functools import partial
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from common import InputError
+from data import IGNORE, PACKING_WINDOW, EncodeOptions, JsonRows, Loader, RowDataset, RowStream, collate
+
+DATASETS = [RowDataset, RowStream]
+
+
+def chat(*turns: str, **keys) -> dict:
+    """Return a row of user and assistant turns."""
+    roles = itertools.cycle(("user", "assistant"))
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)], **keys}
+
+
+def write(path: Path, rows: list) -> str:
+    """Write rows as JSON lines or, for other suffixes, as a JSON array."""
+    path.write_text("\n".join(map(json.dumps, rows)) if path.suffix == ".jsonl" else json.dumps(rows))
+    return str(path)
+
+
+def as_saved(state: dict) -> dict:
+    """Return a position as a checkpoint would hold it."""
+    return json.loads(json.dumps(state))
+
+
+def make_loader(dataset, processor, **settings) -> Loader:
+    defaults = {"micro_batch_size": 1, "global_batch_size": 1, "dp_rank": 0, "dp_size": 1, "seed": 3, "shuffle": True,
+                "num_workers": 0, "on_bad_sample": "error", "options": EncodeOptions()}
+    return Loader(dataset, processor, **(defaults | settings))
+
+
+def take(loader, count: int) -> list:
+    stream = iter(loader)
+    return [next(stream) for _ in range(count)]
+
+
+def ids(batches) -> list[list[str]]:
+    return [[source.split("(id ")[1][:-1] for source in batch.sources] for batch in batches]
+
+
+def flat(batches) -> list[str]:
+    return [x for batch in ids(batches) for x in batch]
+
+
+def assert_same_batches(actual: list, expected: list) -> None:
+    assert ids(actual) == ids(expected)
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a.input_ids, b.input_ids) and a.cu_seqlens == b.cu_seqlens
+        assert a.resume_state == b.resume_state
+
+
+# ---- files of rows ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", "holds no rows"),
+    (b" \n\n", "holds no rows"),
+    (b"[]", "holds no rows"),
+    (b"[ \n ]\n", "holds no rows"),
+    (b'"text"', "begins with b'\"'"),
+    (b"\x89PNG\0\0", r"begins with b'\\x89'"),
+    ('[{"a": 1}]'.encode("utf-16"), "begins with"),
+    (b'[{"a": 1},\n {"b": }]', r"Expecting value \(byte 18\)"),
+    ('[{"ä": "ä"},\n {"b": }]'.encode(), r"Expecting value \(byte 22\)"),
+    (b'[{"a": 1}\n {"b": 2}]', r"expected , or ] \(byte 11\)"),
+    (b'[{"a": 1}, ]', r"Expecting value \(byte 11\)"),
+    (b'[{"a": 1},\n {"b": "cut', r"Unterminated string starting at \(byte 18\)"),
+    (b'[{"a": 1}', r"expected , or ] \(byte 9\)"),
+    (b'[{"a": 1}] x', r"extra data after the array \(byte 11\)"),
+    (b"[" * 100000, "recursion"),
+])
+def test_scan_damaged_file(content, message, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"{path} .*{message}") as caught:
+        RowDataset([str(path)])
+    assert "\n" not in str(caught.value)
+
+
+def test_dataset_missing_files(tmp_path):
+    path = write(tmp_path / "a.json", [1])
+    for kind in DATASETS:
+        with pytest.raises(InputError, match="none.jsonl cannot be read: No such file"):
+            kind([path, str(tmp_path / "none.jsonl")])
+    with pytest.raises(InputError, match="--dataset-dir"):
+        RowDataset([path], dataset_dir=str(tmp_path / "none"))
+    with pytest.raises(InputError, match="the name of a dataset is empty"):
+        RowDataset([path, ""])
+
+
+@pytest.mark.parametrize("row", [b'{"a": "\xff"}', b'{"a": "\0"}', b'{"a": "\xe2\x82"}', b"1" * 5000])
+@pytest.mark.parametrize("kind", DATASETS)
+def test_read_bad_row_of_array(row, kind, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_bytes(b'[{"id": 1}, ' + row + ', {"id": "ä"}]'.encode())
+    dataset = kind([str(path)])
+    first, bad, last = (span for span, _ in itertools.islice(dataset.stream({}, None), 3))
+    assert [dataset.read(span)[0]["id"] for span in (first, last)] == [1, "ä"]
+    with pytest.raises(InputError, match="rows.json row 2 cannot be read: it is not JSON in UTF-8"):
+        dataset.read(bad)
+
+
+@pytest.mark.parametrize("line", [b'{"a": ', b'{"a": "\xff"}', b'{"a": "\0"}', b"{}{}"])
+def test_read_bad_line(line, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"id": 1}\n\n' + line + b"\n" + b'{"id": 3}')
+    dataset = RowDataset([str(path)])
+    assert [dataset[0][0], dataset[2][0]] == [{"id": 1}, {"id": 3}]
+    with pytest.raises(InputError, match=f"{path} row 2 cannot be read: it is not JSON in UTF-8"):
+        dataset[1]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_read_rows_of_all_sizes(indent, tmp_path):
+    """Compact and indented arrays with all of Unicode, larger than the window, and a row that is larger than it."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"id": i, "t": "".join(rng.choice(list('"\\\n[]{},ä你🎉'), int(size))), "n": [[], {}]}
+        for i, size in enumerate(rng.integers(0, 3000, 400))
+    ]
+    rows[7]["t"] = "ä" * 1_500_000
+    rows += [1234567890123, "text", None, [1, [2]]]
+    (tmp_path / "sub").mkdir()
+    array, lines = tmp_path / "a.json", tmp_path / "sub" / "b.jsonl"
+    array.write_text("\ufeff \n" + json.dumps(rows, ensure_ascii=False, indent=indent) + "\n")
+    lines.write_text("\n".join(json.dumps(row) for row in rows[:50]) + "\n \n")
+    dataset = RowDataset([str(array), str(lines)])
+    assert len(dataset) == len(rows) + 50
+    assert [dataset[i][0] for i in range(len(dataset))] == rows + rows[:50]
+    assert dataset[len(rows)][1:] == (f"{lines} row 1 (id 0)", tmp_path / "sub")
+    first = RowDataset([str(array), str(lines)], dataset_dir=str(tmp_path), max_samples=3)
+    assert [first[i][0]["id"] for i in range(len(first))] == [0, 1, 2] * 2 and first[5][2] == tmp_path
+    with pytest.raises(IndexError):
+        first[6]
+
+
+VALUES = ['{"a": [1, {"b": "]},"}]}', '"\\"ä€🎉"', "[]", "-12.5e-3", "true", "null", "NaN", '{"id": 7}', "0", '""']
+
+
+def test_scan_array_agrees_with_json(tmp_path):
+    """Random arrays, intact and damaged, read whole and from the end of each row on."""
+    rng, path, intact = random.Random(0), tmp_path / "rows.json", 0
+    for _ in range(400):
+        space = rng.choice(("", " ", "\r\n\t"))
+        text = "[" + f"{space},{space}".join(rng.choices(VALUES, k=rng.randint(1, 6))) + space + "]" + space
+        content = bytearray(text.encode())
+        if rng.random() < 0.5:
+            del content[(at := rng.randrange(1, len(content))) : at + rng.randint(1, 3)]
+        path.write_bytes(content)
+        try:
+            expected = json.loads(content)
+        except ValueError:
+            expected = None
+        file = JsonRows(str(path))
+        try:
+            ranges = list(file.scan())
+            rows = [file.read(*r) for r in ranges]
+        except ValueError:  # of the array, or of a row whose text is not UTF-8
+            assert expected is None, content
+            continue
+        assert repr(rows) == repr(expected), content  # NaN is not equal to itself
+        assert all(list(file.scan(end)) == ranges[i + 1 :] for i, (_, end) in enumerate(ranges))
+        intact += 1
+    assert intact > 150
+
+
+def test_scan_array_where_the_window_ends(tmp_path):
+    """The first window ends at every byte of each value and separator."""
+    path, rows = tmp_path / "rows.json", ",\n".join(VALUES * 2)
+    for padding in range(len(rows.encode())):
+        path.write_text(f'["{"x" * ((1 << 20) - 5 - padding)}", {rows}]')
+        file = JsonRows(str(path))
+        assert repr([file.read(*r) for r in file.scan()][1:]) == repr(json.loads(f"[{rows}]"))
+
+
+class CsvRows(data.RowFile):
+    """A format whose ranges count rows."""
+
+    def _rows(self) -> list[dict]:
+        with open(self.path, newline="") as stream:
+            return list(csv.DictReader(stream))
+
+    def size(self) -> int:
+        return len(self._rows())
+
+    def scan(self, start: int = 0):
+        return ((i, i + 1) for i in range(start, self.size()))
+
+    def read(self, start: int, end: int) -> dict:
+        row = self._rows()[start]
+        if not row["answer"]:
+            raise ValueError("the answer is missing")
+        return chat(row["question"], row["answer"], id=row["id"])
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("kind", DATASETS)
+def test_row_format_by_suffix(kind, packing, tmp_path, processor, monkeypatch):
+    """A new format needs one class: indexes, streams, resume, packing and bad rows work with it."""
+    monkeypatch.setitem(data.ROW_FORMATS, ".csv", CsvRows)
+    rows = [f"c{i},q{i},a{i}" for i in range(8)]
+    (tmp_path / "a.csv").write_text("\n".join(["id,question,answer", *rows, "bad,q,"]))
+    paths = [str(tmp_path / "a.csv"), write(tmp_path / "b.json", [chat("q", "a", id=f"j{i}") for i in range(4)])]
+    settings = {"on_bad_sample": "skip", "packing": packing, "options": EncodeOptions(seq_length=64)}
+    dataset = kind(paths)
+    batches = list(itertools.takewhile(
+        lambda batch: batch.resume_state["epoch"] == 0, make_loader(dataset, processor, **settings)))
+    assert sorted(flat(batches)) == [f"c{i}" for i in range(8)] + [f"j{i}" for i in range(4)]
+    assert sum(batch.rows_bad[0] for batch in batches) == 1
+    assert [dataset.file_rows(0), dataset.count()] == [9, 13]
+    resumed = make_loader(kind(paths), processor, resume_state=as_saved(batches[1].resume_state), **settings)
+    assert_same_batches(take(resumed, len(batches) - 2), batches[2:])
+    with pytest.raises(InputError, match=r"a.csv row 9 cannot be read: the answer is missing"):
+        take(make_loader(kind(paths[:1]), processor), 9)
+    (tmp_path / "a.csv").write_text("id,question,answer\n")
+    with pytest.raises(InputError, match="a.csv holds no rows"):
+        kind(paths)
+
+
+def test_cached_index(tmp_path):
+    cache = tmp_path / "cache"
+    path = write(tmp_path / "a.json", [{"id": i} for i in range(5)])
+    for _ in range(2):
+        assert len(RowDataset([path], cache_dir=str(cache))) == 5
+    (file,) = cache.iterdir()
+    intact = file.read_bytes()
+    for damaged in (b"", b"damaged", intact[:-16]):
+        file.write_bytes(damaged)
+        assert [row["id"] for row, _, _ in RowDataset([path], cache_dir=str(cache))] == list(range(5))
+        assert file.read_bytes() == intact
+    write(Path(path), [{"id": i} for i in range(6)])
+    with multiprocessing.get_context("fork").Pool(4) as pool:  # many processes at once
+        assert pool.map(partial(RowDataset, cache_dir=str(cache)), [[path]] * 8, chunksize=1)[-1].count() == 6
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_cached_index_full_disk(tmp_path, monkeypatch, caplog):
+    path = write(tmp_path / "a.json", [{"id": 1}])
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError(28, "No space left on device")))
+    assert len(RowDataset([path], cache_dir=str(tmp_path / "cache"))) == 1
+    assert "cannot be written: No space left" in caplog.text and not list((tmp_path / "cache").iterdir())
+
+
+# ---- streams ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path) -> list[str]:
+    """An array on several lines, JSON lines with blank ones, and an array on one line: 11, 6 and 9 rows."""
+    rows = {name: [{"id": f"{name}{i}"} | chat(f"q{i}", "ä\n" * (7 * i % 23)) for i in range(count)]
+            for name, count in (("a", 11), ("b", 6), ("c", 9))}
+    (tmp_path / "a.json").write_text(json.dumps(rows["a"], indent=1, ensure_ascii=False))
+    (tmp_path / "b.jsonl").write_text("\ufeff\n" + "\n\n".join(map(json.dumps, rows["b"])))
+    (tmp_path / "c.json").write_text(json.dumps(rows["c"], separators=(",", ":")))
+    return [str(tmp_path / name) for name in ("a.json", "b.jsonl", "c.json")]
+
+
+EVERYTHING = [f"{name}{i}" for name, count in (("a", 11), ("b", 6), ("c", 9)) for i in range(count)]
+
+
+def walk(dataset, count, state=None, seed=3) -> tuple[list[str], list[dict]]:
+    """Return the ids of a stream's next rows and the positions after them."""
+    rows = list(itertools.islice(dataset.stream(state or {}, seed), count))
+    return [dataset.read(span)[0]["id"] for span, _ in rows], [as_saved(state) for _, state in rows]
+
+
+@pytest.mark.parametrize("kind", [RowDataset, partial(RowStream, buffer=4)])
+def test_stream_epochs_and_resume(kind, files):
+    dataset = kind(files)
+    rows, states = walk(dataset, 78)
+    epochs = [rows[:26], rows[26:52], rows[52:]]
+    assert all(sorted(epoch) == sorted(EVERYTHING) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+    assert EVERYTHING not in epochs and rows != walk(dataset, 78, seed=4)[0]
+    assert walk(dataset, 40, seed=None)[0] == (EVERYTHING * 2)[:40]
+    assert [state["consumed"] for state in states] == list(range(1, 79)) and dataset.count() == 26
+    assert [state["epoch"] for state in states] == [0] * 26 + [1] * 26 + [2] * 26
+    for i, state in enumerate(states[:60]):
+        assert walk(kind(files), 17, state) == (rows[i + 1 : i + 18], states[i + 1 : i + 18])
+    assert [round(dataset.file_rows(file)) for file in range(3)] == [11, 6, 9]
+    few = kind(files, max_samples=7)
+    assert sorted(walk(few, 20)[0]) == sorted(x for x in EVERYTHING if int(x[1:]) < 7) and few.count() == 20
+
+
+def test_stream_and_dataset_find_the_same_rows(files):
+    dataset, stream = RowDataset(files), RowStream(files)
+    assert [dataset.span(i) for i in range(26)] == [span for span, _ in itertools.islice(stream.stream({}, None), 26)]
+    assert len({dataset.span(i) for i in range(26)}) == 26
+
+
+def test_stream_shuffle_buffer(files, caplog):
+    rows, states = walk(RowStream(files, buffer=5), 26)
+    for block in range(0, 26, 5):
+        assert sorted(rows[block : block + 5]) == sorted(EVERYTHING[block : block + 5])
+    # A resumed stream keeps its buffer, because other blocks would lose rows.
+    resumed, _ = walk(RowStream(files, buffer=100), 49, states[6])
+    assert sorted(rows[:7] + resumed[:19]) == sorted(EVERYTHING) and resumed[:3] == rows[7:10]
+    assert resumed == walk(RowStream(files, buffer=5), 56)[0][7:] and "buffer of 5 rows" in caplog.text
+
+
+def test_stream_damaged_file(tmp_path):
+    path, message = tmp_path / "rows.json", r"rows.json is not a JSON array: .* \(byte 333\)"
+    path.write_text("[\n" + ",\n".join(['{"id": 1}'] * 30) + "\n,{]")
+    _, states = walk(RowStream([str(path)], buffer=4), 20)
+    for state in (None, states[-1]):
+        with pytest.raises(InputError, match=message):
+            walk(RowStream([str(path)], buffer=4), 31, state)
+    with pytest.raises(InputError, match=message):
+        RowDataset([str(path)])
+
+
+def test_resume_with_other_flags_or_files(files, caplog, processor):
+    state, streamed = walk(RowDataset(files), 3)[1][-1], walk(RowStream(files), 3)[1][-1]
+    with pytest.raises(InputError, match="was read without --streaming: omit --streaming"):
+        walk(RowStream(files), 1, state)
+    with pytest.raises(InputError, match="was read with --streaming: give --streaming"):
+        walk(RowDataset(files), 1, streamed)
+    packed = state | {"rank_layout": [0, 1], "buffer": []}
+    with pytest.raises(InputError, match="was packed: give --packing"):
+        take(make_loader(RowDataset(files), processor, resume_state=packed), 1)
+    with open(files[1], "a") as file:
+        file.write("\n" + json.dumps({"id": "new"}))
+    for kind, position in ((RowStream, streamed), (RowDataset, state)):
+        walk(kind(files), 1, position)
+        assert "the order is new" in caplog.messages.pop()
+
+
+# ---- micro-batches ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("micro_batch_size", "dp_size"), [(1, 2), (2, 1), (2, 3), (4, 3)])
+def test_loader_order_in_every_layout(micro_batch_size, dp_size, files, processor):
+    """Global batch k is rows kG to (k+1)G-1 of the stream, and its micro-batches go to the ranks in turn."""
+    stream = flat(take(make_loader(RowDataset(files), processor), 48))
+    assert stream == walk(RowDataset(files), 48)[0]
+    settings = {"micro_batch_size": micro_batch_size, "global_batch_size": 12, "dp_size": dp_size}
+    loaders = [make_loader(RowDataset(files), processor, dp_rank=rank, **settings) for rank in range(dp_size)]
+    ranks = [ids(take(loader, 48 // (micro_batch_size * dp_size))) for loader in loaders]
+    assert [x for step in zip(*ranks, strict=True) for batch in step for x in batch] == stream
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("kind", [RowDataset, partial(RowStream, buffer=6)])
+def test_loader_resume(kind, workers, files, processor):
+    def ranks(size: int, count: int, workers: int = workers, **settings) -> list:
+        settings = {"micro_batch_size": 2, "global_batch_size": 2 * size, "dp_size": size} | settings
+        return [take(make_loader(kind(files), processor, num_workers=workers, dp_rank=rank, **settings), count)
+                for rank in range(size)]
+
+    expected = ranks(2, 16, workers=0)
+    first = ranks(2, 5)
+    state = as_saved(first[0][-1].resume_state)
+    assert state == first[1][-1].resume_state and state["consumed"] == 20
+    for before, after, rank in zip(first, ranks(2, 11, resume_state=state), expected, strict=True):
+        assert_same_batches(before + after, rank)
+    # Three ranks continue with the last six rows of the epoch.
+    other = ranks(3, 1, resume_state=state)
+    assert sorted(x for batches in first + other for x in flat(batches)) == sorted(EVERYTHING)
+
+
+def test_loader_num_samples(files, processor):
+    """Each held-out row comes once in every layout. A rank may receive an empty batch."""
+    settings = {"micro_batch_size": 2, "global_batch_size": 6, "dp_size": 3, "shuffle": False, "num_samples": 15}
+    ranks = [ids(make_loader(RowDataset(files), processor, dp_rank=rank, **settings)) for rank in range(3)]
+    assert [x for step in zip(*ranks, strict=True) for batch in step for x in batch] == EVERYTHING[:15]
+    assert [len(batch) for batch in ranks[2]] == [2, 2, 0]
+
+
+def test_workers_leave_the_process_group(files, processor):
+    """Ctrl-C and torchrun's SIGTERM go to a process group. The workers must outlive the current step."""
+    stream = iter(make_loader(RowDataset(files), processor, num_workers=1))
+    next(stream)
+    (worker,) = multiprocessing.active_children()
+    assert os.getpgid(worker.pid) == worker.pid != os.getpgrp()
+    stream.close()
+    assert not multiprocessing.active_children()
+
+
+def test_loader_indivisible_batch(files, processor):
+    with pytest.raises(InputError, match="global batch of 8 .* micro-batches of 3 on 2"):
+        make_loader(RowDataset(files), processor, micro_batch_size=3, global_batch_size=8, dp_size=2)
+
+
+def test_collate(processor, tmp_path):
+    for name, size in (("small.png", (47, 31)), ("exact.png", (256, 256))):
+        Image.effect_noise(size, 50).convert("RGB").save(tmp_path / name)
+    rows = [chat("<image>a", "b", images=["small.png"]), chat("text", "only")]
+    rows.append(chat("<image><image>", "c", images=["exact.png"] * 2))
+    samples = [processor.encode(row, media_dir=tmp_path, source=f"s{i}") for i, row in enumerate(rows)]
+    batch = collate(samples, {"consumed": 3}, [4, 0], [1, 0])
+    lengths = [len(s.input_ids) for s in samples]
+    assert batch.cu_seqlens == [0, lengths[0], lengths[0] + lengths[1], sum(lengths)]
+    assert (batch.sources, batch.rows_bad, batch.truncated, batch.loss_weights) == (["s0", "s1", "s2"], [1, 0], 0, None)
+    for start, end, sample in zip(batch.cu_seqlens, batch.cu_seqlens[1:], samples, strict=False):
+        assert torch.equal(batch.input_ids[start:end], sample.input_ids)
+        assert torch.equal(batch.labels[start:end], sample.labels)
+        assert torch.equal(batch.position_ids[:, start:end], sample.position_ids)
+    assert (batch.input_ids[batch.visual_index] == processor.image_token_id).all()
+    assert len(batch.visual_index) == batch.grid_thw.prod(1).sum() // 4 and len(batch.grid_thw) == 3
+    assert torch.equal(batch.supervised_index, (batch.labels != IGNORE).nonzero().flatten())
+    assert len(batch.pixel_values) == batch.grid_thw.prod(1).sum()
+    batch.loss_weights = torch.ones(sum(lengths))
+    moved = batch.to("meta")
+    assert moved.input_ids.device.type == moved.loss_weights.device.type == "meta"
+    assert moved.grid_thw.device.type == "cpu" and moved.cu_seqlens == batch.cu_seqlens
+
+
+# ---- bad rows --------------------------------------------------------------------------------------------------------
+
+
+def check_rates(loaders: list[Loader], steps: int) -> None:
+    """Take steps on all ranks, and check the rate of bad rows as the trainer does."""
+    for batches in itertools.islice(zip(*loaders, strict=True), steps):
+        read, bad = (np.sum([getattr(batch, name) for batch in batches], 0) for name in ("rows_read", "rows_bad"))
+        for loader in loaders:
+            loader.check_bad_row_rate(read.tolist(), bad.tolist(), batches[-1].resume_state["epoch"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_rows(workers, tmp_path, processor, caplog):
+    rows = [{"id": i} | chat("q", "a") for i in range(40)]
+    rows[5] = {"id": 5} | chat("q", "a", images=["none.png"])
+    rows[9]["messages"] = []
+    dataset = RowDataset([write(tmp_path / "a.json", rows)])
+    settings = {"shuffle": False, "micro_batch_size": 2, "global_batch_size": 2, "num_workers": workers}
+    batches = take(make_loader(dataset, processor, on_bad_sample="skip", **settings), 50)  # two and a half epochs
+    assert [i for i, batch in enumerate(batches) if sum(batch.rows_bad)] == [2, 4, 22, 24, 42, 44]
+    assert ids(batches[2:3]) == [["4"]] and ids(batches[4:5]) == [["8"]]
+    assert len(caplog.messages) == 2  # each bad row once
+    assert "row 6 (id 5): images[0]: " in caplog.messages[0] and "none.png does not exist" in caplog.messages[0]
+    assert "row 10 (id 9): 'messages' must be" in caplog.messages[1]
+    with pytest.raises(InputError, match=r"^[^\n]*a.json row 6 \(id 5\): images\[0\]: [^\n]*$"):
+        take(make_loader(dataset, processor, **settings), 8)
+
+
+def test_bad_row_alone_in_its_batch(tmp_path, processor):
+    dataset = RowDataset([write(tmp_path / "a.json", [{"messages": []}])])
+    (batch,) = take(make_loader(dataset, processor, on_bad_sample="skip"), 1)
+    assert batch.input_ids.tolist() == [0] and batch.labels.tolist() == [IGNORE] and batch.cu_seqlens == [0, 1]
+    assert (batch.rows_read, batch.rows_bad) == ([1], [1]) and len(batch.supervised_index) == 0
+    assert batch.position_ids.shape == (3, 1)
+    assert batch.pixel_values.shape == (0, 1536) and batch.grid_thw.shape == (0, 3)
+
+
+@pytest.mark.parametrize(("bad", "count"), [([0, 1, 2, 3, 4], 5), ([0, 3, 5, 6], 9), ([1], 5), ([0], 1), ([3, 8], 10)])
+def test_check_bad_row_rate_of_few_rows(bad, count, tmp_path, processor):
+    """A dataset of fewer than ten rows is checked once all were read, whether or not the last row is bad."""
+    rows = [{} if i in bad else chat("q", "a") for i in range(count)]
+    dataset = RowDataset([write(tmp_path / "few.json", rows)])
+    loader = make_loader(dataset, processor, on_bad_sample="skip", shuffle=False)
+    with pytest.raises(InputError, match=f"few.json: {len(bad)} of {count} rows read are bad, more than a tenth"):
+        check_rates([loader], 50)
+    ranks = [make_loader(dataset, processor, on_bad_sample="skip", dp_rank=rank, dp_size=2, global_batch_size=2)
+             for rank in (0, 1)]
+    if len(bad) > 1:
+        with pytest.raises(InputError, match="rows read are bad"):
+            check_rates(ranks, 20)
+
+
+def test_check_bad_row_rate_after_resume(tmp_path, processor):
+    """A tenth of bad rows is accepted, wherever the stream starts."""
+    dataset = RowDataset([write(tmp_path / "a.json", [{} if i in (0, 1) else chat("q", "a") for i in range(20)])])
+    for shuffle in (False, True):
+        for _, state in itertools.islice(dataset.stream({}, 3 if shuffle else None), 20):
+            settings = {"on_bad_sample": "skip", "shuffle": shuffle, "resume_state": state}
+            check_rates([make_loader(dataset, processor, **settings)], 60)
+
+
+@pytest.mark.parametrize("kind", DATASETS)
+def test_check_bad_row_rate_of_one_dataset(kind, tmp_path, processor):
+    """One dataset has more than a tenth of bad rows, the other has none."""
+    rows = [chat("q", "a")] * 20
+    rows[1] = rows[12] = {"messages": []}
+    good, bad = write(tmp_path / "good.json", [chat("q", "a")] * 60), write(tmp_path / "bad.json", rows)
+    check_rates([make_loader(kind([good, bad]), processor, on_bad_sample="skip")], 160)  # exactly a tenth
+    write(tmp_path / "bad.json", [*rows[:15], {}, *rows[16:]])
+    with pytest.raises(InputError, match=r"bad.json: 3 of \d+ rows read are bad, more than a tenth of the dataset"):
+        check_rates([make_loader(kind([good, bad]), processor, on_bad_sample="skip")], 80)
+
+
+def test_check_bad_row_rate_at_the_start_of_a_stream(tmp_path, processor):
+    """Many bad rows at the start are few of a large file, whose size is estimated."""
+    rows = [{} if i < 40 else chat("q", "a") for i in range(500)]
+    stream = RowStream([write(tmp_path / "start.jsonl", rows)], buffer=50)
+    check_rates([make_loader(stream, processor, on_bad_sample="skip", shuffle=False)], 500)
+
+
+# ---- packing ---------------------------------------------------------------------------------------------------------
+
+
+def uneven(tmp_path, count=300, seed=0) -> list[str]:
+    """Write rows with lengths as in LLaVA: mostly short, some long, one too long."""
+    rng = np.random.default_rng(seed)
+    words = np.clip(rng.lognormal(4.2, 0.8, count).astype(int), 1, 400)
+    words[count // 2] = 700
+    return [write(tmp_path / "rows.jsonl", [{"id": i} | chat(f"q{i}", "a " * int(n)) for i, n in enumerate(words)])]
+
+
+def pack(dataset, processor, seq_length: int = 640, **settings) -> Loader:
+    return make_loader(dataset, processor, packing=True, options=EncodeOptions(seq_length=seq_length), **settings)
+
+
+def test_packed_rows(tmp_path, processor):
+    """Packed rows are full and hold each row once an epoch."""
+    dataset = RowDataset(uneven(tmp_path))
+    order = flat(take(make_loader(dataset, processor), 300))
+    batches = list(itertools.takewhile(lambda batch: batch.resume_state["epoch"] < 2, pack(dataset, processor)))
+    rows = flat(batches)
+    assert sorted(rows[:300]) == sorted(rows[300:]) == sorted(order)
+    used = sorted(len(batch.input_ids) for batch in batches)
+    assert used[-1] <= 640 and np.mean(used[2:]) > 0.99 * 640  # the last row of each epoch holds what remains
+    assert pack(dataset, processor).epoch_size() == pytest.approx(len(used) / 2, rel=0.03)
+    # A row waits for a limited time.
+    arrival = {row: i for i, row in enumerate(order)}
+    assert max(arrival[row] - i for i, row in enumerate(rows[:300])) < PACKING_WINDOW
+    batch = batches[1]
+    options = EncodeOptions(seq_length=640)
+    samples = [processor.encode(dataset[int(i)][0], tmp_path, options=options) for i in ids([batch])[0]]
+    expected = collate(samples)
+    assert len(samples) > 2 and torch.equal(batch.input_ids, expected.input_ids)
+    assert torch.equal(batch.position_ids, expected.position_ids) and batch.cu_seqlens == expected.cu_seqlens
+
+
+def test_packed_rows_of_short_samples(tmp_path, processor):
+    dataset = RowDataset([write(tmp_path / "rows.jsonl", [chat(f"q{i}", "a") for i in range(1500)])])
+    loader = pack(dataset, processor, seq_length=8192)
+    batches = list(itertools.takewhile(lambda batch: batch.resume_state["epoch"] == 0, loader))
+    assert len(batches[0].sources) > 2 * PACKING_WINDOW
+    assert min(len(batch.input_ids) for batch in batches[:-1]) > 0.99 * 8192
+    assert loader.epoch_size() == pytest.approx(len(batches), abs=0.99)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_packed_bad_rows(workers, tmp_path, processor, caplog):
+    """Bad rows that only decoding finds, and others, are each reported once, and the rows around them are used."""
+    paths = uneven(tmp_path, count=100)
+    rows = [json.loads(line) for line in Path(paths[0]).read_text().splitlines()]
+    rows[3]["images"], rows[7]["images"], rows[9] = ["none.png"], ["cut.png"], {"id": 9}
+    Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / "intact.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "intact.png").read_bytes()[:200])
+    write(Path(paths[0]), rows)
+    loader = pack(RowDataset(paths), processor, on_bad_sample="skip", num_workers=workers)
+    batches = list(itertools.takewhile(lambda batch: batch.resume_state["epoch"] < 2, loader))
+    assert sorted(flat(batches)) == sorted(2 * [str(i) for i in range(100) if i not in (3, 7, 9)])
+    assert sum(batch.rows_bad[0] for batch in batches) == 6 and len(caplog.messages) == 3
+    with pytest.raises(InputError, match="row . .id .*: "):
+        take(pack(RowDataset(paths), processor, num_workers=workers), 40)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", [RowDataset, partial(RowStream, buffer=50)])
+def test_packed_resume(workers, kind, tmp_path, processor):
+    paths = uneven(tmp_path)
+    for rank in range(2):
+        settings = {"dp_rank": rank, "dp_size": 2, "micro_batch_size": 2, "global_batch_size": 4,
+                    "num_workers": workers}
+        batches = take(pack(kind(paths), processor, **settings), 24)
+        for at in (1, 10, 13):
+            state = as_saved(batches[at].resume_state)
+            resumed = take(pack(kind(paths), processor, resume_state=state, **settings), 23 - at)
+            assert_same_batches(resumed, batches[at + 1 :])
+
+
+def test_packed_resume_with_a_large_buffer(tmp_path, processor):
+    """More short samples than a window are buffered; then long ones make a part of them enough for a row."""
+    lengths = [*[1] * PACKING_WINDOW, *np.random.default_rng(0).integers(150, 1000, 300).tolist()]
+    rows = [chat(f"q{i}", "a " * n, id=i) for i, n in enumerate(lengths)]
+    dataset = RowDataset([write(tmp_path / "rows.jsonl", rows)])
+    settings = {"shuffle": False, "seq_length": 2048}
+    batches = take(pack(dataset, processor, **settings), 12)
+    assert max(len(batch.resume_state["buffer"]) for batch in batches) > PACKING_WINDOW
+    for at in (0, 2, 5):
+        state = as_saved(batches[at].resume_state)
+        assert_same_batches(take(pack(dataset, processor, resume_state=state, **settings), 11 - at), batches[at + 1 :])
+
+
+@pytest.mark.parametrize("layouts", [(1, 2), (2, 1), (3, 2, 3), (2, 2, 5), (4, 1, 2)])
+@pytest.mark.parametrize("kind", [RowDataset, partial(RowStream, buffer=50)])
+def test_packed_resume_on_other_ranks(layouts, kind, tmp_path, processor):
+    """The ranks divide what any rank had buffered, and what it had not reached when the furthest one had."""
+    paths, rows, states = uneven(tmp_path), [], None
+    for run, size in enumerate(layouts):
+        positions = []
+        for rank in range(size):
+            settings = {"dp_rank": rank, "dp_size": size, "global_batch_size": size, "resume_state": states}
+            loader = pack(kind(paths), processor, **settings)
+            for batch in itertools.islice(loader, None if run == len(layouts) - 1 else 4):
+                if batch.resume_state["epoch"] > 0:
+                    break
+                rows += flat([batch])
+            positions.append(as_saved(batch.resume_state))
+        states = positions
+    assert sorted(map(int, rows)) == list(range(300))
