@@ -1,34 +1,53 @@
-# make demo   trains a small Qwen3-VL-MoE from scratch and asks it about pictures it has never seen
-# make test   lints and runs the tests
-# make bench  times us beside transformers, and draws how cost grows: a quarter of an hour on an idle machine
-# make test-npu     runs the NPU's code on the real torch_npu and an emulated device: needs gcc, no NPU
-# make test-oldest  runs both with the oldest Python and torch that must work: several GB to install
-# All but the last make their environment in .venv, with the first Python >= 3.10 found. PIP_FLAGS goes to every pip install.
+# make demo         train a small Qwen3-VL-MoE from scratch and ask it about images that it has never seen
+# make test         run the tests, then lint
+# make lint         ruff, and mypy on the eight files
+# make bench        compare speed and memory with transformers and plot how cost grows (a quarter of an hour)
+# make test-cuda    run the tests that need a GPU, with PYTHON and its packages: installs nothing
+# make test-npu     run the NPU's code with the released torch_npu on an emulated device: needs gcc, no NPU
+# make test-slow    run the slow tests and a second environment with transformers 4.57
+# make test-oldest  run test and test-npu with the oldest supported Python and torch: installs several GB
+# make clean        remove the environments and the demo's output
+#
+# The targets install what they need in .venv (test-oldest: in .venv-oldest), with the first Python >= 3.10 found.
+# PIP_FLAGS is passed to every pip install. test-cuda and bench also run on a GPU machine that already has torch,
+# transformers, tokenizers, matplotlib and pytest:
+#
+#     make test-cuda PYTHON=python3
+#     make bench BENCH_PYTHON=python3
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
 OLDEST_PYTHON ?= python3.10
+BENCH_PYTHON ?= .venv/bin/python
 PIP_FLAGS ?=
 TORCH := torch==2.13.0
 TORCHVISION := torchvision==0.28.0
 export TOKENIZERS_PARALLELISM := false
 export PIP_FLAGS
 
-.PHONY: demo test bench test-npu test-oldest test-slow lint clean
+.PHONY: demo test lint bench test-cuda test-npu test-slow test-oldest clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo
 	.venv/bin/python tools/demo.py
 
-test: lint
+test: .venv/.test
 	.venv/bin/python -m pytest -q
+	$(MAKE) lint
 
-bench: .venv/.test
-	.venv/bin/python benchmarks/training.py
-	.venv/bin/python benchmarks/generation.py
-	.venv/bin/python benchmarks/preprocessing.py
-	.venv/bin/python benchmarks/options.py
-	.venv/bin/python benchmarks/growth.py --plot docs/growth.png
+lint: .venv/.test
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+bench: $(if $(filter .venv/%,$(BENCH_PYTHON)),.venv/.test)
+	$(BENCH_PYTHON) benchmarks/training.py
+	$(BENCH_PYTHON) benchmarks/generation.py
+	$(BENCH_PYTHON) benchmarks/preprocessing.py
+	$(BENCH_PYTHON) benchmarks/options.py
+	$(BENCH_PYTHON) benchmarks/growth.py --plot docs/growth.png
+
+test-cuda:
+	$(PYTHON) -m pytest -q -m cuda tests/test_cuda.py
 
 test-npu: .venv/.test
 	npu=$$(.venv/bin/python tests/npu/stub.py) && env $$npu .venv/bin/python -m pytest -q tests/npu
@@ -41,9 +60,6 @@ test-slow: .venv/.test .venv-4.57/.test
 	.venv-4.57/bin/python -m pytest -q tests/test_model.py
 	TRANSFORMERS_4_PYTHON=$(abspath .venv-4.57/bin/python) .venv/bin/python -m pytest -q -m slow
 
-lint: .venv/.test
-	.venv/bin/ruff check .
-
 clean:
 	rm -rf .venv .venv-4.57 .venv-oldest .npu demo_out
 
@@ -55,8 +71,8 @@ clean:
 	.venv/bin/pip install $(PIP_FLAGS) $(TORCH) -e ".[test]"
 	touch $@
 
-# The oldest transformers with Qwen3-VL, to check that what we write loads there too. Its video processor wants
-# torchvision; that is kept aside, as one that was built for another torch would break every import of transformers.
+# The oldest transformers with Qwen3-VL, to check that our files load there too. Its video processor needs torchvision.
+# torchvision gets a folder of its own, because one built for another torch breaks every import of transformers.
 .venv-4.57/.test: pyproject.toml | .venv-4.57/bin/pip
 	.venv-4.57/bin/pip install $(PIP_FLAGS) $(TORCH) -e ".[video]" transformers==4.57.6 pytest
 	.venv-4.57/bin/pip install $(PIP_FLAGS) --no-deps --upgrade --target .venv-4.57/torchvision $(TORCHVISION)
@@ -67,7 +83,7 @@ clean:
 	.venv-oldest/bin/pip install $(PIP_FLAGS) torch==2.7.1 -e ".[test]"
 	touch $@
 
-# Debian's Python has no ensurepip without the python3-venv package: there pip installs itself from outside.
+# Debian's Python has no ensurepip without the package python3-venv. There, pip installs itself from outside.
 %/bin/pip:
 	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.10 found; name one: make PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv $* 2>/dev/null || \

@@ -1,18 +1,18 @@
-"""Rows of data to packed batches: JSON row -> Sample -> Batch. 
+"""Turn dataset rows into packed batches: JSON row -> Sample -> Batch.
 
-From top to bottom: what a row may hold (`parse_row`), pictures and videos, token ids, labels, positions and patches
-(`Processor`), files of rows (`RowDataset`), and the endless, resumable stream of micro-batches (`Loader`). As a program
-it converts and inspects datasets (tools/dataset_cli.py):
+From top to bottom: flags and options, row formats (`parse_row`), images and videos, tokens, labels, positions and
+patches (`Processor`), files of rows (`RowDataset`, `RowStream`), and the endless, resumable stream of micro-batches
+(`Loader`). The program converts and inspects datasets (tools/dataset_cli.py):
 
     python data.py llava --annotations llava_instruct_150k.json --image_dir COCO2017/train2017 --output rows.json
     python data.py check --dataset rows.json --init-from-hf-path DIR --report report.html
 
-Everything equals transformers' Qwen3-VL processor with its Pillow picture processor (ids, positions, pixels; video
-prompts as transformers 4.57 writes them) but for one thing, on purpose: control tokens are written by this file only.
-A "<|im_end|>" in a row's text becomes the ordinary tokens of its characters. (The tokenizer's added tokens that are
-not special, such as <think>, stay tokens.) The only active markup is `<image>` and `<video>` in user turns.
+Token ids, positions and pixels equal those of transformers' Qwen3-VL processor with its Pillow image processor; video
+prompts equal those of transformers 4.57. One difference is intended: only this file writes control tokens. An
+"<|im_end|>" in a row's text becomes the ordinary tokens of its characters. Added tokens that are not special, such as
+<think>, stay tokens. The only markup is `<image>` and `<video>` in user turns.
 
-Letters: T tokens, P patches, N pictures and videos, Nv media tokens, Ns supervised tokens.
+Shapes: T tokens, P patches, N images and videos, Nv media tokens, Ns supervised tokens.
 """
 
 from __future__ import annotations
@@ -44,13 +44,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from common import InputError, UsageError, leave_process_group, number, one_line, shorten
+from common import InputError, UsageError, leave_process_group, number, one_line, read_json, shorten
 
 logger = logging.getLogger(__name__)
-# Pillow refuses pictures of more than twice as many pixels as this: of 120 million (the largest cameras' have 108). A
-# file of a few kilobytes can have as many; each copy takes 360 to 480 MB. Its warning at half of that is noise.
-# (Filters that change for each picture would make Python forget which warnings it has shown.)
-Image.MAX_IMAGE_PIXELS = 60_000_000
+# Pillow warns about images of more than 89 million pixels, which large photographs have, and refuses twice as many.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 IGNORE = -100  # the label of a token that is not supervised
@@ -167,16 +164,17 @@ def collate(
     )
 
 
-# ---------------------------------------------------------------------------------------- flags of rows and media
+# ------------------------------------------------------------------------------------------------- options and flags
+
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """Choose what `Processor.encode` makes of a row."""
+    """Options of `Processor.encode`."""
 
     seq_length: int | None = None  # cut longer samples to this many tokens
-    train_on_prompt: bool = False  # supervise every token except media tokens
+    train_on_prompt: bool = False  # supervise every token except those of media
     mask_history: bool = False  # supervise the last answer only
-    for_generation: bool = False  # drop a last answer and end with the start of an answer
+    for_generation: bool = False  # drop a final answer, and end with the start of an answer instead
     confine_paths: bool = False  # refuse media outside the media directory
 
     def __post_init__(self):
@@ -190,18 +188,19 @@ MEDIA_LIMITS = ("image_min_pixels", "image_max_pixels", "video_min_pixels", "vid
 
 
 def add_media_flags(group: argparse._ArgumentGroup) -> None:
-    """The flags of MEDIA_LIMITS, which several programs have."""
-    for kind in ("image", "video"):
-        for end, size in (("min", "smallest"), ("max", "largest")):
-            group.add_argument(f"--{kind}-{end}-pixels", type=number(int, 1), metavar="N",
-                               help=f"{size} {kind} (default: the model's)")
-    group.add_argument("--video-fps", type=number(float, 0, above=True), default=2.0, metavar="X",
-                       help="frames taken per second of video")
-    group.add_argument("--video-maxlen", type=number(int, 2), default=64, metavar="N", help="most frames of a video")
+    """Add the flags named in MEDIA_LIMITS."""
+    for kind, pixels in (("image", "height x width"), ("video", "frames x height x width")):
+        for limit, change in (("min", "enlarge smaller"), ("max", "shrink larger")):
+            group.add_argument(f"--{kind}-{limit}-pixels", type=number(int, 1), metavar="N",
+                               help=f"{change} {kind}s to N pixels, {pixels} (default: the model's setting)")
+    group.add_argument("--video-fps", type=number(float, 0.001, 1e6), default=2.0, metavar="X",
+                       help="frames to sample per second of video")
+    group.add_argument("--video-maxlen", type=number(int, 2), default=64, metavar="N",
+                       help="maximum number of frames to sample from a video")
 
 
 def media_limits(args: argparse.Namespace) -> dict[str, float | None]:
-    """Those flags as `Processor` takes them. Raises UsageError where a minimum is above its maximum."""
+    """Return these flags as arguments of `Processor`. Raises UsageError if a minimum is above its maximum."""
     for kind in ("image", "video"):
         low, high = getattr(args, f"{kind}_min_pixels"), getattr(args, f"{kind}_max_pixels")
         if low and high and low > high:
@@ -210,11 +209,12 @@ def media_limits(args: argparse.Namespace) -> dict[str, float | None]:
 
 
 def add_row_flags(group: argparse._ArgumentGroup) -> None:
-    """The flags of `encode_options` but --seq-length, whose meaning differs: what training makes of a row."""
+    """Add the flags of `encode_options`, except --seq-length, whose meaning differs between programs."""
     switch = argparse.BooleanOptionalAction
-    group.add_argument("--confine-paths", action=switch, default=False, help="refuse media outside the dataset "
-                       "directory")
-    group.add_argument("--train-on-prompt", action=switch, default=False, help="supervise everything but media tokens")
+    group.add_argument("--confine-paths", action=switch, default=False,
+                       help="refuse media files outside the dataset directory")
+    group.add_argument("--train-on-prompt", action=switch, default=False,
+                       help="supervise every token except those of media")
     group.add_argument("--mask-history", action=switch, default=False, help="supervise the last answer only")
 
 
@@ -228,28 +228,21 @@ def encode_options(args: argparse.Namespace) -> EncodeOptions:
     )
 
 
-# -------------------------------------------------------------------------------------------------- what a row may hold
+# ----------------------------------------------------------------------------------------------------- row formats
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 PLACEHOLDER = re.compile("(<image>|<video>)")
-MAX_CHARACTERS, MAX_MEDIA = 2_000_000, 4096  # of a row; 262,144 tokens hold no more of either, by far of texts
 STILL_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".ppm")
 IMAGE_SUFFIXES = (*STILL_SUFFIXES, ".gif", ".webp")
-# Whatever its name says, nothing else is decoded: Pillow would start Ghostscript for a .jpg that is PostScript inside,
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-# and FFmpeg would follow a playlist's addresses out of the folder and onto the network.
-VIDEO_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": "asf,avi,flv,gif,matroska,webm,mov,mp4,m4a,3gp,3g2,"
-                 "mj2,mpeg,mpegts,mpegvideo,mpegtsraw,mxf,ogg,wtv,h264,hevc,ivf,m4v,nut,yuv4mpegpipe,apng"}
-NOT_IN_PATHS = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # \udc80 to \udcff are a name's bytes beyond UTF-8
 
 
 @dataclass
 class Media:
-    """A picture or video as the row names it: a path, a list of paths, or `{"path": ..., "fps": ...}`."""
+    """An image or video of a row."""
 
     kind: str  # "image" or "video"
-    key: str  # where the row names it: "images[0]"
-    spec: str | list | dict | None  # None: a placeholder that waits for one of the row's media
+    key: str  # the key that names it, for error messages: "images[0]"
+    spec: str | list | dict | None  # a path, a list of paths or {"path": ..., "fps": ...}; None for a placeholder
 
 
 @dataclass
@@ -261,22 +254,22 @@ class Turn:
 
 
 def parse_row(row: dict, for_generation: bool = False) -> list[Turn]:
-    """A row of either format as turns: an optional system turn, then user and assistant in turn.
+    """Convert a row to turns: an optional system turn, then user and assistant turns alternately.
 
-    `{"messages": [{"role", "content"}], "images", "videos"}` or `{"conversations": [{"from", "value"}], "image",
-    "video"}`. `<image>` and `<video>` count in user turns only: transformers' template shows no media elsewhere.
-    Content may also be a list of `{"type": "text" | "image" | "video", ...}`, whose texts are taken literally.
-    With `for_generation` a last answer is dropped. Raises InputError.
+    The two formats are `{"messages": [{"role", "content"}], "images", "videos"}` and `{"conversations": [{"from",
+    "value"}], "image", "video"}`. `<image>` and `<video>` are placeholders in user turns only, as in transformers'
+    chat template. Content may also be a list of `{"type": "text" | "image" | "video", ...}`; placeholders in its texts
+    are ordinary text. `for_generation` drops a final answer. Raises InputError.
     """
     if not isinstance(row, dict):
-        raise InputError(f"a row must be an object with 'messages' or 'conversations', this is {_type(row)}")
+        raise InputError(f"a row must be an object with 'messages' or 'conversations', not {shorten(row)}")
     name = "messages" if "messages" in row else "conversations"
     role_key, text_key = ("role", "content") if name == "messages" else ("from", "value")
     if name not in row:
         keys = ", ".join(row) or "none"
         raise InputError(f"the row has neither 'messages' nor 'conversations'; its keys: {keys[:200]}")
     if not isinstance(row[name], list) or not row[name]:
-        raise InputError(f"'{name}' must be a list of turns, this is {_type(row[name])}")
+        raise InputError(f"'{name}' must be a list of turns, not {shorten(row[name])}")
 
     turns = []
     for i, message in enumerate(row[name]):
@@ -289,47 +282,42 @@ def parse_row(row: dict, for_generation: bool = False) -> list[Turn]:
         expected = "assistant" if turns and turns[-1].role == "user" else "user"
         if role != expected and not (role == "system" and i == 0):
             raise InputError(
-                f"{name}[{i}] is the {role}'s where the {expected}'s is expected: after an optional first system "
-                "turn, user and assistant take turns"
+                f"{name}[{i}] has the role {role} where {expected} is expected: after an optional first system turn, "
+                "user and assistant must alternate"
             )
         turns.append(Turn(role, _split_content(message[text_key], role, f"{name}[{i}].{text_key}")))
 
     if for_generation and turns[-1].role == "assistant":
         turns.pop()
-    last, lacking = ("user", "question") if for_generation else ("assistant", "answer")
+    last, missing = ("user", "question") if for_generation else ("assistant", "answer")
     if turns[-1].role != last:
-        raise InputError(f"'{name}' must end with a turn of the {last}: there is no {lacking}")
+        raise InputError(f"'{name}' must end with a turn of the {last}: there is no {missing}")
     _fill_placeholders(turns, _list_media(row, "image"), _list_media(row, "video"))
-    texts = [part for turn in turns for part in turn.parts if isinstance(part, str)]
-    characters, media = sum(map(len, texts)), sum(len(turn.parts) for turn in turns) - len(texts)
-    if characters > MAX_CHARACTERS or media > MAX_MEDIA:
-        raise InputError(f"the row has {characters} characters of text and {media} pictures and videos, "
-                         f"{MAX_CHARACTERS} and {MAX_MEDIA} at most are read: split it")
     return turns
 
 
-def _split_content(content, role: str, where: str) -> list[str | Media]:
-    """A message's content as texts and media in order."""
+def _split_content(content, role: str, key: str) -> list[str | Media]:
+    """Split a message's content into texts and media. `key` names the content in error messages."""
     if isinstance(content, str):
         parts = PLACEHOLDER.split(content) if role == "user" else [content]
-        parts[1::2] = [Media(placeholder[1:-1], where, None) for placeholder in parts[1::2]]
+        parts[1::2] = [Media(placeholder[1:-1], key, None) for placeholder in parts[1::2]]
         return parts
     if not isinstance(content, list):
-        raise InputError(f"{where} must be a string, this is {_type(content)}")
+        raise InputError(f"{key} must be a string, not {shorten(content)}")
     parts = []
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             parts.append(part["text"])
         elif kind in ("image", "video") and role == "user":
-            parts.append(Media(kind, f"{where}[{i}]", part.get(kind, part.get("path"))))
+            parts.append(Media(kind, f"{key}[{i}]", part.get(kind, part.get("path"))))
         else:
-            raise InputError(f"{where}[{i}] must be of type 'text', or in a user's turn 'image' or 'video'")
+            raise InputError(f"{key}[{i}] must be of type 'text', or in a user's turn 'image' or 'video'")
     return parts
 
 
 def _list_media(row: dict, kind: str) -> list[Media]:
-    """The media under `image` or `images` (`video`, `videos`)."""
+    """Return the media under the row's keys `image` and `images`, or `video` and `videos`."""
     keys = [key for key in (kind, kind + "s") if row.get(key) not in (None, [])]
     if len(keys) > 1:
         raise InputError(f"the row has both '{keys[0]}' and '{keys[1]}': keep one")
@@ -339,125 +327,123 @@ def _list_media(row: dict, kind: str) -> list[Media]:
     if not isinstance(value, list):
         return [Media(kind, key, value)]
     if key == "video" and all(isinstance(item, str) and item.lower().endswith(STILL_SUFFIXES) for item in value):
-        return [Media(kind, key, value)]  # one video, as a list of its frames
+        return [Media(kind, key, value)]  # a list of frames is one video
     return [Media(kind, f"{key}[{i}]", item) for i, item in enumerate(value)]
 
 
 def _fill_placeholders(turns: list[Turn], images: list[Media], videos: list[Media]) -> None:
-    """Puts the row's media in their placeholders, or all before the first user text if there is no placeholder."""
+    """Put the row's media into its placeholders, or before the first user text if the row has no placeholders."""
     slots = [part for turn in turns for part in turn.parts if isinstance(part, Media)]
     if not slots:
         first = next(turn for turn in turns if turn.role == "user")
         first.parts[:0] = images + videos
         return
     for kind, given in (("image", images), ("video", videos)):
-        waiting = [slot for slot in slots if slot.kind == kind and slot.spec is None]
-        if len(waiting) != len(given):
+        empty = [slot for slot in slots if slot.kind == kind and slot.spec is None]
+        if len(empty) != len(given):
             raise InputError(
-                f"the user's turns have {len(waiting)} <{kind}> placeholders, but the row has {len(given)} {kind}s: "
-                "the two must be as many"
+                f"the user's turns have {len(empty)} <{kind}> placeholders, but the row has {len(given)} {kind}s: "
+                "give as many of one as of the other"
             )
-        for slot, media in zip(waiting, given, strict=True):
+        for slot, media in zip(empty, given, strict=True):
             slot.key, slot.spec = media.key, media.spec
 
 
-def _type(value) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number") if value or not isinstance(value, dict | list | str) else "empty"
+# ------------------------------------------------------------------------------------------------ images and videos
 
-
-# ------------------------------------------------------------------------------------------------- pictures and videos
+# A file's name may lie about its content. Without these lists Pillow starts Ghostscript for PostScript, and FFmpeg
+# follows the addresses in a playlist to other folders and onto the network.
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+VIDEO_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": "asf,avi,flv,gif,matroska,webm,mov,mp4,m4a,3gp,3g2,"
+                 "mj2,mpeg,mpegts,mpegvideo,mpegtsraw,mxf,ogg,wtv,h264,hevc,ivf,m4v,nut,yuv4mpegpipe,apng"}
 
 
 def resolve_path(path: str, media_dir: str | Path, confine: bool) -> Path:
-    """`path`, relative to `media_dir`. Raises InputError if there is no such file or it is outside and `confine`."""
-    if not isinstance(path, str) or not path or NOT_IN_PATHS.search(path):
-        raise InputError(f"a path is needed, this is {_type(path)}{': ' + repr(path)[:100] if path else ''}")
+    """Return `path`, relative to `media_dir`.
+
+    Raises InputError if the file does not exist, or if `confine` is set and it is outside `media_dir`.
+    """
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise InputError(f"a path is needed, not {shorten(path)}")
     if path.startswith(("http://", "https://", "data:")):
         raise InputError(f"{path[:80]} is not a file on disk: download it first")
     full = Path(media_dir, path)
     if confine and not Path(os.path.realpath(full)).is_relative_to(os.path.realpath(media_dir)):
-        raise InputError(f"{path[:1000]} is outside {media_dir}, which --confine-paths forbids")
+        raise InputError(f"{path} is outside {media_dir}, which --confine-paths forbids")
     if not os.path.exists(full):
-        raise InputError(f"{str(full)[:1000]} does not exist")
+        raise InputError(f"{full} does not exist")
     return full
 
 
 def load_image(path: Path, decode: bool = True) -> Image.Image:
-    """The picture upright and in RGB, as transformers 5.23 makes it from a path. Raises InputError.
+    """Load an image in RGB, rotated as its EXIF data says, equal to transformers 5.23's. Raises InputError.
 
-    EXIF rotation is applied and an alpha channel dropped, but what has one transparent colour (palettes, some PNG) is
-    laid on white: its `load_image` leaves that colour in `info`, where its picture processor then finds it.
-    Without `decode` only the header is read, and only `size` means something: it may be the size before the rotation,
-    which the number of tokens does not depend on, as `smart_resize` treats both sides alike.
+    An alpha channel is dropped, but a single transparent colour (of a palette or some PNG files) becomes white: that
+    is what transformers' `load_image` and image processor do together. Without `decode` only the header is read, and
+    only `size` is valid. It may be the size before rotation, which gives the same number of tokens.
     """
-    with _reading(path, "a picture"), Image.open(path, formats=FORMATS) as image:
+    with _decoding(path, "an image"), Image.open(path, formats=IMAGE_FORMATS) as image:
         if not decode:
             return image
         ImageOps.exif_transpose(image, in_place=True)
         image = image.convert("RGB")
-        if image.info.get("transparency") is None:
-            return image
-        opaque = image.convert("RGBA").getchannel("A")  # 0 or 255: as `_on_white`, in less memory
-        white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=opaque)
-        return white
+        return image if image.info.get("transparency") is None else _on_white(image)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
+    """Return the image in RGB with its transparent pixels on a white background."""
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 @contextlib.contextmanager
-def _reading(path: Path, kind: str) -> Iterator[None]:
-    if not path.is_file():
-        raise InputError(f"{path} is not a file")
+def _decoding(path: Path, kind: str) -> Iterator[None]:
+    """Convert whatever a decoder raises for a damaged file to an InputError."""
     try:
         yield
     except InputError:
         raise
-    except Exception as error:  # decoders raise whatever a damaged file leads them to
+    except Exception as error:
         raise InputError(f"{path} cannot be read as {kind}: {one_line(error)}") from error
 
 
 @dataclass
 class _Header:
-    """A frame that is not decoded."""
+    """The size of a frame that is not decoded."""
 
     size: tuple[int, int]  # width, height
 
 
 @dataclass
 class Video:
-    """A video, of which only what its prompt needs has been read."""
+    """A video whose frames are not read yet."""
 
     num_frames: int
-    fps: float  # frames per second, of a varying rate the mean
-    # When each frame appears and the last one ends, in seconds from the first, [num_frames + 1], if the rate varies.
-    # If it does not, None: frame i appears at i / fps.
+    fps: float  # frames per second; the mean if the rate varies
+    # If the rate varies: each frame's time and the end of the last, in seconds from the first, [num_frames + 1].
+    # None if the rate is constant: frame i is shown at i / fps.
     times: np.ndarray | None
-    # read(numbers, decode): the frames of these numbers, which must rise, one by one: decoded, or with a `size` only
+    # read(numbers, decode) yields the frames with these rising numbers, decoded or with their size only.
     read: Callable[[list[int], bool], Iterator[Image.Image | _Header]]
 
 
 def open_video(spec: str | list | dict, media_dir: str | Path, confine: bool, default_fps: float) -> Video:
-    """A list of pictures, a folder of them (in the order of the numbers in their names), an animated picture or a
-    video file; or `{"path": any of these, "fps": rate}`, where the rate comes before what the file says.
+    """Open the video that a row names. Raises InputError.
 
-    Pictures that come without a rate are taken to have been picked at the rate that is asked for, `default_fps`, as
-    the Qwen team's own tools do. Raises InputError.
+    It is a list of images, a folder of images (sorted by the numbers in their names), an animated image, a video file,
+    or `{"path": any of these, "fps": rate}`. A rate given there takes precedence over the file's. Images without a rate
+    count as sampled at `default_fps`, as in the Qwen team's own tools.
     """
     path, fps = (spec.get("path"), spec.get("fps")) if isinstance(spec, dict) else (spec, None)
     if fps is not None and (type(fps) not in (int, float) or not 0.001 <= fps <= 1e6):
-        raise InputError(f"'fps' must be a number of frames per second, 0.001 at least, this is {shorten(fps)}")
+        raise InputError(f"'fps' must be a number of frames per second, 0.001 or more, not {shorten(fps)}")
     if isinstance(path, list):
         paths = [resolve_path(item, media_dir, confine) for item in path]
     else:
         full = resolve_path(path, media_dir, confine)
         if not full.is_dir():
-            animated = full.suffix.lower() in (*IMAGE_SUFFIXES, ".apng")
-            return _open_animation(full, fps) if animated else _open_video_file(full, fps)
+            is_animation = full.suffix.lower() in (*IMAGE_SUFFIXES, ".apng")
+            return _open_animation(full, fps) if is_animation else _open_video_file(full, fps)
         names = [name for name in os.listdir(full) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."]
         names.sort(key=lambda name: [int(s) if s.isdecimal() else s for s in re.split("([0-9]+)", name)])
         paths = [resolve_path(os.path.join(path, name), media_dir, confine) for name in names]
@@ -469,85 +455,82 @@ def open_video(spec: str | list | dict, media_dir: str | Path, confine: bool, de
     )
 
 
-ANIMATION_PIXELS = 2 * 10**9  # all of them are decoded, in a dozen seconds, to find how long each frame stays
-
-
 def _open_animation(path: Path, fps: float | None) -> Video:
-    """An animated GIF, WebP or PNG. Transparent pixels are laid on white, as PyAV shows those of a GIF."""
+    """Open an animated GIF, WebP or PNG. Transparent pixels become white, as PyAV decodes a GIF."""
 
     def frames() -> Iterator[Image.Image]:
-        with _reading(path, "an animation"), Image.open(path, formats=FORMATS) as image:
+        with _decoding(path, "an animation"), Image.open(path, formats=IMAGE_FORMATS) as image:
             for number in range(getattr(image, "n_frames", 1)):
                 image.seek(number)
-                image.load()  # only now does a WebP know a frame's duration
+                image.load()  # Pillow knows the duration of a WebP's frame only after this
                 yield image
 
     def read(numbers: list[int], decode: bool) -> Iterator[Image.Image | _Header]:
         if not decode:
             yield from [_Header(size)] * len(numbers)
             return
-        wanted = set(numbers)
-        with _reading(path, "an animation"):
-            for number, image in enumerate(frames()):
-                if number in wanted:
+        with _decoding(path, "an animation"):
+            for number, image in enumerate(itertools.islice(frames(), numbers[-1] + 1)):
+                if number in numbers:
                     yield _on_white(image) if image.has_transparency_data else image.convert("RGB")
-                if number == numbers[-1]:
-                    break
 
-    with _reading(path, "an animation"), Image.open(path, formats=FORMATS) as image:
+    with _decoding(path, "an animation"), Image.open(path, formats=IMAGE_FORMATS) as image:
         count, size, times = getattr(image, "n_frames", 1), image.size, None
-        if count * size[0] * size[1] > ANIMATION_PIXELS:
-            raise InputError(f"{path} has {count} frames of {size[0]}x{size[1]} pixels, {ANIMATION_PIXELS:.0e} pixels "
-                             "in all at most are read: make it shorter or smaller")
     if fps is None:
-        # In milliseconds. Browsers, too, take 0 for 100.
-        times = np.cumsum([0] + [image.info.get("duration") or 100 for image in frames()]) / 1000
+        durations = [image.info.get("duration") or 100 for image in frames()]  # ms; browsers show 0 as 100, too
+        times = np.cumsum([0, *durations]) / 1000
         fps = count / times[-1]
         times = None if _is_steady(times, fps) else times
     return Video(count, float(fps), times, read)
 
 
-SEEK_FRAMES = 16  # to get less far ahead in a video file, decoding is quicker than jumping
+MIN_COMPLETE = 0.9  # a file with a smaller share of its frames was cut off; headers and old codecs miscount a few
+SEEK_FRAMES = 16  # decoding this many frames takes about as long as seeking
 
 
-def _open_video_file(path: Path, fps: float | None) -> Video:
-    """A video file, through PyAV. Frames stay as they are stored: like transformers, this turns none of them.
-
-    One pass over the packets, without decoding, counts the frames and finds when each is shown. What a header states
-    may be missing or wrong; but a file that lacks more than a tenth of it was cut off, and that is an error.
-    """
+def _open_container(path: Path):
+    """Open a video file with PyAV. Raises InputError if PyAV is not installed."""
     try:
         import av
     except ImportError as error:
         raise InputError(f"{path}: reading video files needs PyAV: pip install av") from error
-    with _reading(path, "a video"), av.open(f"file:{path}", options=VIDEO_OPTIONS) as container:
+    return av.open(f"file:{path}", options=VIDEO_OPTIONS)
+
+
+def _open_video_file(path: Path, fps: float | None) -> Video:
+    """Open a video file. Like transformers, ignore a rotation stored in it.
+
+    Reading all packets, without decoding, counts the frames and gives their times: headers may lack both.
+    """
+    with _decoding(path, "a video"), _open_container(path) as container:
         if not container.streams.video:
             raise ValueError("it holds no video")
         stream = container.streams.video[0]
-        size, stated = (stream.width, stream.height), stream.frames
+        size = stream.width, stream.height
         if not all(size):
-            raise ValueError("the size of its frames is not to be found")
-        rate, unit = float(stream.average_rate or 0), float(stream.time_base)
-        # Of each packet: when its frame is shown, for how long, and whether decoding can begin with it.
-        packets, held = [], 0
-        for packet in container.demux(stream):
-            held += packet.size > 0  # an empty one marks the end
-            if packet.size and not packet.is_discard:
-                packets.append((packet.pts, packet.duration, packet.is_keyframe))
-    if held < 0.9 * stated:
-        raise InputError(f"{path} states {stated} frames but holds {held}: it was cut off, get it again")
-    count, times, mean, keys = len(packets), None, 0.0, np.zeros(1, int)
-    if count > 1 and all(pts is not None for pts, _, _ in packets):
-        packets.sort(key=lambda packet: packet[0])  # they come in the order of decoding
-        ticks = np.array([pts for pts, _, _ in packets])
-        last = packets[-1][1] or (ticks[-1] - ticks[0]) / (count - 1)
-        if np.diff(ticks).min() > 0:  # else the times are worth nothing
-            times = (np.append(ticks, ticks[-1] + last) - ticks[0]) * unit
-            keys, mean = np.flatnonzero([is_key for _, _, is_key in packets]), count / times[-1]
-    if fps or times is None or _is_steady(times, rate or mean):
-        fps, times = fps or rate or mean, None
+            raise ValueError("its frames have no size")
+        stated_count, stated_fps = stream.frames, float(stream.average_rate or 0)
+        packets = [(packet.pts, packet.duration, packet.is_keyframe, packet.is_discard)
+                   for packet in container.demux(stream) if packet.size]  # an empty packet marks the end
+        seconds_per_tick = float(stream.time_base)
+    if len(packets) < MIN_COMPLETE * stated_count:
+        raise InputError(f"{path} states {stated_count} frames but holds {len(packets)}: it was cut off, get it again")
+
+    packets = [packet for packet in packets if not packet[3]]  # an edit list may hide the first frames
+    count, times, mean_fps = len(packets), None, 0.0
+    ticks, keys = np.zeros(count, int), np.zeros(0, int)
+    if count > 1 and all(pts is not None for pts, *_ in packets):
+        packets.sort(key=lambda packet: packet[0])  # from decoding order to the order of display
+        ticks = np.array([pts for pts, *_ in packets])
+        if np.diff(ticks).min() > 0:  # else the times are unusable
+            last_duration = packets[-1][1] or (ticks[-1] - ticks[0]) / (count - 1)
+            times = (np.append(ticks, ticks[-1] + last_duration) - ticks[0]) * seconds_per_tick
+            keys = np.flatnonzero([is_keyframe for _, _, is_keyframe, _ in packets])
+            mean_fps = count / times[-1]
+    if fps or times is None or _is_steady(times, stated_fps or mean_fps):
+        fps, times = fps or stated_fps or mean_fps, None
     else:
-        fps = mean
+        fps = mean_fps
     if not fps:
         raise InputError(f"{path} states no frame rate: give it as {{'path': ..., 'fps': ...}}")
 
@@ -555,55 +538,56 @@ def _open_video_file(path: Path, fps: float | None) -> Video:
         if not decode:
             yield from [_Header(size)] * len(numbers)
             return
-        with _reading(path, "a video"), av.open(f"file:{path}", options=VIDEO_OPTIONS) as container:
-            stream, at = container.streams.video[0], -1
-            frames = enumerate(container.decode(stream))
-            for i, number in enumerate(numbers):
-                key = max(keys[keys <= number], default=0)
-                if key - at > SEEK_FRAMES:
-                    container.seek(tick := int(ticks[key]), stream=stream)
-                    decoded = container.decode(stream)  # what comes before the key frame may be broken
-                    decoded = itertools.dropwhile(lambda f, tick=tick: f.pts != tick or not f.key_frame, decoded)
-                    frames = ((int(np.searchsorted(ticks, frame.pts)), frame) for frame in decoded)
-                at, frame = next((pair for pair in frames if pair[0] >= number), (-1, None))
-                if at != number:  # this file cannot seek, or ends too early
-                    yield from read_in_order(numbers[i:])
-                    return
-                yield frame.to_image()
-
-    def read_in_order(numbers: list[int]) -> Iterator[Image.Image]:
-        at = -1
-        with av.open(f"file:{path}", options=VIDEO_OPTIONS) as container:
-            for at, frame in enumerate(container.decode(video=0)):
-                if at in numbers:
-                    yield frame.to_image()
-                if at == numbers[-1]:
-                    return
-        if at + 1 < 0.9 * count:
-            raise ValueError(f"it states {count} frames, but only {at + 1} can be decoded")
-        # In old AVI files a packet or two may hold no frame of their own. What was shown last stays.
-        yield from [frame.to_image()] * sum(number > at for number in numbers)
+        with _decoding(path, "a video"):
+            yield from _decode_frames(path, numbers, ticks, keys)
 
     return Video(count, float(fps), times, read)
 
 
+def _decode_frames(path: Path, numbers: list[int], ticks: np.ndarray, keys: np.ndarray) -> Iterator[Image.Image]:
+    """Decode the frames with these rising numbers; seek over long gaps.
+
+    ticks: each frame's time in the file's unit, for seeking. keys: numbers of the key frames to which it may seek.
+    """
+    with _open_container(path) as container:
+        stream = container.streams.video[0]
+        frames, position, frame = container.decode(stream), -1, None  # position: the number of the last decoded frame
+        for i, number in enumerate(numbers):
+            key = max(keys[keys <= number], default=0)
+            if key - position > SEEK_FRAMES:
+                tick = int(ticks[key])
+                container.seek(tick, stream=stream)  # to the key frame or before it
+                frames = (frame for frame in container.decode(stream) if frame.pts is not None and frame.pts >= tick)
+                frame = next(frames, None)
+                if frame is None or frame.pts != tick or not frame.key_frame:  # the file cannot seek: read all of it
+                    yield from _decode_frames(path, numbers[i:], ticks, keys[:0])
+                    return
+                position = key
+            while position < number and (following := next(frames, None)) is not None:
+                position, frame = position + 1, following
+            if position < number and position + 1 < MIN_COMPLETE * len(ticks):
+                raise ValueError(f"it has {len(ticks)} frames, but only {position + 1} can be decoded")
+            yield frame.to_image()  # past the end, the last one: in old AVI files some packets hold no frame
+
+
 def _is_steady(times: np.ndarray, fps: float) -> bool:
-    """Whether frame i appears at i / fps, give or take half a frame, as files round times."""
+    """Return whether each frame i is shown at i / fps, within half a frame because files round their times."""
     return bool(np.abs(times[:-1] * fps - np.arange(len(times) - 1)).max() <= 0.5)
 
 
 def smart_resize(
-    height: int, width: int, frames: int, temporal: int, factor: int, min_pixels: int, max_pixels: int
+    height: int, width: int, frames: int, temporal_factor: int, factor: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
-    """Height and width, multiples of `factor`, that keep frames * height * width within the pixel limits.
+    """Return height and width, multiples of `factor`, that keep frames * height * width within the pixel limits.
 
-    transformers' functions of that name: a picture's with `frames` = `temporal` = 1, or a video's, which rounds the
-    number of frames to a multiple of `temporal`. Rounding is Python's, half to even. Raises InputError beyond 200:1.
+    Equals transformers' functions of this name, for images (`frames` = `temporal_factor` = 1) and for videos, which
+    round the number of frames to a multiple of `temporal_factor`. Like Python's, their rounding of halves is to even.
+    Raises InputError beyond an aspect ratio of 200:1.
     """
     if max(height, width) / min(height, width) > 200:
         raise InputError(f"{width}x{height} pixels: the longer side may be at most 200 times the shorter")
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
-    pixels = round(frames / temporal) * temporal * new_height * new_width
+    pixels = round(frames / temporal_factor) * temporal_factor * new_height * new_width
     if pixels > max_pixels:
         beta = math.sqrt(frames * height * width / max_pixels)
         new_height = max(factor, math.floor(height / beta / factor) * factor)
@@ -614,18 +598,12 @@ def smart_resize(
     return new_height, new_width
 
 
-# ----------------------------------------------------------------------------------------------------------- processing
+# ---------------------------------------------------------------------------------------------------- processing
 
-# The released models' preprocessor files (transformers' class defaults differ), for directories without them.
-DEFAULTS = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "rescale_factor": 1 / 255, "min_frames": 4}
-DEFAULTS |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+# The settings of the released models, for directories without preprocessor files. transformers' class defaults differ.
+DEFAULTS = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "rescale_factor": 1 / 255, "min_frames": 4,
+            "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 DEFAULT_PIXELS = {"image": (65536, 16777216), "video": (4096, 25165824)}
-PIXEL_KEYS = ("min_pixels", "max_pixels", "shortest_edge", "longest_edge")
-JSON_BYTES, TOKENIZER_BYTES = 1 << 20, 64 << 20  # most of a configuration and of a tokenizer; Qwen3-VL's has 11 MB
-# Sizes that ask for more than a few times the memory of the released models' largest pictures are mistakes, or worse.
-LIMITS = {"image_mean": (-1e6, 1e6), "image_std": (1e-6, 1e6), "min_pixels": (0, 2**25), "shortest_edge": (0, 2**25)}
-LIMITS |= {"patch_size": (0, 65), "temporal_patch_size": (0, 9), "merge_size": (0, 9)}
-EXAMPLES = DEFAULTS | dict.fromkeys(PIXEL_KEYS, 65536) | {"vocab_size": 151936}  # what settings must look like
 CONTROL_TOKENS = {
     "im_start_token_id": "<|im_start|>",
     "im_end_token_id": "<|im_end|>",
@@ -636,23 +614,25 @@ CONTROL_TOKENS = {
 }
 
 
-@functools.cache
-def _pair_tables(rescale_factor: float, means: tuple, stds: tuple) -> np.ndarray:
-    """[3, 65536] float64, each two float32 side by side: what the two bytes of a uint16 become in each channel, with
-    transformers' roundings: rescaled in float64, normalised in float32."""
-    levels = (np.arange(256, dtype=np.float64) * rescale_factor).astype(np.float32)
-    tables = (levels - np.array(means, np.float32)[:, None]) / np.array(stds, np.float32)[:, None]  # [3, 256]
-    both = np.arange(65536, dtype=np.uint16).view(np.uint8).reshape(-1, 2)  # in the machine's own order of bytes
-    return np.ascontiguousarray(tables[:, both]).view(np.float64)[..., 0]
+@dataclass
+class EncodedTurn:
+    """One turn as tokens and patches."""
+
+    ids: list[int]
+    answer_start: int | None = None  # index of the answer's first token, in an assistant's turn
+    visual_spans: list[tuple[int, int, int]] = field(default_factory=list)  # (start, rows, columns) of media tokens
+    pixels: list[np.ndarray] = field(default_factory=list)  # patches of each image or video
+    grids: list[tuple[int, int, int]] = field(default_factory=list)  # (frame pairs, rows, columns) of patches
 
 
 class Processor:
-    """Tokenizer, chat template, pictures, videos and positions of one model, from its Hugging Face directory.
+    """Encode rows for one model: tokenizer, chat template, images, videos and positions.
 
-    Pixel limits come from preprocessor_config.json, video_preprocessor_config.json or transformers 5's
-    processor_config.json where present, else they are the released models'; arguments override. `image_*_pixels`
-    limit each picture's height * width, `video_*_pixels` each video's frames * height * width. A video is sampled at
-    `video_fps`, `video_maxlen` frames at most. Raises InputError if a file is missing, damaged or contradicts another.
+    Settings come from the model's Hugging Face directory. Its pixel limits are those of preprocessor_config.json,
+    video_preprocessor_config.json or transformers 5's processor_config.json, else the released models'; arguments
+    override them. `image_*_pixels` limit an image's height * width, `video_*_pixels` a video's frames * height * width.
+    A video is sampled at `video_fps` frames per second, up to `video_maxlen` frames. `end_token_ids` are the tokens
+    that end an answer. Raises InputError if a file is missing, damaged or contradicts another.
     """
 
     def __init__(
@@ -669,166 +649,148 @@ class Processor:
         path = Path(hf_dir, "tokenizer.json")
         if not path.exists():
             raise InputError(f"{path} does not exist: the model's tokenizer is needed")
-        _check_size(path, TOKENIZER_BYTES)
-        with _tokenizing(f"{path} cannot be read as a tokenizer"):
+        try:
             self.tokenizer = Tokenizer.from_file(str(path))
-        kinds = [type(part).__name__ for part in (self.tokenizer.normalizer, self.tokenizer.decoder)]
-        if kinds[0] not in ("NFC", "NoneType") or kinds[1] not in ("ByteLevel", "NoneType"):  # others can grow a text
-            raise InputError(f"{path} has a normalizer {kinds[0]} and a decoder {kinds[1]}, Qwen3-VL's are NFC and "
-                             "ByteLevel")
-        split = self.tokenizer.pre_tokenizer
-        split = {"type": "None"} if split is None else json.loads(split.__getstate__())
-        splits = [part["type"] for part in split.get("pretokenizers", [split])]
-        if set(splits) - {"Split", "ByteLevel", "None"} or splits.count("ByteLevel") > 1:  # each can double the bytes
-            raise InputError(f"{path} has the pre_tokenizers {shorten(splits)}, Qwen3-VL's are Split and ByteLevel")
-        if dropout := getattr(self.tokenizer.model, "dropout", None):
-            raise InputError(f"{path} has a dropout of {dropout}, which makes a text's tokens random: set it to null")
-        self.tokenizer.encode_special_tokens = True  # those in a text are split into ordinary tokens
-        self.tokenizer.no_padding()  # a file may ask for either: what is cut or filled up is told by this file alone
+        except Exception as error:  # tokenizers has no exception classes of its own
+            raise InputError(f"{path} cannot be read as a tokenizer: {one_line(error)}") from error
+        self.tokenizer.encode_special_tokens = True  # control tokens in a text become ordinary tokens
+        self.tokenizer.no_padding()  # the file may ask for padding and truncation
         self.tokenizer.no_truncation()
 
         config_path = Path(hf_dir, "config.json")
-        config = _read_json(config_path)
-        text, vision = _section(config, "text_config", config_path), _section(config, "vision_config", config_path)
+        config = read_json(config_path, missing_ok=True)
+        text, vision = (_section(config, name, config_path) for name in ("text_config", "vision_config"))
         for name, token in CONTROL_TOKENS.items():
             token_id = self.tokenizer.token_to_id(token)
             if token_id is None:
                 raise InputError(f"{path} has no token {token}: this is not a Qwen3-VL tokenizer")
             if config.get(name, token_id) != token_id:
-                raise InputError(f"{path} gives {token} the id {token_id}, but config.json's {name} is "
-                                 f"{shorten(config[name])}")
+                found = shorten(config[name])
+                raise InputError(f"{path} gives {token} the id {token_id}, but config.json's {name} is {found}")
             setattr(self, name, token_id)
         token, token_id = max(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
         if token_id >= text.get("vocab_size", math.inf):
             raise InputError(f"{path} has {token} as id {token_id}, config.json's vocab_size is {text['vocab_size']}")
+        self.end_token_ids = _end_token_ids(hf_dir) or {self.im_end_token_id}
 
-        shared = Path(hf_dir, "processor_config.json")
-        both = _read_json(shared)
-        image = _section(both, "image_processor", shared) | _read_json(Path(hf_dir, "preprocessor_config.json"))
-        video = _section(both, "video_processor", shared) | _read_json(Path(hf_dir, "video_preprocessor_config.json"))
-        self.image, self.video = DEFAULTS | image, DEFAULTS | video
-        self.image_pixels = _pixel_limits("image", image, image_min_pixels, image_max_pixels)
-        self.video_pixels = _pixel_limits("video", video, video_min_pixels, video_max_pixels)
-        self.patch, self.merge = self.image["patch_size"], self.image["merge_size"]
-        self.temporal = self.image["temporal_patch_size"]
+        self.image, self.video = _media_settings(hf_dir, "image"), _media_settings(hf_dir, "video")
         for name in ("patch_size", "temporal_patch_size", "merge_size"):
             stated = vision.get(name.replace("merge", "spatial_merge"), DEFAULTS[name])
             if not self.image[name] == self.video[name] == stated:
-                found = f"{self.image[name]} for pictures, {self.video[name]} for videos, {shorten(stated)}"
+                found = f"{self.image[name]} for images, {self.video[name]} for videos, {shorten(stated)}"
                 raise InputError(f"{hf_dir}: the preprocessor files and config.json disagree on {name}: {found}")
-        if self.patch % 2:
-            raise InputError(f"{hf_dir}: patch_size {self.patch} is odd: pixels are taken in pairs, it must be even")
-        if not (0.001 <= video_fps <= 1e6 and video_maxlen >= self.temporal):
-            raise InputError(f"video_fps {video_fps} must be between 0.001 and 1e6, and video_maxlen {video_maxlen} at "
-                             f"least {self.temporal}")
+        self.patch_size, self.merge_size = self.image["patch_size"], self.image["merge_size"]
+        self.temporal_patch_size = self.image["temporal_patch_size"]
+        self.image_pixels = _pixel_limits("image", self.image, image_min_pixels, image_max_pixels)
+        self.video_pixels = _pixel_limits("video", self.video, video_min_pixels, video_max_pixels)
         self.video_fps, self.video_maxlen = video_fps, video_maxlen
+        self._newline_ids = self._encode_text("\n")
+        self._answer_prefix_ids = [self.im_start_token_id, *self._encode_text("assistant\n")]
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self.tokenizer.encode_special_tokens = True  # not part of a tokenizer's own pickle
+        self.tokenizer.encode_special_tokens = True  # a pickled tokenizer loses this setting
 
     def decode(self, ids: list[int] | Tensor) -> str:
-        """The text of token ids, without special tokens."""
+        """Return the text of token ids, without special tokens."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def _encode_text(self, text: str) -> list[int]:
-        with _tokenizing("a text cannot be tokenized"):
-            try:
-                return self.tokenizer.encode(text, add_special_tokens=False).ids
-            except TypeError as error:
-                raise InputError("a text holds half of a surrogate pair (\\ud800 to \\udfff)") from error
-
-    @functools.cached_property
-    def _newline(self) -> list[int]:
-        return self._encode_text("\n")
-
-    @functools.cached_property
-    def _answer_begins(self) -> list[int]:
-        return self._encode_text("assistant\n")
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError as error:  # scraped data often holds half of an emoji
+            raise InputError("a text holds half of a surrogate pair (\\ud800 to \\udfff)") from error
 
     def process_image(self, image: Image.Image, decode: bool = True) -> tuple[np.ndarray | None, tuple[int, int, int]]:
-        """Patches [P, 1536] float32 and grid (1, rows, columns) of an RGB picture, bit for bit transformers'.
+        """Return patches [P, 1536] float32, bit for bit transformers', and the grid (1, rows, columns) of an RGB image.
 
-        Without `decode` the patches are None, and of the picture only its size matters.
+        Without `decode` the patches are None, and only the image's size matters.
         """
-        height, width = smart_resize(image.height, image.width, 1, 1, self.patch * self.merge, *self.image_pixels)
-        grid = 1, height // self.patch, width // self.patch
+        factor = self.patch_size * self.merge_size
+        height, width = smart_resize(image.height, image.width, 1, 1, factor, *self.image_pixels)
+        grid = 1, height // self.patch_size, width // self.patch_size
         return self._patchify([image], 1, grid, self.image) if decode else None, grid
 
     def process_video(
         self, video: Video, decode: bool = True
     ) -> tuple[np.ndarray | None, tuple[int, int, int], list[float]]:
-        """Patches, grid (frame pairs, rows, columns) and each pair's time in seconds of a video (see `open_video`).
+        """Return a video's patches [P, 1536], grid (frame pairs, rows, columns) and each frame pair's time in seconds.
 
-        Sampling, sizes and times are transformers'. It resizes frames with torchvision only, Pillow's differ from those
-        by up to 2 of 255 levels, 0.02 on average at most (`make test-slow` measures); frames not resized are equal.
-        Without `decode` no frame is decoded and the patches are None.
+        Frame numbers, sizes and times equal transformers'. It resizes frames with torchvision; Pillow's results differ
+        by at most 2 of 255 levels, and by 0.02 on average (`make test-slow` measures it). Frames that keep their size
+        are equal. Without `decode` no frame is decoded and the patches are None.
         """
         if video.num_frames < 2:
             raise InputError(f"a video needs two frames, this has {video.num_frames}")
         numbers = self._choose_frames(video)
-        images = video.read(numbers, decode)  # one by one: as many of a film's frames would fill the memory
-        first = next(images)
+        frames = video.read(numbers, decode)  # lazily, to hold one full-size frame in memory at a time
+        first = next(frames)
         width, height = first.size
-        factor = self.patch * self.merge
+        factor = self.patch_size * self.merge_size
         scale = max(1.0, factor / height, factor / width)  # as transformers 5; 4.57 refuses sides below `factor`
         height, width = int(height * scale), int(width * scale)
-        height, width = smart_resize(height, width, len(numbers), self.temporal, factor, *self.video_pixels)
-        grid = -(-len(numbers) // self.temporal), height // self.patch, width // self.patch
+        height, width = smart_resize(height, width, len(numbers), self.temporal_patch_size, factor, *self.video_pixels)
+        pairs = -(-len(numbers) // self.temporal_patch_size)
+        grid = pairs, height // self.patch_size, width // self.patch_size
 
-        def of_one_size() -> Iterator[Image.Image]:
+        def equal_frames() -> Iterator[Image.Image | _Header]:
             yield first
-            for index, image in zip(numbers[1:], images, strict=True):
-                if image.size != first.size and (decode or image.size != first.size[::-1]):  # headers: before rotation
-                    raise InputError(f"frame {index} has {image.size} pixels, the first {first.size}: make them equal")
-                yield image
+            for i, frame in zip(numbers[1:], frames, strict=True):
+                is_rotated = not decode and frame.size == first.size[::-1]  # headers give the size before rotation
+                if frame.size != first.size and not is_rotated:
+                    raise InputError(f"frame {i} has {frame.size} pixels, the first {first.size}: make them equal")
+                yield frame
 
-        patches = self._patchify(of_one_size(), len(numbers), grid, self.video) if decode else None
-        if not decode:
-            list(of_one_size())
-        numbers += numbers[-1:] * (-len(numbers) % self.temporal)
+        if decode:
+            patches = self._patchify(equal_frames(), len(numbers), grid, self.video)
+        else:
+            patches = None
+            list(equal_frames())  # check the sizes
+        numbers += numbers[-1:] * (-len(numbers) % self.temporal_patch_size)
         times = [i / video.fps for i in numbers] if video.times is None else video.times[numbers].tolist()
-        pairs = zip(times[:: self.temporal], times[self.temporal - 1 :: self.temporal], strict=True)
-        return patches, grid, [(first + last) / 2 for first, last in pairs]
+        groups = [times[i : i + self.temporal_patch_size] for i in range(0, len(times), self.temporal_patch_size)]
+        return patches, grid, [(group[0] + group[-1]) / 2 for group in groups]
 
     def _choose_frames(self, video: Video) -> list[int]:
-        """Numbers of the frames to take, evenly spaced: by number as transformers, or in time where the rate varies.
+        """Choose evenly spaced frames: by number as transformers does, or by time if the frame rate varies.
 
-        A frame that stays for long may be the nearest to several moments; it is taken once.
+        By time, a frame that is the nearest to several sampling times is taken once.
         """
         count = max(int(video.num_frames / video.fps * self.video_fps), self.video["min_frames"])
         count = min(count, self.video_maxlen, video.num_frames)
         if video.times is None:
             return np.linspace(0, video.num_frames - 1, count).round().astype(int).tolist()
         starts = video.times[:-1]
-        moments = np.linspace(0, starts[-1], count)
-        after = np.searchsorted(starts, moments).clip(min=1)
-        return np.unique(np.where(moments - starts[after - 1] <= starts[after] - moments, after - 1, after)).tolist()
+        targets = np.linspace(0, starts[-1], count)
+        after = np.searchsorted(starts, targets).clip(min=1)
+        is_earlier_nearer = targets - starts[after - 1] <= starts[after] - targets
+        return np.unique(np.where(is_earlier_nearer, after - 1, after)).tolist()
 
     def _patchify(
         self, images: Iterable[Image.Image], count: int, grid: tuple[int, int, int], settings: dict
     ) -> np.ndarray:
-        """`count` images, resized to the grid, cut into patches [t * h * w, channel * temporal * patch * patch] whose
-        order is that of merge blocks.
+        """Resize `count` images to the grid and cut them into patches [t * h * w, channel * temporal * patch * patch].
 
-        The last image is repeated to fill a patch. Values are looked up, two neighbours at once (see `_pair_tables`);
-        one row of blocks at a time, as whole pictures do not fit in a processor's cache.
+        Patches are in the order of merge blocks. The last image is repeated to fill a temporal patch. `_pair_tables`
+        normalises two neighbouring pixels at a time, one row of blocks at a time, which fits in a processor's cache.
         """
-        (t, h, w), m, p = grid, self.merge, self.patch
+        (t, h, w), m, p = grid, self.merge_size, self.patch_size
         tables = _pair_tables(settings["rescale_factor"], tuple(settings["image_mean"]), tuple(settings["image_std"]))
-        patches = np.empty((t, h // m, w // m, m, m, 3, self.temporal, p, p), np.float32)
+        patches = np.empty((t, h // m, w // m, m, m, 3, self.temporal_patch_size, p, p), np.float32)
         for i, image in enumerate(images):
-            if settings is self.video:  # as torchvision: the width first. Pillow's order depends on the sizes
+            if settings is self.video:  # torchvision resizes the width first; Pillow's order depends on the sizes
                 image = image.resize((w * p, image.height), Image.Resampling.BICUBIC)
             image = image.resize((w * p, h * p), Image.Resampling.BICUBIC)
-            first = i % self.temporal
-            to = patches[i // self.temporal, ..., first : None if i == count - 1 else first + 1, :, :]
+            slot = i % self.temporal_patch_size
+            slots = slice(slot, None if i == count - 1 else slot + 1)
+            target = patches[i // self.temporal_patch_size, ..., slots, :, :]
             for channel, plane in enumerate(image.split()):
-                lines = np.asarray(plane).view(f"V{p}")  # a patch's line as one element
-                for row, blocks in enumerate(lines.reshape(h // m, m, p, w // m, m).transpose(0, 3, 1, 4, 2)):
-                    pairs = np.ascontiguousarray(blocks).view(np.uint16)
+                lines = np.asarray(plane).view(f"V{p}")  # one line of a patch as one element
+                blocks = lines.reshape(h // m, m, p, w // m, m).transpose(0, 3, 1, 4, 2)
+                for row, block_row in enumerate(blocks):
+                    pairs = np.ascontiguousarray(block_row).view(np.uint16)
                     values = np.take(tables[channel], pairs).view(np.float32)
-                    to[row, :, :, :, channel] = values.reshape(w // m, m, m, 1, p, p)
+                    target[row, :, :, :, channel] = values.reshape(w // m, m, m, 1, p, p)
         return patches.reshape(t * h * w, -1)
 
     def encode(
@@ -838,33 +800,37 @@ class Processor:
 
         Supervised tokens are each answer, its <|im_end|> and the newline after it; with `mask_history` only those of
         the last answer; with `train_on_prompt` all tokens except media tokens, <|vision_start|> and <|vision_end|>.
-        A sample longer than `seq_length` loses whole exchanges (question and answer) from its end; if the first
-        exchange alone is too long, the end of its answer is cut. With `for_generation` a last answer is dropped and
+        A sample longer than `seq_length` loses whole exchanges (question and answer) from its end. If its first
+        exchange alone is too long, the end of that answer is cut. With `for_generation` a final answer is dropped and
         the sample ends with "<|im_start|>assistant\\n". Raises InputError, whose message begins with `source`.
         """
-        chunks, truncated = self._encode_row(row, media_dir, source, options, decode=True)
-        ids = np.array([token for chunk in chunks for token in chunk.ids], np.int64)
-        starts = np.cumsum([0] + [len(chunk.ids) for chunk in chunks]).tolist()
-        runs = [(start + at, h, w) for chunk, start in zip(chunks, starts, strict=False) for at, h, w in chunk.runs]
-        media = np.isin(ids, (self.image_token_id, self.video_token_id))
+        turns, truncated = self._encode_row(row, media_dir, source, options, decode=True)
+        ids = np.array([token for turn in turns for token in turn.ids], np.int64)
+        starts = np.cumsum([0] + [len(turn.ids) for turn in turns]).tolist()
+        spans = [(turn_start + start, rows, columns)
+                 for turn, turn_start in zip(turns, starts, strict=False)
+                 for start, rows, columns in turn.visual_spans]
+        is_media = np.isin(ids, (self.image_token_id, self.video_token_id))
+
         supervised = np.zeros(len(ids), bool)
         if options.train_on_prompt and not options.for_generation:
-            supervised = ~media & ~np.isin(ids, (self.vision_start_token_id, self.vision_end_token_id))
+            supervised = ~is_media & ~np.isin(ids, (self.vision_start_token_id, self.vision_end_token_id))
         elif not options.for_generation:
-            answers = [i for i, chunk in enumerate(chunks) if chunk.answer is not None]
+            answers = [i for i, turn in enumerate(turns) if turn.answer_start is not None]
             for i in answers[-1:] if options.mask_history else answers:
-                supervised[starts[i] + chunks[i].answer : starts[i + 1]] = True
+                supervised[starts[i] + turns[i].answer_start : starts[i + 1]] = True
         labels = np.full(len(ids), IGNORE, np.int64)
         labels[:-1] = np.where(supervised[1:], ids[1:], IGNORE)
-        pixels = [patches for chunk in chunks for patches in chunk.pixels]
-        pixels = pixels or [np.empty((0, 3 * self.temporal * self.patch**2), np.float32)]
+
+        pixels = [patches for turn in turns for patches in turn.pixels]
+        pixels = pixels or [np.empty((0, 3 * self.temporal_patch_size * self.patch_size**2), np.float32)]
         return Sample(
             input_ids=torch.from_numpy(ids),
             labels=torch.from_numpy(labels),
-            position_ids=torch.from_numpy(mrope_positions(len(ids), runs)),
+            position_ids=torch.from_numpy(mrope_positions(len(ids), spans)),
             pixel_values=torch.from_numpy(pixels[0] if len(pixels) == 1 else np.concatenate(pixels)),
-            grid_thw=torch.tensor([grid for chunk in chunks for grid in chunk.grids], dtype=torch.int64).view(-1, 3),
-            visual_index=torch.from_numpy(np.flatnonzero(media)),
+            grid_thw=torch.tensor([grid for turn in turns for grid in turn.grids], dtype=torch.int64).view(-1, 3),
+            visual_index=torch.from_numpy(np.flatnonzero(is_media)),
             source=source,
             truncated=truncated,
         )
@@ -872,62 +838,69 @@ class Processor:
     def count_tokens(
         self, row: dict, media_dir: str | Path, source: str = "", options: EncodeOptions = ENCODE_DEFAULTS
     ) -> int:
-        """How many tokens `encode` makes of a row, given the same options, without decoding its media.
+        """Return how many tokens `encode` makes of a row, without decoding its media.
 
-        Of pictures and frames only headers are read, of video files only packets; an animation's times are known after
-        decoding it only. Raises the InputErrors of `encode` that can be seen so.
+        It reads only the headers of images and the packets of video files; animations are decoded for their times.
+        Raises the InputErrors of `encode` that this can find.
         """
-        chunks, _ = self._encode_row(row, media_dir, source, options, decode=False)
-        return sum(len(chunk.ids) for chunk in chunks)
+        turns, _ = self._encode_row(row, media_dir, source, options, decode=False)
+        return sum(len(turn.ids) for turn in turns)
 
     def _encode_row(
         self, row: dict, media_dir: str | Path, source: str, options: EncodeOptions, decode: bool
     ) -> tuple[list[EncodedTurn], bool]:
-        """The turns that fit in `seq_length`, and whether that is not all. Without `decode` they lack the pixels.
-        Media of turns beyond the length are not read."""
+        """Return the turns that fit in `seq_length`, and whether anything was cut.
+
+        Without `decode` the turns have no pixels. Media in turns beyond the sequence length are not decoded.
+        """
+        limit = options.seq_length or sys.maxsize
         try:
-            for_generation = options.for_generation
-            limit = options.seq_length or sys.maxsize
-            chunks, length = [], 0
-            for turn in parse_row(row, for_generation):
-                chunks.append(self._encode_turn(turn, media_dir, options.confine_paths, decode, limit - length))
-                length += len(chunks[-1].ids)
-                if length > limit and turn.role == "assistant" and not for_generation:
+            turns, length = [], 0
+            for turn in parse_row(row, options.for_generation):
+                turns.append(self._encode_turn(turn, media_dir, options.confine_paths, decode, limit - length))
+                length += len(turns[-1].ids)
+                if length > limit and turn.role == "assistant" and not options.for_generation:
                     break
-            if for_generation:
-                chunks.append(EncodedTurn([self.im_start_token_id, *self._answer_begins]))
-                length += len(chunks[-1].ids)
-            if length <= limit:
-                return chunks, False
-            if sum(chunk.answer is not None for chunk in chunks) > 1 and not for_generation:
-                return chunks[:-2], True  # without the last exchange it fitted
-            answer = chunks[-1].answer or 0
-            prompt = length - len(chunks[-1].ids) + answer
-            if for_generation or prompt >= limit:
-                media = sum(h * w for chunk in chunks for _, h, w in chunk.runs)
-                raise InputError(
-                    f"{length} tokens do not fit in a sequence length of {limit}: {prompt} of them, {media} of "
-                    "pictures or videos, come before the first answer; raise --seq-length, or lower --image-max-pixels"
-                )
-            del chunks[-1].ids[limit - length :]
-            return chunks, True
+            if options.for_generation:
+                turns.append(EncodedTurn(self._answer_prefix_ids))
+                length += len(turns[-1].ids)
+            if length > limit:
+                return self._truncate(turns, limit), True
+            return turns, False
         except InputError as error:
             raise InputError(f"{source}: {one_line(error)}" if source else one_line(error)) from error
 
-    def _encode_turn(self, turn: Turn, media_dir: str | Path, confine: bool, decode: bool, space: int) -> EncodedTurn:
-        """<|im_start|>role\\n...<|im_end|>\\n, as chat_template.jinja renders a message.
+    def _truncate(self, turns: list[EncodedTurn], limit: int) -> list[EncodedTurn]:
+        """Cut the last exchange, which exceeds `limit` tokens. Raises InputError if no answer would remain."""
+        answer_start = turns[-1].answer_start  # None for a generation prompt, which is never cut
+        if answer_start is not None and sum(turn.answer_start is not None for turn in turns) > 1:
+            return turns[:-2]
+        length = sum(len(turn.ids) for turn in turns)
+        prompt = length - len(turns[-1].ids) + (answer_start or 0)
+        if answer_start is None or prompt >= limit:
+            media = sum(rows * columns for turn in turns for _, rows, columns in turn.visual_spans)
+            raise InputError(
+                f"{length} tokens do not fit in a sequence length of {limit}: {prompt} of them, {media} of images or "
+                "videos, come before the first answer; raise --seq-length, or lower --image-max-pixels"
+            )
+        del turns[-1].ids[limit - length :]
+        return turns
 
-        Text between control tokens is tokenized in one piece, as merges may cross the newline after the role. (A token
-        that joins it with a newline at an answer's start counts as prompt: no prompt ends with half of it, so it can
-        never be predicted.) A picture is one run of media tokens, a video one for each pair of frames, after its time.
+    def _encode_turn(self, turn: Turn, media_dir: str | Path, confine: bool, decode: bool, space: int) -> EncodedTurn:
+        """Encode a turn as <|im_start|>role\\n...<|im_end|>\\n, as chat_template.jinja renders it.
+
+        An image is one span of media tokens; a video is one span per frame pair, each after its time. All text between
+        two control tokens is tokenized together, because merges may cross the newline after the role. A token that
+        merges this newline with one at the start of an answer counts as prompt: no generation prompt ends in it, so
+        the model can never be asked to predict it. Media are not decoded beyond `space` tokens.
         """
-        chunk = EncodedTurn([self.im_start_token_id])
+        encoded = EncodedTurn([self.im_start_token_id])
         text = f"{turn.role}\n"
         for part in turn.parts:
             if isinstance(part, str):
                 text += part
                 continue
-            decode = decode and len(chunk.ids) <= space  # a question that does not fit is left out, or an error
+            decode = decode and len(encoded.ids) <= space  # the turn does not fit: its pixels are not used
             try:
                 if part.kind == "image":
                     path = resolve_path(part.spec, media_dir, confine)
@@ -939,108 +912,88 @@ class Processor:
                     captions, pad = [f"<{time:.1f} seconds>" for time in times], self.video_token_id
             except InputError as error:
                 raise InputError(f"{part.key}: {error}") from error
-            chunk.pixels.append(pixels)
-            chunk.grids.append(grid)
-            rows, columns = grid[1] // self.merge, grid[2] // self.merge
+            encoded.pixels.append(pixels)
+            encoded.grids.append(grid)
+            rows, columns = grid[1] // self.merge_size, grid[2] // self.merge_size
             for caption in captions:
-                chunk.ids += [*self._encode_text(text + caption), self.vision_start_token_id]
-                chunk.runs.append((len(chunk.ids), rows, columns))
-                chunk.ids += [pad] * (rows * columns) + [self.vision_end_token_id]
+                encoded.ids += [*self._encode_text(text + caption), self.vision_start_token_id]
+                encoded.visual_spans.append((len(encoded.ids), rows, columns))
+                encoded.ids += [pad] * (rows * columns) + [self.vision_end_token_id]
                 text = ""
-        chunk.ids += [*self._encode_text(text), self.im_end_token_id, *self._newline]
+        encoded.ids += [*self._encode_text(text), self.im_end_token_id, *self._newline_ids]
         if turn.role == "assistant":
-            chunk.answer = 1 + len(self._answer_begins)
-        return chunk
+            encoded.answer_start = len(self._answer_prefix_ids)
+        return encoded
 
 
-@dataclass
-class EncodedTurn:
-    """One turn, encoded."""
+@functools.cache
+def _pair_tables(rescale_factor: float, means: tuple, stds: tuple) -> np.ndarray:
+    """Return the normalised values of each pair of bytes in each channel, [3, 65536] float64 (two float32 each).
 
-    ids: list[int]
-    answer: int | None = None  # where the answer's tokens begin, in an assistant's turn
-    runs: list[tuple[int, int, int]] = field(default_factory=list)  # start, rows, columns of each picture or frame pair
-    pixels: list[np.ndarray] = field(default_factory=list)
-    grids: list[tuple[int, int, int]] = field(default_factory=list)
+    They have transformers' roundings: rescaled in float64, normalised in float32.
+    """
+    levels = (np.arange(256, dtype=np.float64) * rescale_factor).astype(np.float32)
+    tables = (levels - np.array(means, np.float32)[:, None]) / np.array(stds, np.float32)[:, None]  # [3, 256]
+    pairs = np.arange(65536, dtype=np.uint16).view(np.uint8).reshape(-1, 2)  # in the machine's byte order
+    return np.ascontiguousarray(tables[:, pairs]).view(np.float64)[..., 0]
 
 
-def mrope_positions(length: int, runs: list[tuple[int, int, int]]) -> np.ndarray:
-    """Positions [3, length] (temporal, height, width) of text with runs (start, rows, columns) of media tokens.
+def mrope_positions(length: int, spans: list[tuple[int, int, int]]) -> np.ndarray:
+    """Return positions [3, length] (temporal, height, width) of text with spans (start, rows, columns) of media tokens.
 
-    A text token adds one on all axes; a run that begins at position p holds (p, p + row, p + column), and what follows
-    it goes on at p + max(rows, columns).
+    A text token adds one on all axes. In a span that begins at position p, a token has (p, p + row, p + column), and
+    the token after the span has position p + max(rows, columns).
     """
     positions = np.empty((3, length), np.int64)
     done = position = 0
-    for start, rows, columns in runs:
+    for start, rows, columns in spans:
         positions[:, done:start] = np.arange(position, position + start - done)
         position += start - done
         done = start + rows * columns
-        run = np.full((3, rows, columns), position)
-        run[1] += np.arange(rows)[:, None]
-        run[2] += np.arange(columns)
-        positions[:, start:done] = run.reshape(3, -1)
+        span = np.full((3, rows, columns), position)
+        span[1] += np.arange(rows)[:, None]
+        span[2] += np.arange(columns)
+        positions[:, start:done] = span.reshape(3, -1)
         position += max(rows, columns)
     positions[:, done:] = np.arange(position, position + length - done)
     return positions
 
 
-@contextlib.contextmanager
-def _tokenizing(what: str) -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        raise
-    except BaseException as error:  # tokenizers raises plain Exception, and what it did not expect as no Exception
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise InputError(f"{what}: {one_line(error)[:300]}") from error
-        raise
+def _end_token_ids(hf_dir: str | Path) -> set[int]:
+    """Return `eos_token_id` of generation_config.json, else of config.json, else no ids. Raises InputError."""
+    for path in (Path(hf_dir, "generation_config.json"), Path(hf_dir, "config.json")):
+        config = read_json(path, missing_ok=True)
+        ids = config.get("eos_token_id", _section(config, "text_config", path).get("eos_token_id"))
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(type(i) is int for i in ids):
+            raise InputError(f"{path}: eos_token_id is {shorten(ids)}, it must be a token id or a list of them")
+        if ids:
+            return set(ids)
+    return set()
 
 
-def _read_json(path: Path) -> dict:
-    """The object in a configuration file; {} if there is no such file."""
-    if not path.exists():
-        return {}
-    _check_size(path, JSON_BYTES)
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {one_line(error)}") from error
-    return _section({str(path): value}, str(path))
-
-
-def _check_size(path: Path, most: int) -> None:
-    """Raises InputError for what is no regular file (reading a pipe never ends) or larger than anything published."""
-    if not path.is_file():
-        raise InputError(f"{path} is not a regular file")
-    if (size := path.stat().st_size) > most:
-        raise InputError(f"{path} has {size} bytes, {most} at most are read")
-
-
-def _section(values: dict, name: str, file: Path | None = None) -> dict:
-    """The object `name` of a file's values, its settings checked against EXAMPLES; {} if it is not there."""
-    section, where = values.get(name, {}), f"{file}: {name}" if file else name
+def _section(config: dict, name: str, where: str | Path) -> dict:
+    """Return the object `name` of a configuration, {} if it has none. Raises InputError for any other type."""
+    section = config.get(name, {})
     if not isinstance(section, dict):
-        raise InputError(f"{where} must hold an object, this is {_type(section)}")
-    if "size" in section:
-        _section(section, "size", where)
-    for key in [key for key in EXAMPLES if key in section and not (key in PIXEL_KEYS and section[key] is None)]:
-        value, example = section[key], EXAMPLES[key]
-        numbers, examples = (x if isinstance(x, list) and isinstance(example, list) else [x] for x in (value, example))
-        low, high = LIMITS.get(key, (0, 1e8))
-        if [type(x) in (int, type(examples[0])) and low < x < high for x in numbers] != [True] * len(examples):
-            found = shorten(value) if isinstance(value, list | dict) else json.dumps(value)[:100]
-            raise InputError(f"{where}: {key} is {found}: it must be positive, such as {json.dumps(example)}, "
-                             f"and below {high:g}")
+        raise InputError(f"{where}: {name} must be an object, not {shorten(section)}")
     return section
 
 
-def _pixel_limits(kind: str, settings: dict, minimum: int | None, maximum: int | None) -> tuple[int, int]:
-    """The limits given, else the preprocessor file's (whose min_pixels comes before its size), else the defaults.
+def _media_settings(hf_dir: str | Path, kind: str) -> dict:
+    """Return the preprocessor settings of images or videos: a file of their own overrides processor_config.json."""
+    shared = Path(hf_dir, "processor_config.json")
+    own = Path(hf_dir, "preprocessor_config.json" if kind == "image" else "video_preprocessor_config.json")
+    settings = _section(read_json(shared, missing_ok=True), f"{kind}_processor", shared)
+    settings = DEFAULTS | settings | read_json(own, missing_ok=True)
+    _section(settings, "size", own if own.exists() else shared)
+    return settings
 
-    A limit given alone moves the other if it must: a maximum below the file's minimum is both.
+
+def _pixel_limits(kind: str, settings: dict, minimum: int | None, maximum: int | None) -> tuple[int, int]:
+    """Return the limits given, else the preprocessor's (`min_pixels` before `size`), else the released models'.
+
+    A single given limit moves the other one if necessary: a maximum below the model's minimum becomes both.
     """
     size, defaults = settings.get("size", {}), DEFAULT_PIXELS[kind]
     low = settings.get("min_pixels") or size.get("shortest_edge") or defaults[0]
@@ -1056,11 +1009,11 @@ def _pixel_limits(kind: str, settings: dict, minimum: int | None, maximum: int |
 
 
 class RowFile:
-    """A file of rows. To add a format, write a subclass and give its suffix in `ROW_FORMATS`.
+    """A file of rows. To add a format, write a subclass and enter its suffix in `ROW_FORMATS`.
 
     A row is found by a half-open range [start, end) of integers in a unit that the format chooses, such as bytes or row
-    numbers. The ranges of a file increase and do not overlap. `read` runs in forked worker processes, so that it
-    must not use a file handle that was opened before the fork. All methods may raise OSError.
+    numbers. The ranges of a file increase and do not overlap. All methods may raise OSError. `read` runs in forked
+    worker processes and must not share a file handle with them.
     """
 
     def __init__(self, path: str):
@@ -1133,33 +1086,34 @@ def _scan_array(path: str, stream: BinaryIO, offset: int, expected: str) -> Iter
     """
     parse = json.JSONDecoder(strict=False, parse_int=len).raw_decode
     separator = re.compile(r"[ \t\n\r]*(\[[ \t\n\r]*\]|[\[,\]]?)[ \t\n\r]*")
-    window, at, at_end = "", 0, False  # window[0] is byte `offset` of the file; everything before `at` is done
+    window, done, at_end = "", 0, False  # window[0] is byte `offset` of the file; everything before `done` was yielded
     while True:
-        match = separator.match(window, at)
+        match = separator.match(window, done)
         mark, start = match[1], match.end()
-        is_last = mark[-1:] == "]"
-        problem, position = "", start
+        closes = mark.endswith("]")
+        problem, end = "", start  # `end` is where the element ends, or where the problem is
         if not mark or mark[0] not in expected:
-            problem, position = f"expected {' or '.join(expected)}", match.start(1)
-        elif not is_last:
+            problem, end = f"expected {' or '.join(expected)}", match.start(1)
+        elif not closes:
             try:
-                position = parse(window, start)[1]
+                end = parse(window, start)[1]
             except (ValueError, RecursionError) as error:
-                problem, position = getattr(error, "msg", one_line(error)), getattr(error, "pos", start)
-        # Where the window ends, an element looks damaged or ends too early. A cut string is an error at its start.
-        if not at_end and (position > len(window) - 16 or problem.startswith("Unterminated")):
-            chunk = stream.read(max(1 << 20, len(window) - at))  # doubles the window while an element exceeds it
-            offset, window, at = offset + at, window[at:] + chunk.decode("latin-1"), 0
+                problem, end = getattr(error, "msg", one_line(error)), getattr(error, "pos", start)
+        # An element that the window cuts has a problem near the window's end, or is an unterminated string, or seems to
+        # end there (a number). 16 bytes are more than the longest escape or literal.
+        if not at_end and (end > len(window) - 16 or problem.startswith("Unterminated")):
+            chunk = stream.read(max(1 << 20, len(window) - done))  # doubles the window while an element exceeds it
+            offset, window, done = offset + done, window[done:] + chunk.decode("latin-1"), 0
             at_end = not chunk
             continue
-        if is_last and not problem:
+        if closes and not problem:
             if start == len(window):
                 return
             problem = "extra data after the array"
         if problem:
-            raise InputError(f"{path} is not a JSON array: {problem} (byte {offset + position})")
-        yield offset + start, offset + position
-        at, expected = position, ",]"
+            raise InputError(f"{path} is not a JSON array: {problem} (byte {offset + end})")
+        yield offset + start, offset + end
+        done, expected = end, ",]"
 
 
 class Span(NamedTuple):
@@ -1192,7 +1146,7 @@ class RowSource:
         for path, file in zip(self.paths, self.files, strict=True):
             try:
                 if next(file.scan(), None) is None:
-                    raise InputError(f"{path} holds no rows: a dataset is a JSON array of rows or JSON lines")
+                    raise InputError(f"the dataset {path} holds no rows")
             except OSError as error:
                 raise InputError(f"the dataset {path} cannot be read: {error.strerror}") from error
 
@@ -1210,25 +1164,33 @@ class RowSource:
     def stream(self, state: dict, seed: int | None) -> Iterator[tuple[Span, dict]]:
         """Yield the rows after the position `state`, endlessly, each with the position after it.
 
-        `state` is {} at the start. Each of the blocks that `_blocks` yields is shuffled in an order that depends on
-        `seed` and the epoch; `seed` None keeps the files' order. Raises InputError.
+        `state` is {} at the start. The rows of each block (see `_blocks`) are shuffled, in an order that depends on
+        `seed` and the epoch. If `seed` is None, the files' order is kept. Raises InputError.
         """
         if state:
             self._check_position(state)
         layout = {"sizes": self.sizes, "shuffle_buffer": self.buffer}
         consumed, epoch, done = (state.get(name, 0) for name in ("consumed", "epoch", "done"))
-        first_block = state.get("block")
+        block = state.get("block")
         while True:
-            for block, size, span_at in self._blocks(first_block):
+            for start, size, span_at in self._blocks(block):
                 order = range(size)
                 if seed is not None:
-                    order = np.random.default_rng([seed, epoch, *block]).permutation(size)
-                while done < size:
-                    span = span_at(int(order[done]))
-                    done, consumed = done + 1, consumed + 1
-                    yield span, {"consumed": consumed, "epoch": epoch, "block": block, "done": done} | layout
+                    order = np.random.default_rng([seed, epoch, *start]).permutation(size)
+                for i in range(done, size):
+                    consumed += 1
+                    position = {"consumed": consumed, "epoch": epoch, "block": start, "done": i + 1}
+                    yield span_at(int(order[i])), position | layout
                 done = 0
-            first_block, epoch, done = None, epoch + 1, 0
+            block, epoch, done = None, epoch + 1, 0
+
+    def _blocks(self, first: list[int] | None) -> Iterator[tuple[list[int], int, Callable[[int], Span]]]:
+        """Yield the blocks of an epoch, from the start of the block `first` on (None: all blocks).
+
+        A block is given by its start (a list of numbers), its number of rows, and a function that returns the location
+        of the i-th row.
+        """
+        raise NotImplementedError
 
     def _check_position(self, state: dict) -> None:
         """Compare a position with these datasets. Raises InputError if only one of them was streamed."""
@@ -1249,9 +1211,9 @@ class RowSource:
 
 
 class RowDataset(RowSource):
-    """Rows of known number, read from disk on demand. Only the range of each row is kept in memory, in 16 bytes.
+    """Rows of known number, read from disk on demand. Only the range of each row is in memory, in 16 bytes.
 
-    `cache_dir` keeps the ranges for the next start. Its files may be deleted at any time.
+    The ranges are also kept in `cache_dir` for the next start. The files there may be deleted at any time.
     """
 
     def __init__(
@@ -1286,8 +1248,7 @@ class RowDataset(RowSource):
         return self.sizes[file]
 
     def _blocks(self, first: list[int] | None) -> Iterator[tuple[list[int], int, Callable[[int], Span]]]:
-        """Yield one block that holds the whole epoch (see `RowStream._blocks`)."""
-        yield [], len(self), self.span
+        yield [], len(self), self.span  # one block per epoch
 
 
 class RowStream(RowSource):
@@ -1315,11 +1276,7 @@ class RowStream(RowSource):
         return rows * self.sizes[file] / end
 
     def _blocks(self, first: list[int] | None) -> Iterator[tuple[list[int], int, Callable[[int], Span]]]:
-        """Yield the blocks of the rest of an epoch: (where it starts, number of rows, function of a row's location).
-
-        A block starts at [file number, row number, position in the file]; `first` is where the first one starts.
-        """
-        start = first or [0, 0, 0]
+        start = first or [0, 0, 0]  # number of the file, number of the row in it, start of the row's range
         spans = self._spans(*start)
         while block := list(itertools.islice(spans, self.buffer)):
             yield start, len(block), block.__getitem__
@@ -1336,9 +1293,13 @@ class RowStream(RowSource):
 
 
 def _cached_index(file: RowFile, cache_dir: str | None) -> np.ndarray:
-    """Return the ranges [rows, 2] of a file's rows, from `cache_dir` unless the file has changed since."""
+    """Return the ranges [rows, 2] of a file's rows, from `cache_dir` if the file has not changed."""
+
+    def build() -> np.ndarray:
+        return np.fromiter(itertools.chain.from_iterable(file.scan()), np.int64).reshape(-1, 2)
+
     if cache_dir is None:
-        return _index(file)
+        return build()
     status = os.stat(file.path)
     identity = f"{os.path.abspath(file.path)} {status.st_size} {status.st_mtime_ns}"
     cached = Path(cache_dir, f"rows-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npy")
@@ -1347,7 +1308,7 @@ def _cached_index(file: RowFile, cache_dir: str | None) -> np.ndarray:
             return np.load(cached)
         except (OSError, EOFError, ValueError) as error:
             logger.warning("%s is damaged and is built again: %s", cached, one_line(error))
-    ranges = _index(file)
+    ranges = build()
     temporary = cached.with_suffix(f".{uuid.uuid4().hex}")  # other processes may write the same index
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -1359,11 +1320,6 @@ def _cached_index(file: RowFile, cache_dir: str | None) -> np.ndarray:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     return ranges
-
-
-def _index(file: RowFile) -> np.ndarray:
-    """Return the ranges [rows, 2] of a file's rows."""
-    return np.fromiter(itertools.chain.from_iterable(file.scan()), np.int64).reshape(-1, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------- the stream
@@ -1404,8 +1360,8 @@ class Loader:
     num_samples: int | None = None  # ends the stream after so many rows; the last batches of some ranks may be empty
 
     def __post_init__(self):
-        self._rows_per_step = self.micro_batch_size * self.dp_size  # of one micro-batch on every rank
-        if self.global_batch_size % self._rows_per_step:
+        self._rows_per_micro_step = self.micro_batch_size * self.dp_size  # of all ranks
+        if self.global_batch_size % self._rows_per_micro_step:
             raise InputError(
                 f"a global batch of {self.global_batch_size} cannot be divided into micro-batches of "
                 f"{self.micro_batch_size} on {self.dp_size} data-parallel ranks"
@@ -1451,7 +1407,7 @@ class Loader:
         """Return the number of rows in an epoch. With `packing`, estimate the number of packed rows.
 
         The estimate divides the tokens of up to 1000 rows by `seq_length`, as if packed rows had no unused space. With
-        samples much shorter than `seq_length`, it is too low by less than 2 %.
+        samples much shorter than `seq_length`, it is too low by about 1 to 2 %.
         """
         rows = self.dataset.count()
         if not self.packing:
@@ -1492,7 +1448,7 @@ class Loader:
         """Yield this rank's rows of each micro-batch, and the position after the rows of all ranks."""
         rows = itertools.islice(self.dataset.stream(state, self._order_seed), self.num_samples)
         first = self.dp_rank * self.micro_batch_size
-        while step := list(itertools.islice(rows, self._rows_per_step)):
+        while step := list(itertools.islice(rows, self._rows_per_micro_step)):
             yield [span for span, _ in step[first : first + self.micro_batch_size]], step[-1][1]
 
     def _packed(self, states: list[dict]) -> Iterator[tuple[list[Span], dict]]:
@@ -1542,7 +1498,7 @@ class Loader:
         return span, state, length
 
     def _undelivered_rows(self, states: list[dict]) -> tuple[list[Span], dict]:
-        """Return the rows of before the checkpoint that this rank still has to pack, and the position to continue from.
+        """Return the rows before the checkpoint that this rank still has to pack, and the position to continue from.
 
         Ranks pack at different speeds, so that each saves its own position. If the layout of ranks has changed, all
         ranks continue from the furthest position. The rows before it that no rank has packed are divided anew.
@@ -1553,9 +1509,9 @@ class Loader:
             return [Span(*span) for span in own[0].get("buffer", [])], own[0]
         spans = [Span(*span) for state in states for span in state["buffer"]]
         consumed = {state["rank_layout"][0]: state["consumed"] for state in states}
-        oldest, newest = (choose(states, key=lambda state: state["consumed"]) for choose in (min, max))
-        stream = self.dataset.stream(oldest, self._order_seed)
-        for span, state in itertools.islice(stream, newest["consumed"] - oldest["consumed"]):
+        states = sorted(states, key=lambda state: state["consumed"])
+        newest, number = states[-1], states[-1]["consumed"] - states[0]["consumed"]
+        for span, state in itertools.islice(self.dataset.stream(states[0], self._order_seed), number):
             rank = (state["consumed"] - 1) % newest["rank_layout"][1]
             if state["consumed"] > consumed[rank]:
                 spans.append(span)

@@ -116,7 +116,7 @@ class Qwen3VLConfig:
                              "qwen3_vl_moe")
         text, vision = raw.get("text_config"), raw.get("vision_config")
         if not isinstance(text, dict) or not isinstance(vision, dict):
-            raise InputError(f"{path}: text_config and vision_config must be objects")
+            raise InputError(f"{path}: needs text_config and vision_config, each an object")
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}  # transformers 5, transformers 4
         if not isinstance(rope, dict):
             raise InputError(f"{path}: text_config.rope_parameters must be an object")
@@ -184,7 +184,7 @@ def _build(cls: type, values: dict, where: str):
             continue
         items = value if isinstance(value, list) else ()
         if not isinstance(value, json_types[f.type]) or not all(isinstance(item, int) for item in items):
-            raise InputError(f"{where}.{f.name} is {shorten(value)}, its type must be {f.type}")
+            raise InputError(f"{where}.{f.name} is {shorten(value)}, it must be {f.type}")
         if f.type == "int" and value < 1 and f.name != "num_experts":
             raise InputError(f"{where}.{f.name} is {value}, it must be above 0")
         known[f.name] = value

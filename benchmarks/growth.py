@@ -1,9 +1,11 @@
-"""How time and memory of a step grow: `python benchmarks/growth.py [--only length,experts] [--plot docs/growth.png]`.
+"""Measure how time and memory of a step grow with tokens, experts, images and ranks.
 
-Against a row's length, the number of experts at equal active parameters, the pictures of a row, and, by the dry run,
-the number of ranks. Beside each time stands that per floating point operation, beside each memory that per token,
-picture or expert, relative to the first line: a column that rises is growth beyond the mathematics. Every point is
-measured in a process of its own, whose most memory is that of one step less that of the loaded model.
+    python benchmarks/growth.py [--only length,experts] [--plot docs/growth.png]
+
+The experts grow at equal active parameters, and the dry run predicts the figures for ranks. Each time is also printed
+per floating-point operation, and each memory per token, expert or image. A column that rises then shows growth beyond
+what the computation requires. Each point has a process of its own. Its memory is the peak of a step minus the memory of
+the loaded model.
 """
 from __future__ import annotations
 
@@ -14,64 +16,65 @@ import sys
 import tempfile
 from pathlib import Path
 
-import beside
+import comparison
 import tiny
 import torch
-from beside import ROOT, clock, peak_mb
+from comparison import ROOT, peak_mb, synchronized_time
 
 LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]
 EXPERTS = [8, 16, 32, 64, 128]
-PICTURES = [1, 2, 4, 8, 16, 32, 64]
+IMAGES = [1, 2, 4, 8, 16, 32, 64]
 RANKS = [8, 16, 32, 64, 128, 256, 512, 1024]
 SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "layers": 3}
 
 
 def points(case: str) -> list[tuple[int, dict, list]]:
-    """(what grows, configuration, rows) of each point of a case."""
+    """Return (size, configuration, rows) of each point of a case."""
     if case == "length":
-        return [(n, beside.config(False, **SMALL), [[n]]) for n in LENGTHS]
-    if case == "pictures":
-        return [(n, beside.config(False, **SMALL), [[16, *[("image", 20, 20), 4] * n]]) for n in PICTURES]
+        return [(n, comparison.config(False, **SMALL), [[n]]) for n in LENGTHS]
+    if case == "images":
+        return [(n, comparison.config(False, **SMALL), [[16, *[("image", 20, 20), 4] * n]]) for n in IMAGES]
     grown = []
     for n in EXPERTS:
-        raw = beside.config(True, **SMALL)
+        raw = comparison.config(True, **SMALL)
         raw["text_config"] |= {"num_experts": n, "num_experts_per_tok": 4, "moe_intermediate_size": 128}
         grown.append((n, raw, [[4096]]))
     return grown
 
 
 def measure(raw: dict, rows: list, device: str, threads: int, pipe) -> None:
-    """Sends (seconds of forward and backward, seconds of the optimizer, floating point operations, MB of a step)."""
+    """Send (seconds of forward and backward, seconds of the optimizer, FLOPs, MB of a step) through the pipe."""
     torch.set_num_threads(threads)
     import kernels_npu
-    from model import Qwen3VL, Qwen3VLConfig, step_flops
+    from model import Qwen3VLConfig, build_model, step_flops
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     ops = kernels_npu.select(device, dtype)
     with tempfile.TemporaryDirectory() as directory:
         tiny.hf_dir(Path(directory), raw)
         config = Qwen3VLConfig.from_json(directory)
-    with torch.device("meta"):
-        model = Qwen3VL(config).to(dtype)
+    model = build_model(config).to(dtype)
     model.to_empty(device=ops.device).init_weights(0)
     optimizer = ops.adamw([{"params": list(model.parameters())}], lr=1e-4)
-    batch = beside.packed(rows, device, dtype)
+    batch = comparison.packed_batch(rows, device, dtype)
     flops = step_flops(config, batch.cu_seqlens, batch.grid_thw, len(batch.supervised_index))
     before, times = peak_mb(device), []
     while len(times) < 2 or sum(a + b for a, b in times) < 3 and len(times) < 12:
-        began = clock(device)
+        began = synchronized_time(device)
         model(batch)[0].backward()
-        computed = clock(device)
+        computed = synchronized_time(device)
         optimizer.step()
         optimizer.zero_grad()
-        times.append((computed - began, clock(device) - computed))
+        times.append((computed - began, synchronized_time(device) - computed))
     compute, optimize = (min(each) for each in zip(*times[1:], strict=True))
     pipe.send((compute, optimize, flops, peak_mb(device) - before))
 
 
 def ranks_table(model: str) -> list[tuple]:
-    """What the dry run says of one rank and one step, from 8 to 1024 ranks: (ranks, GiB of state, peak GiB, GiB that
-    all-gathers bring, GiB that all-to-alls send)."""
+    """Return the dry run's figures for one rank and one step, from 8 to 1024 ranks.
+
+    Each row is (ranks, GiB of state, peak GiB, GiB received in all-gathers, GiB sent in all-to-alls).
+    """
     rows = []
     for n in RANKS:
         with tempfile.TemporaryDirectory() as out:
@@ -88,28 +91,28 @@ def ranks_table(model: str) -> list[tuple]:
 
 
 def plot(tables: dict[str, list[tuple]], path: Path, machine: str) -> None:
-    """One panel for each table."""
+    """Draw one panel per table."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, len(tables), figsize=(4 * len(tables), 3.6), dpi=130)
-    labels = {"length": "tokens of a row", "experts": "experts, 4 of them active", "pictures": "pictures of a row",
+    labels = {"length": "tokens in a row", "experts": "experts, 4 of them active", "images": "images in a row",
               "ranks": "ranks (30B-A3B, 4,096 tokens, dry run)"}
     for panel, (case, rows) in zip([panels] if len(tables) == 1 else panels, tables.items(), strict=True):
-        at = [row[0] for row in rows]
+        sizes = [row[0] for row in rows]
         if case == "ranks":
             series = {"parameters, gradients, optimizer (GiB)": 1, "peak of a rank (GiB)": 2,
-                      "all-gathered a step (GiB)": 3}
+                      "all-gathers per step (GiB)": 3}
         else:
-            series = {"a step (s)": 1, "the same time per FLOP as the first (s)": 2, "memory of a step (GB)": 3}
+            series = {"time of a step (s)": 1, "time per FLOP as at the first point (s)": 2, "memory of a step (GB)": 3}
         for (label, column), style in zip(series.items(), ("o-", "k:", "s-"), strict=True):
-            panel.plot(at, [row[column] for row in rows], style, label=label, markersize=4)
+            panel.plot(sizes, [row[column] for row in rows], style, label=label, markersize=4)
         panel.set(xscale="log", yscale="log", xlabel=labels[case])
         low, high = panel.get_ylim()
-        panel.set_ylim(low / 2, high * 6)  # room for the legend
-        panel.set_xticks(at, [f"{n:,}" for n in at], rotation=45, fontsize=7)
+        panel.set_ylim(low / 2, high * 6)  # space for the legend
+        panel.set_xticks(sizes, [f"{n:,}" for n in sizes], rotation=45, fontsize=7)
         panel.minorticks_off()
         panel.grid(alpha=0.25)
         panel.legend(fontsize=7)
@@ -119,27 +122,27 @@ def plot(tables: dict[str, list[tuple]], path: Path, machine: str) -> None:
 
 
 def main() -> None:
-    parser = beside.flags(__doc__, ["length", "experts", "pictures", "ranks"], rounds=False)
-    parser.add_argument("--plot", type=Path, metavar="F.png", help="draw it")
+    parser = comparison.make_parser(__doc__, ["length", "experts", "images", "ranks"], rounds=False)
+    parser.add_argument("--plot", type=Path, metavar="F.png", help="draw the tables")
     args = parser.parse_args()
-    machine = beside.machine(args.device, args.threads)
+    machine = comparison.describe_machine(args.device, args.threads)
     print(machine)
     context, tables = multiprocessing.get_context("spawn"), {}
     for case in args.only:
         if case == "ranks":
-            print(f"\n{'ranks':>8} {'state of a rank':>16} {'peak':>10} {'all-gathers bring':>18} "
-                  f"{'all-to-alls send':>18}   GiB a step, 30B-A3B, EP 8")
+            print(f"\n{'ranks':>8} {'state of a rank':>16} {'peak':>10} {'all-gather':>18} "
+                  f"{'all-to-all':>18}   GiB per rank and step, 30B-A3B, EP 8")
             tables[case] = ranks_table("qwen3-vl-30b-a3b")
             continue
         print(f"\n{case:>8} {'forward, backward':>18} {'optimizer':>10} {'TFLOP':>8} {'s per TFLOP':>12} "
-              f"{'relative':>9} {'MB of a step':>13} {'MB of each':>11}")
+              f"{'relative':>9} {'MB of a step':>13} {'MB per unit':>11}")
         tables[case] = []
         for n, raw, rows in points(case):
-            here, there = context.Pipe()
-            process = context.Process(target=measure, args=(raw, rows, args.device, args.threads, there))
+            our_end, its_end = context.Pipe()
+            process = context.Process(target=measure, args=(raw, rows, args.device, args.threads, its_end))
             process.start()
-            there.close()
-            compute, optimize, flops, memory = here.recv()
+            its_end.close()  # otherwise recv would wait forever for a process that died
+            compute, optimize, flops, memory = our_end.recv()
             process.join()
             first = tables[case][0] if tables[case] else (n, compute, compute, 0, flops)
             expected = first[1] * flops / first[4]

@@ -1,9 +1,11 @@
-"""What train.py's own options cost and save: `python benchmarks/options.py [--only dense] [--device cuda]`.
+"""Measure what train.py's options cost and save.
 
-Trains a random model through train.py itself (its loader, its clipping, in bf16 FSDP2) on packed rows of pictures
-and text, once with the defaults and once with each option, and prints time of a step, MFU where the device's peak is
-known, and the most memory. On a CPU the model is small; on CUDA it has the widths of 8B (dense) or of 30B-A3B (moe),
-and fewer layers.
+    python benchmarks/options.py [--only dense] [--device cuda]
+
+Each run trains a random model through train.py, including its loader, its clipping, and FSDP2 in bf16. The rows are
+packed images and text. The first run uses the defaults and each other run one option. The program prints the time of
+a step, MFU where the device's peak is known, and peak memory. On a CPU the model is small. On CUDA it has the widths of
+8B (dense) or 30B-A3B (moe), and fewer layers.
 """
 from __future__ import annotations
 
@@ -16,22 +18,22 @@ import sys
 import tempfile
 from pathlib import Path
 
-import beside
+import comparison
 import numpy as np
 import tiny
-from beside import ROOT
+from comparison import ROOT
 from PIL import Image
 
 OPTIONS = {
     "no recompute": ["--recompute", "none"], "recompute": ["--recompute", "full"],
     "recompute and offload": ["--recompute", "full", "--activation-offload"],
-    "no recompute, loss in one piece": ["--recompute", "none", "--loss-chunk-size", "0"],
+    "no recompute, loss in one chunk": ["--recompute", "none", "--loss-chunk-size", "0"],
 }
 
 
 def write_inputs(folder: Path, moe: bool, device: str, layers: int | None) -> None:
-    """config.json, a byte tokenizer and 64 rows: two in three with a picture."""
-    raw = beside.config(moe, vocab_size=32768)
+    """Write config.json, a byte tokenizer and 64 rows, two thirds of them with an image."""
+    raw = comparison.config(moe, vocab_size=32768)
     if device == "cuda":
         name = "qwen3-vl-30b-a3b" if moe else "qwen3-vl-8b"
         raw = json.loads((ROOT / "configs" / name / "config.json").read_text())
@@ -60,7 +62,7 @@ def write_inputs(folder: Path, moe: bool, device: str, layers: int | None) -> No
 
 
 def run(folder: Path, options: list[str], args: argparse.Namespace) -> dict:
-    """Trains in a process of its own -> medians over the steps after the first two, and the most memory in bytes."""
+    """Train in a new process. Return medians over the steps after the first two, and peak memory in bytes."""
     out = Path(tempfile.mkdtemp(dir=folder))
     command = [sys.executable, ROOT / "train.py", "--init-from-hf-path", folder, "--init", "random", "--dataset",
                folder / "rows.json", "--packing", "--seq-length", args.seq_length, "--save", out, "--no-save-optim",
@@ -80,12 +82,13 @@ def run(folder: Path, options: list[str], args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    parser = beside.flags(__doc__, ["dense", "moe"], rounds=False)
-    parser.add_argument("--seq-length", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--layers", type=int, help="of the text decoder")
+    parser = comparison.make_parser(__doc__, ["dense", "moe"], rounds=False)
+    parser.add_argument("--seq-length", type=int, default=4096, help="tokens in a packed row")
+    parser.add_argument("--steps", type=int, default=5, help="steps that are measured")
+    parser.add_argument("--layers", type=int, help="layers of the text decoder")
     args = parser.parse_args()
-    print(f"{beside.machine(args.device, args.threads)}; train.py, one packed row of {args.seq_length} tokens a step")
+    machine = comparison.describe_machine(args.device, args.threads)
+    print(f"{machine}; train.py, one packed row of {args.seq_length} tokens per step")
     for model in args.only:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -93,12 +96,12 @@ def main() -> None:
             first = None
             for title, options in OPTIONS.items():
                 if "--activation-offload" in options and args.device == "cpu":
-                    continue  # there is no device whose memory it could spare
+                    continue  # a CPU has no device memory to save
                 m = run(folder, options, args)
                 first = first or m
                 mfu = f", MFU {m['mfu']:.3f}" if m["mfu"] else ""
                 print(f"{model:6} {title:32} {m['step']:7.3f} s ({m['step'] / first['step']:.2f}), {m['tokens']:6,.0f} "
-                      f"tokens/s{mfu}, most memory {m['memory'] / 2**20:7,.0f} MB "
+                      f"tokens/s{mfu}, peak memory {m['memory'] / 2**20:7,.0f} MB "
                       f"({m['memory'] / first['memory']:.2f}); loss {m['loss']:.5f}", flush=True)
 
 

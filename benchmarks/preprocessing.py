@@ -1,11 +1,11 @@
-"""Pictures per second of data.py beside transformers' Pillow processor, and how long a training step waits for data.
+"""Compare image preprocessing with transformers' Pillow processor, and measure how long a step waits for data.
 
     python benchmarks/preprocessing.py [--rounds 9] [--batches 30] [--step-ms 60]
 
-Draws pictures of COCO's sizes and some large ones, as JPEG and PNG. Both processors first have to give the same
-pixels; then they take turns, so that other programs on the machine slow down both. Times are of one thread, in seconds
-of its processor (not of the clock). The second table reads the same pictures through `Loader` beside a step of matrix
-products: its waits are by the clock, and mean something only where cores are free for the workers.
+The program draws images of COCO's sizes and some large ones, as JPEG and PNG. Both processors must give the same
+pixels. They then take turns, so that other programs on the machine slow down both. Times are processor time of one
+thread. The second table reads the same images through `Loader` while a step computes matrix products. Its waits are
+wall time, and only mean something where cores are free for the workers.
 """
 
 import argparse
@@ -35,7 +35,7 @@ LARGE = [(1920, 1080), (2448, 3264), (4000, 3000)]
 
 
 def draw(folder: Path, suffix: str, sizes: list[tuple[int, int]], rng: np.random.Generator) -> list[Path]:
-    """Pictures of smooth shapes under fine noise, so that they compress about as photographs do."""
+    """Draw smooth shapes with fine noise, which compress about as well as photographs."""
     paths = []
     for i, (width, height) in enumerate(sizes):
         coarse = Image.fromarray(rng.integers(0, 256, (height // 40, width // 40, 3), dtype=np.uint8))
@@ -58,24 +58,24 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 
 def compare(title: str, paths: list[Path], rounds: int, processor: Processor, reference) -> None:
-    """Prints pictures per second of both, and their ratio: the least, the median and the most of the rounds."""
+    """Print images per second of both processors and their ratio: minimum, median and maximum of the rounds."""
 
     def ours(path: Path) -> np.ndarray:
         return processor.process_image(data.load_image(path))[0]
 
-    def theirs(path: Path) -> np.ndarray:
+    def transformers(path: Path) -> np.ndarray:
         return reference(load_image(str(path)), return_tensors="np")["pixel_values"]
 
     for path in paths:
-        if not np.array_equal(ours(path), theirs(path)):
+        if not np.array_equal(ours(path), transformers(path)):
             sys.exit(f"error: {path.name}: the pixels differ from transformers'")
-    times = [(seconds_each(ours, paths), seconds_each(theirs, paths)) for _ in range(rounds)]
+    times = [(seconds_each(ours, paths), seconds_each(transformers, paths)) for _ in range(rounds)]
     columns = [1 / a for a, _ in times], [1 / b for _, b in times]
     print(f"{title:12}{spread(columns[0]):>26}{spread(columns[1]):>26}{spread([b / a for a, b in times], 2):>22}")
 
 
 def data_waits(dataset: RowDataset, processor: Processor, workers: int, batches: int, step_s: float) -> list[float]:
-    """Seconds that each step waits for its batch of 4 rows, the first five left out while workers start."""
+    """Return the seconds that each step waits for its batch of 4 rows, without the first five while workers start."""
     loader = Loader(
         dataset,
         processor,
@@ -94,7 +94,7 @@ def data_waits(dataset: RowDataset, processor: Processor, workers: int, batches:
         started = time.perf_counter()
         next(stream)
         waits.append(time.perf_counter() - started)
-        until = time.process_time() + step_s  # of this process: a core that is shared does not shorten the step
+        until = time.process_time() + step_s  # processor time, so that sharing a core does not shorten the step
         while time.process_time() < until:
             matrix @ matrix
     return waits[5:]
@@ -102,9 +102,9 @@ def data_waits(dataset: RowDataset, processor: Processor, workers: int, batches:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="turns of the comparison")
-    parser.add_argument("--batches", type=int, default=30, help="batches of the second table")
-    parser.add_argument("--step-ms", type=float, default=60, help="what a step computes, per batch of four rows")
+    parser.add_argument("--rounds", type=int, default=9, help="measured turns per processor")
+    parser.add_argument("--batches", type=int, default=30, help="batches in the second table")
+    parser.add_argument("--step-ms", type=float, default=60, help="processor time of a step")
     args = parser.parse_args()
     torch.set_num_threads(1)
     size = {"shortest_edge": 65536, "longest_edge": 16777216}
@@ -113,7 +113,7 @@ def main() -> None:
     processor, rng = Processor(build_tokenizer()), np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        print("pictures/s, one thread (min / median / max of rounds)")
+        print("images per second, one thread (min / median / max of rounds)")
         print(f"{'':12}{'data.py':>26}{'transformers, Pillow':>26}{'ratio':>22}")
         coco = draw(folder, ".jpg", COCO, rng)
         compare("COCO, JPEG", coco, args.rounds, processor, reference)
@@ -125,7 +125,7 @@ def main() -> None:
         rows = [{"messages": turns, "images": [path.name]} for path in coco]
         (folder / "rows.json").write_text(json.dumps(rows * 8))
         dataset = RowDataset([str(folder / "rows.json")])
-        print(f"\ndata_time_s of batches of four, beside a step of {args.step_ms:.0f} ms (min / median / max)")
+        print(f"\ndata_time_s of batches of four, with a step of {args.step_ms:.0f} ms (min / median / max)")
         for workers in (0, 1, 2):
             waits = data_waits(dataset, processor, workers, args.batches, args.step_ms / 1000)
             print(f"{workers} workers   {spread(waits, 4)}   mean {np.mean(waits):.4f}", flush=True)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Qwen3-VL-32B: 16 devices, by default one node of 16 (NNODES=2 NPUS_PER_NODE=8 for two of 8).
-# env.sh says what can be set from outside; arguments go to train.py.
+# Qwen3-VL-32B on 16 devices: one node of 16 by default, or two of 8 with NNODES=2 NPUS_PER_NODE=8.
+# env.sh lists the variables that can be set outside. Arguments are passed to train.py.
 set -euo pipefail
 root=$(CDPATH="" cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -11,7 +11,8 @@ GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-16}
 # shellcheck source=examples/env.sh
 source "$root/examples/env.sh" "$@"
 
-# 16 bytes for each trained parameter are 33 GB a device on 16 devices: it fits 64 GB with recompute, without offload.
-# A checkpoint with the optimizer takes 400 GB: the interval weighs its time against the steps that a crash would lose.
+# At 16 bytes per trained parameter a device holds 33 GB. With recompute that fits in 64 GB without offload.
+# A checkpoint with the optimizer takes 400 GB. The save interval trades the time to write it against the steps that a
+# crash loses.
 launch --freeze-vision-encoder --freeze-vision-projector --seq-length 1024 --recompute full \
     --save-interval 2000 --save-retain 2 "$@"

@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 import common
 import convert
@@ -40,6 +42,12 @@ def torchrun(ranks: int, *argv, **kwargs) -> subprocess.CompletedProcess:
     return shell("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "train.py", *argv, **kwargs)
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def _rank_process(rank: int, world_size: int, port: int, main: Callable, argv: list[str], log: Path) -> None:
     """Run `main` with the environment that torchrun sets; write standard output and error to `log`."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -63,9 +71,7 @@ class Job:
         log_dir = self.save.with_name(self.save.name + "_logs")
         log_dir.mkdir(parents=True, exist_ok=True)
         self.logs = [log_dir / f"rank{rank}.log" for rank in range(world_size)]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         Job.all.append(self)
         self.ranks = [FORKS.Process(target=_rank_process, args=(rank, world_size, port, main, argv, self.logs[rank]))
                       for rank in range(world_size)]
@@ -129,6 +135,22 @@ def train_argv(model: Path, dataset: Path, save: Path, *more, iters: int) -> lis
     return [*map(str, (
         "--init-from-hf-path", model, "--dataset", dataset, "--save", save, "--device", "cpu", "--train-iters", iters,
         "--lr", 1e-3, "--no-shuffle", "--num-workers", 0, *more))]
+
+
+def write_mixed_rows(folder: Path, count: int = 8) -> Path:
+    """Write `count` rows, every other one with an image, to folder / "rows.json"; return that path."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        images = [f"{i}.png"] * (i % 2)
+        for name in images:
+            pixels = rng.integers(0, 256, (30 + 10 * i, 90, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name)
+        question = {"role": "user", "content": "<image>" * len(images) + "what is this"}
+        answer = {"role": "assistant", "content": f"this is number {i}"}
+        rows.append({"messages": [question, answer], "images": images})
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder / "rows.json"
 
 
 def read_metrics(save: Path) -> list[dict]:

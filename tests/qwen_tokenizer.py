@@ -1,10 +1,10 @@
-"""The real Qwen tokenizer for tests, built offline from a file that a PyPI package carries.
+"""Build the real Qwen tokenizer for tests from a file in a PyPI package.
 
-The released Qwen3-VL `tokenizer.json` is on no package index, but the `dashscope` wheel ships `qwen.tiktoken`: the
-same 151,643 byte sequences with their ranks. A BPE merge list follows from ranks alone: running the merge loop on a
-token with only lower-ranked tokens allowed leaves exactly two parts, and those are its merge.
+The released Qwen3-VL `tokenizer.json` is on no package index, but the `dashscope` wheel contains `qwen.tiktoken` with
+the same 151,643 byte sequences and their ranks. The ranks determine the BPE merges. Merging a token's bytes with only
+lower-ranked tokens leaves exactly two parts, and these two are its merge.
 
-    python tests/qwen_tokenizer.py [DIR]     builds .cache/qwen_tokenizer/tokenizer.json and prints where it is
+    python tests/qwen_tokenizer.py [DIR]     builds .cache/qwen_tokenizer/tokenizer.json and prints its directory
 """
 
 import base64
@@ -35,7 +35,7 @@ NOT_SPECIAL = (
 
 
 def download_ranks(cache: Path = CACHE) -> Path:
-    """Path of `qwen.tiktoken`, taken from the wheel once and checked against its hash."""
+    """Return the path of `qwen.tiktoken`: extract it from the wheel if needed and check its hash."""
     ranks = cache / "qwen.tiktoken"
     cache.mkdir(parents=True, exist_ok=True)
     (cache / ".gitignore").write_text("*\n")
@@ -52,7 +52,7 @@ def download_ranks(cache: Path = CACHE) -> Path:
 
 
 def build_tokenizer(cache: Path = CACHE) -> Path:
-    """Directory that holds Qwen3-VL's `tokenizer.json` (built the first time, in a few seconds)."""
+    """Return a directory with Qwen3-VL's `tokenizer.json`. The first call builds it in a few seconds."""
     target = cache / "qwen_tokenizer" / "tokenizer.json"
     if target.exists():
         return target.parent
@@ -84,19 +84,20 @@ def build_tokenizer(cache: Path = CACHE) -> Path:
 
 
 def _last_merge(ranks: dict[bytes, int], token: bytes, limit: int) -> tuple[bytes, bytes]:
+    """Return the two parts that remain when a token's bytes are merged by ranks below `limit`."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        best, where = limit, -1
+        best, position = limit, -1
         for i in range(len(parts) - 1):
             rank = ranks.get(parts[i] + parts[i + 1], limit)
             if rank < best:
-                best, where = rank, i
-        parts[where : where + 2] = [parts[where] + parts[where + 1]]
+                best, position = rank, i
+        parts[position : position + 2] = [parts[position] + parts[position + 1]]
     return parts[0], parts[1]
 
 
 def _byte_alphabet() -> list[str]:
-    """GPT-2's printable stand-in for each of the 256 bytes."""
+    """Return GPT-2's printable character for each of the 256 bytes."""
     visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     hidden = [byte for byte in range(256) if byte not in visible]
     return [chr(byte) if byte in visible else chr(256 + hidden.index(byte)) for byte in range(256)]

@@ -1,4 +1,4 @@
-"""python data.py llava and check: the conversion through training, figures of known rows, the page in a browser."""
+"""python data.py llava and check: the conversion and training on it, known statistics, the page in a browser."""
 from __future__ import annotations
 
 import base64
@@ -17,22 +17,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-import torch
+from helpers import ROOT, read_metrics, shell
 from PIL import Image
 
-import common
 import data
 import train
-from common import UsageError
+from common import InputError, UsageError
 from tools import dataset_cli, report
 
-ROOT = Path(__file__).parent.parent
 EVIL = "<script>document.title='pwned'</script> \"'> <img src=x onerror=\"document.title='pwned'\">"
 
 
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory) -> Path:
-    """A tokenizer of bytes and the settings of a model: all that `check` needs."""
+    """A directory with a tokenizer of bytes and a model's configuration, which is all that `check` needs."""
     return tiny.hf_dir(tmp_path_factory.mktemp("hf"), tiny.config_dict())
 
 
@@ -52,16 +50,11 @@ def write(path: Path, rows: list) -> Path:
     return path
 
 
-def shell(*argv, **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "data.py", *map(str, argv)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=60, **kwargs)
-
-
-# ---- llava ----------------------------------------------------------------------------------------------------------
+# ---- llava -----------------------------------------------------------------------------------------------------------
 
 
 def llava_rows() -> list[dict]:
-    """Rows of exactly the form that LLaVA-Instruct-150K has."""
+    """Return rows in the form of LLaVA-Instruct-150K."""
     def talk(*texts: str) -> list[dict]:
         return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
@@ -78,7 +71,7 @@ def llava_rows() -> list[dict]:
 
 @pytest.fixture
 def coco(tmp_path) -> Path:
-    """COCO2017, of two pictures, with the annotations beside it."""
+    """A folder COCO2017 with two images, and the annotations beside it."""
     for seed, name in enumerate(("000000033471.jpg", "000000052846.jpg")):
         draw(tmp_path / "COCO2017/train2017" / name, seed=seed)
     write(tmp_path / "llava.json", llava_rows())
@@ -90,7 +83,7 @@ def convert(coco: Path, output: Path, *flags, annotations: str = "llava.json") -
                    "--output", str(output), *flags])
 
 
-def test_llava_becomes_messages(coco, capsys):
+def test_llava_rows(coco, capsys):
     convert(coco, coco / "out.json")
     rows = json.loads((coco / "out.json").read_text())
     assert rows[0] == {
@@ -111,38 +104,31 @@ def test_llava_becomes_messages(coco, capsys):
     write(coco.parent / "lines.jsonl", llava_rows())
     convert(coco, coco / "again.json", annotations="lines.jsonl")
     assert (coco / "again.json").read_text() == (coco / "out.json").read_text()
-
-
-def test_llava_elsewhere_has_absolute_paths(coco, tmp_path):
-    (tmp_path / "else").mkdir()
-    convert(coco, tmp_path / "else/out.json")
-    assert json.loads((tmp_path / "else/out.json").read_text())[0]["images"] == [
+    convert(coco, coco.parent / "train2017.json")  # the images are below its folder
+    assert json.loads((coco.parent / "train2017.json").read_text())[0]["images"] == [
+        "./COCO2017/train2017/000000033471.jpg"]
+    (coco / "elsewhere").mkdir()
+    convert(coco, coco / "elsewhere/out.json")
+    assert json.loads((coco / "elsewhere/out.json").read_text())[0]["images"] == [
         str(coco / "train2017/000000033471.jpg")]
 
 
-def test_llava_trains(coco, hf):
-    """Two steps; supervised are the answers with their ends, and nothing else."""
+def test_llava_output_trains(coco, hf):
+    """The supervised tokens are the answers with their ends, and nothing else."""
     convert(coco, coco / "out.json")
     processor, dataset = data.Processor(hf), data.RowDataset([str(coco / "out.json")])
     for i, row in enumerate(json.loads((coco / "out.json").read_text())):
         read, source, media_dir = dataset[i]
         sample = processor.encode(read, media_dir=media_dir, source=source)
-        ids = sample.labels[sample.labels != data.IGNORE].tolist()
+        labels = sample.labels[sample.labels != data.IGNORE].tolist()
         answers = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
-        supervised = processor.tokenizer.decode(ids, skip_special_tokens=False)
+        supervised = processor.tokenizer.decode(labels, skip_special_tokens=False)
         assert supervised == "".join(f"{answer}<|im_end|>\n" for answer in answers)
         assert len(sample.grid_thw) == len(row["images"])
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    try:
-        train.main(["--init-from-hf-path", str(hf), "--init", "random", "--dataset", str(coco / "out.json"), "--save",
-                    str(coco / "save"), "--train-iters", "2", "--global-batch-size", "3", "--num-workers", "0",
-                    "--device", "cpu"])
-    finally:
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    metrics = [json.loads(line) for line in (coco / "save/metrics.jsonl").read_text().splitlines()]
+    train.main(["--init-from-hf-path", str(hf), "--init", "random", "--dataset", str(coco / "out.json"), "--save",
+                str(coco / "save"), "--train-iters", "2", "--global-batch-size", "3", "--num-workers", "0",
+                "--device", "cpu"])
+    metrics = read_metrics(coco / "save")
     answers = [turn["value"] for row in llava_rows()[:3] for turn in row["conversations"] if turn["from"] == "gpt"]
     supervised = sum(len(answer.encode()) + 2 for answer in answers)  # <|im_end|> and the newline
     assert [m["supervised_tokens"] for m in metrics] == [supervised] * 2
@@ -150,7 +136,7 @@ def test_llava_trains(coco, hf):
 
 
 @pytest.mark.parametrize("row, message", [
-    ([1], "no object"),
+    ([1], "not an object"),
     ({"id": "7"}, "'conversations' must be a list"),
     ({"id": "7", "conversations": []}, "'conversations' must be a list"),
     ({"id": "7", "conversations": [{"from": "robot", "value": "x"}]}, "from 'robot'"),
@@ -158,25 +144,25 @@ def test_llava_trains(coco, hf):
     ({"id": "7", "conversations": [{"from": "gpt", "value": 3}]}, "conversations[0] must be"),
     ({"id": "7", "image": 3, "conversations": [{"from": "gpt", "value": "x"}]}, "'image' must be"),
 ])
-def test_llava_malformed(coco, row, message):
+def test_llava_malformed_row(coco, row, message):
     write(coco.parent / "bad.json", [llava_rows()[0], row])
-    with pytest.raises(common.InputError, match=re.escape(message)) as error:
+    with pytest.raises(InputError, match=re.escape(message)) as error:
         convert(coco, coco / "out.json", annotations="bad.json")
     where = "bad.json row 2" + (" (id 7)" if isinstance(row, dict) else "")
     assert where in str(error.value) and "\n" not in str(error.value)
     assert sorted(p.name for p in coco.iterdir()) == ["train2017"]
 
 
-def test_llava_wrong_folder_and_existing_output(coco):
+def test_llava_wrong_folder_or_existing_output(coco):
     (coco / "val2017").mkdir()
     argv = ["llava", "--annotations", str(coco.parent / "llava.json"), "--output", str(coco / "out.json")]
-    with pytest.raises(common.InputError, match="picture of none of 3 rows.*--image_dir"):
+    with pytest.raises(InputError, match="lacks the images of all 3 rows.*--image_dir"):
         dataset_cli.main([*argv, "--image-dir", str(coco / "val2017")])
-    with pytest.raises(common.InputError, match="no folder: --image_dir"):
+    with pytest.raises(InputError, match="not a folder: .*--image_dir"):
         dataset_cli.main([*argv, "--image-dir", str(coco / "nowhere")])
     assert not (coco / "out.json").exists()
     (coco / "out.json").write_text("mine")
-    with pytest.raises(common.InputError, match="--overwrite"):
+    with pytest.raises(InputError, match="--overwrite"):
         convert(coco, coco / "out.json")
     assert (coco / "out.json").read_text() == "mine"
     convert(coco, coco / "out.json", "--overwrite")
@@ -188,13 +174,13 @@ def test_llava_full_disk(coco, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(common.InputError, match=r"out.json cannot be written \(No space left on device\)"):
+    with pytest.raises(InputError, match=r"out.json cannot be written \(No space left on device\)"):
         convert(coco, coco / "out.json")
     assert sorted(p.name for p in coco.iterdir()) == ["train2017"]
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
-def test_llava_interrupted(coco, sign):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_llava_interrupted(coco, number):
     write(coco.parent / "long.jsonl", llava_rows()[:1] * 100_000)
     program = subprocess.Popen([sys.executable, "data.py", "llava", "--annotations", coco.parent / "long.jsonl",
                                 "--image_dir", coco / "train2017", "--output", coco / "out.json"], cwd=ROOT,
@@ -203,22 +189,22 @@ def test_llava_interrupted(coco, sign):
     while not list(coco.glob("*.partial")):
         assert program.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    program.send_signal(sign)
+    program.send_signal(number)
     errors = program.communicate(timeout=30)[1]
     assert "Traceback" not in errors and not (coco / "out.json").exists()
-    if sign != signal.SIGKILL:
+    if number != signal.SIGKILL:
         assert program.returncode == 130 and errors.splitlines()[-1].startswith("error: interrupted")
         assert not list(coco.glob("*.partial"))
 
 
-# ---- check ----------------------------------------------------------------------------------------------------------
+# ---- check -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def rows(tmp_path) -> Path:
-    """a.json and b.jsonl, whose figures the test knows; four rows are bad."""
+    """Write a.json and b.jsonl, whose statistics are known. Four rows are bad."""
     draw(tmp_path / "p.png", 64, 96)  # 2 x 3 tokens
-    draw(tmp_path / "q.png", 64, 96)  # the same picture
+    draw(tmp_path / "q.png", 64, 96)  # the same image
     draw(tmp_path / "r.png", 64, 64, seed=1)  # 2 x 2 tokens
     for i in range(4):
         draw(tmp_path / f"clip/{i}.png", seed=i)  # two pairs of 2 x 2 tokens
@@ -246,25 +232,26 @@ def check(hf: Path, *paths, **kwargs) -> None:
 
 
 def figures_in(out: str) -> dict[str, int]:
+    """Return the figures of a printed summary by name."""
     return {m[1]: int(m[2].replace(",", "")) for m in re.finditer(r"(?m)^([a-z][a-z ]*?)  +([\d,]+)(?:  .*)?$", out)}
 
 
-def test_check_figures(rows, hf, capsys):
-    with pytest.raises(common.InputError, match=r"4 of 10 rows are bad, listed above"):
+def test_check_statistics(rows, hf, capsys):
+    with pytest.raises(InputError, match=r"4 of 10 rows are bad, listed above"):
         check(hf, rows / "a.json", rows / "b.jsonl", seq_length=200, num_workers=0)
     out = capsys.readouterr().out
     turn = len("<") + len("user\n") + len(">\n")  # <|im_start|>, <|im_end|> and two newlines: one token a byte
-    picture_rows = 3 * (turn + 2 + 2) + 6 + 6 + 4  # "hi", <|vision_start|>, <|vision_end|>, media tokens
-    picture_rows += 3 * (len("<assistant\n>\n") + 3)
+    image_rows = 3 * (turn + 2 + 2) + 6 + 6 + 4  # "hi", <|vision_start|>, <|vision_end|>, media tokens
+    image_rows += 3 * (len("<assistant\n>\n") + 3)
     system = len("<system\n>\n") + 1 + 2 * (turn + 1) + 2 * (len("<assistant\n>\n") + 1)
     times = len("<0.2 seconds>") + len("<1.2 seconds>")
     video = turn + times + 2 * (2 + 4) + len("<assistant\n>\n") + len("a clip")
     supervised = 3 * (3 + 2) + 2 * (1 + 2) + (200 - turn - 4 - len("<assistant\n")) + 6 + 2
     assert figures_in(out) == {
-        "rows": 10, "turns": 3 * 2 + 5 + 2 + 2, "pictures": 3, "videos": 1, "truncated": 1,
-        "tokens": picture_rows + system + 200 + video, "supervised": supervised, "media": 6 + 6 + 4 + 2 * 4,
+        "rows": 10, "turns": 3 * 2 + 5 + 2 + 2, "images": 3, "videos": 1, "truncated": 1,
+        "tokens": image_rows + system + 200 + video, "supervised": supervised, "media": 6 + 6 + 4 + 2 * 4,
         "repeated": 1, "repeated ids": 1, "unsupervised": 0,
-        "packed rows": -(-(picture_rows + system + 200 + video) // 200),
+        "packed rows": -(-(image_rows + system + 200 + video) // 200),
     }
     bad = [line for line in out.splitlines() if line.startswith("bad: ")]
     a, b = rows / "a.json", rows / "b.jsonl"
@@ -276,19 +263,18 @@ def test_check_figures(rows, hf, capsys):
     assert f"{a} row 2 as {a} row 1" in out
 
 
-def test_check_does_not_depend_on_workers(rows, hf, capsys):
+def test_check_with_any_number_of_workers(rows, hf, capsys):
     write(rows / "many.json", [{"id": i, "messages": say("ask", "tell " * (i % 7))} for i in range(70)])
     seen = set()
     for workers in (0, 1, 2):
-        with pytest.raises(common.InputError):
+        with pytest.raises(InputError):
             check(hf, rows / "many.json", rows / "a.json", rows / "b.jsonl", num_workers=workers,
                   report=rows / "report.html")
         seen.add((capsys.readouterr().out, (rows / "report.html").read_text()))
     assert len(seen) == 1
 
 
-def test_check_reads_as_training_would(rows, hf, capsys):
-    """The flags reach `Processor.encode`."""
+def test_check_encode_flags(rows, hf, capsys):
     def figures(**flags) -> dict[str, int]:
         dataset_cli.main(["check", "--init-from-hf-path", str(hf), "--dataset", str(rows / "good.json"),
                        "--num-workers", "0", *[f"--{k}={v}" if v else f"--{k}" for k, v in flags.items()]])
@@ -303,31 +289,27 @@ def test_check_reads_as_training_would(rows, hf, capsys):
     assert figures(**{"video-maxlen": 2})["media"] == plain["media"] - 4
     assert figures(**{"max-samples": 1})["rows"] == 1
     (rows / "elsewhere").mkdir()
-    with pytest.raises(common.InputError, match="2 of 4 rows are bad"):
+    with pytest.raises(InputError, match="2 of 4 rows are bad"):
         figures(**{"dataset-dir": rows / "elsewhere", "confine-paths": ""})
 
 
 def test_check_command_line(rows, hf, tmp_path):
     good = write(tmp_path / "good.json", [{"messages": say("a", "b")}])
-    done = shell("check", "--init-from-hf-path", hf, "--dataset", rows / "a.json", env={**os.environ, "LC_ALL": "C"})
+    done = shell("data.py", "check", "--init-from-hf-path", hf, "--dataset", rows / "a.json",
+                 env={**os.environ, "LC_ALL": "C"})
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: 2 of 5 rows are bad, listed above: ")
     (tmp_path / "flags").write_text(f"check\n--dataset {good} # rows\n--init-from-hf-path {hf}\n")
-    done = shell(f"@{tmp_path / 'flags'}")
+    done = shell("data.py", f"@{tmp_path / 'flags'}")
     assert (done.returncode, figures_in(done.stdout)["rows"]) == (0, 1)
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"[]", "holds no rows"), (b"", "holds no rows"), (b"[1, {", "not a JSON list"), (b"\xff", "begins with"),
-    (None, "No such file"),
-])
-def test_unusable_files(tmp_path, hf, content, message):
+def test_check_unusable_file(tmp_path, hf):
     good = write(tmp_path / "good.json", [{"messages": say("a", "b")}])
-    if content is not None:
-        (tmp_path / "bad.json").write_bytes(content)
-    with pytest.raises(common.InputError, match=message) as error:
+    (tmp_path / "bad.json").write_bytes(b"[1, {")
+    with pytest.raises(InputError, match="bad.json is not a JSON array"):
         check(hf, good, tmp_path / "bad.json", report=tmp_path / "r.html")
-    assert "bad.json" in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "r.html").exists()
+    assert not (tmp_path / "r.html").exists()
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -346,29 +328,29 @@ def test_usage_errors(argv, message):
         dataset_cli.main(argv)
 
 
-def test_check_ends_at_ctrl_c(tmp_path, hf):
-    """All processes of a terminal get it: no traceback, no page."""
+def test_check_ctrl_c(tmp_path, hf):
+    """A terminal sends it to all processes. There is no traceback and no page."""
     write(tmp_path / "long.jsonl", [{"messages": say("a", "b " * 2000)}] * 20_000)
     program = subprocess.Popen([sys.executable, "data.py", "check", "--init-from-hf-path", hf, "--dataset",
                                 tmp_path / "long.jsonl", "--num-workers", "2", "--report", tmp_path / "r.html"],
                                cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
     seen = b""
-    while b"row" not in seen or b"| 0/" in seen[-60:]:  # until rows have come
+    while b"row" not in seen or b"| 0/" in seen[-60:]:  # until rows were read
         seen += os.read(program.stderr.fileno(), 4096)
         assert program.poll() is None
     os.killpg(program.pid, signal.SIGINT)
-    errors = program.communicate(timeout=30)[1].decode()  # ends when the last process has closed its end
+    errors = program.communicate(timeout=30)[1].decode()  # returns after all processes have closed the pipe
     assert program.returncode == 130 and errors.splitlines()[-1].startswith("error: interrupted")
     assert "Traceback" not in errors and not list(tmp_path.glob("r.html*"))
 
 
-def test_killed_worker_is_explained(rows, hf, monkeypatch):
+def test_check_killed_worker(rows, hf, monkeypatch):
     monkeypatch.setattr(data.Processor, "encode", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(common.InputError, match="--num-workers"):
+    with pytest.raises(InputError, match="--num-workers"):
         check(hf, rows / "a.json", num_workers=1)
 
 
-def test_quantiles_and_histograms():
+def test_quantile_and_histogram():
     values = Counter(range(1, 101))
     assert [dataset_cli._quantile(values, q) for q in (0, 0.5, 0.95, 1)] == [1, 50, 95, 100]
     assert dataset_cli.histogram(Counter()) == []
@@ -377,11 +359,11 @@ def test_quantiles_and_histograms():
     assert sum(count for _, count in bars) == 101 and bars[0] == ("0-9", 9) and bars[-1] == ("100 and more", 2)
 
 
-# ---- the page -------------------------------------------------------------------------------------------------------
+# ---- the page --------------------------------------------------------------------------------------------------------
 
 
 class Page(HTMLParser):
-    """Tags, attributes and texts, as a browser finds them."""
+    """Tags, attributes and texts of a page."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -411,30 +393,30 @@ def test_page_escapes_everything(tmp_path, hf):
         {"id": EVIL, "messages": say(EVIL, f"\0\u202e{EVIL}")},
         {"id": f"\0{EVIL}", "messages": say("<image>", "x"), "images": [EVIL]},
     ])
-    with pytest.raises(common.InputError, match="1 of 2"):
+    with pytest.raises(InputError, match="1 of 2"):
         check(hf, folder / "rows.jsonl", num_workers=0, report=tmp_path / "r.html")
     source = (tmp_path / "r.html").read_text()
     assert not set(source) & set("\0\u202e\x1b") and "http" not in source.replace("http-equiv", "")
     page = Page(source)
     assert not page.tags.keys() & {"script", "link", "iframe", "object", "a", "form", "base"}
-    assert page.tags["img"] == 0  # no row that is shown has a picture
+    assert page.tags["img"] == 0  # no shown row has an image
     assert not [name for name, _ in page.attributes if name.startswith("on") or name in ("href", "srcset")]
     text = "".join(page.texts)
     assert text.count(EVIL) >= 5 and f"\\x00\\u202e{EVIL}" in "".join(page.marked) and folder.name in text
 
 
-def test_page_shows_rows_as_training_sees_them(rows, hf):
+def test_page_rows(rows, hf):
     processor, dataset = data.Processor(hf), data.RowDataset([str(rows / "a.json"), str(rows / "b.jsonl")])
     Image.new("RGB", (64, 96), (250, 20, 90)).save(rows / "p.png")
     reader = dataset_cli.RowReader(dataset, processor, data.EncodeOptions(mask_history=True, seq_length=200))
-    summary = dataset_cli.Figures(reader).summary(200)
+    summary = dataset_cli.Statistics(reader).summary(200)
 
     def show(index: int) -> tuple[Page, str]:
         page = Page(report.page(summary, [reader.sample(index)], processor))
         return page, "".join(page.texts).partition("Sample rows")[2]
 
     page, text = show(0)
-    assert "".join(page.marked) == "markedyes<|im_end|>↵\n" and "picture 3×2 = 6 tokens" in text
+    assert "".join(page.marked) == "markedyes<|im_end|>↵\n" and "image 3×2 = 6 tokens" in text
     assert "vision_start" not in text and "image_pad" not in text
     (image,) = [value for name, value in page.attributes if name == "src"]
     head, _, body = image.partition(",")
@@ -443,7 +425,7 @@ def test_page_shows_rows_as_training_sees_them(rows, hf):
     shown = np.asarray(Image.open(rows / "thumb.jpg")).astype(int)
     assert shown.shape == (96, 64, 3) and np.abs(shown - (250, 20, 90)).max() < 8
 
-    page, text = show(5)  # of two answers the last
+    page, text = show(5)  # only the last of two answers
     assert "".join(page.marked) == "markedd<|im_end|>↵\n" and "system" in text
     assert "truncated" in show(6)[1] and "truncated" not in text
     page, text = show(7)
@@ -451,23 +433,23 @@ def test_page_shows_rows_as_training_sees_them(rows, hf):
     assert page.tags["img"] == 2
 
 
-def test_thumbnails_undo_the_patches(hf):
-    """A picture that needs no resizing comes back exactly, its rows and columns in place."""
+def test_unpatchify_inverts_process_image(hf):
+    """An image that needs no resizing is restored exactly."""
     processor = data.Processor(hf)
     pixels = np.random.default_rng(0).integers(0, 256, (96, 64, 3), dtype=np.uint8)
     patches, grid = processor.process_image(Image.fromarray(pixels))
-    assert np.array_equal(report.frames(patches, grid, processor)[0], pixels)
+    assert np.array_equal(report.unpatchify(patches, grid, processor)[0], pixels)
 
 
 def test_page_stays_small(tmp_path, hf):
-    """However many rows are bad, however long texts, ids and names are, however many turns and pictures a row has."""
+    """The page is short even with many bad rows, long texts, ids and names, and many turns and images in a row."""
     draw(tmp_path / "p.png", 96, 96)
     long = {"id": "i" * 10**5, "messages": say("<image>" * 40 + "y" * 10**6, *["z" * 2000] * 199),
             "images": ["p.png"] * 40}
     bad = [{"id": "j" * 1000, "messages": [{"role": f"<{i}>" * 10, "content": "x" * 10_000}]} for i in range(399)]
     bad.append({"messages": [{"role": "r" * 10**6, "content": "x"}]})
     write(tmp_path / "rows.jsonl", [*bad, long, {"messages": say("a", "b")}])
-    with pytest.raises(common.InputError, match="400 of 402"):
+    with pytest.raises(InputError, match="400 of 402"):
         check(hf, tmp_path / "rows.jsonl", num_workers=0, seq_length=10**7, report=tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
     assert len(page) < 600_000 and page.count("<img") <= 9 and "1,000,000 characters" in page
@@ -475,42 +457,43 @@ def test_page_stays_small(tmp_path, hf):
 
 
 @pytest.mark.parametrize("files, rows_each", [(1, 1), (1, 5), (3, 40), (20, 2), (2, 0)])
-def test_rows_shown_are_spread(tmp_path, hf, files, rows_each):
-    """Each dataset's share, its first and last row among them, and never a bad one."""
+def test_choose_rows(tmp_path, hf, files, rows_each):
+    """Every dataset has a share of the shown rows, with its first and last row. Bad rows are never shown."""
     paths = [write(tmp_path / f"{i}.json", [{"messages": say("a", f"{i} {k}")} for k in range(rows_each)] + [0])
              for i in range(files)]
     reader = dataset_cli.RowReader(data.RowDataset(list(map(str, paths))), data.Processor(hf), data.EncodeOptions())
-    figures = dataset_cli.Figures(reader)
+    statistics = dataset_cli.Statistics(reader)
     for index, row in enumerate(row for start in range(0, len(reader.dataset), 16) for row in reader[start]):
-        figures.add(index, row)
-    chosen = [reader.dataset.span(i)[:2] for i in figures.choose()]
-    assert min(files * rows_each, 8) <= len(chosen) <= dataset_cli.SHOWN
+        statistics.add(index, row)
+    chosen = [reader.dataset.span(i)[:2] for i in statistics.choose()]
+    assert min(files * rows_each, 8) <= len(chosen) <= dataset_cli.MAX_SHOWN
     assert all(row < rows_each for _, row in chosen) and len(set(chosen)) == len(chosen)
     if 0 < files * rows_each <= 120 and files <= 3:
         assert {(file, row) for file in range(files) for row in (0, rows_each - 1)} <= set(chosen)
 
 
-def test_kinds_of_bad_rows_are_bounded(rows, hf):
+def test_statistics_limit_reasons(rows, hf):
     reader = dataset_cli.RowReader(data.RowDataset([str(rows / "a.json")]), data.Processor(hf), data.EncodeOptions())
-    figures = dataset_cli.Figures(reader)
+    statistics = dataset_cli.Statistics(reader)
     for i in range(200):
         for word in ("x" * i, "x"):
-            figures.add(0, dataset_cli.Row("a.json row 1", f"wrong {word}", {"rows": 1, "bad": 1}, [], 0, 0))
-    reasons = figures.summary(4096).reasons
-    assert len(reasons) <= dataset_cli.MAX_KINDS + 1 and sum(group[0] for _, group in reasons) == 400
-    assert dict(reasons)["wrong x"][0] == 201 and max(len(group) for _, group in reasons) == 1 + dataset_cli.KEPT
+            statistics.add(0, dataset_cli.RowInfo("a.json row 1", f"wrong {word}", {"rows": 1, "bad": 1}, [], 0, 0))
+    reasons = statistics.summary(4096).reasons
+    assert len(reasons) <= dataset_cli.MAX_REASONS + 1 and sum(group[0] for _, group in reasons) == 400
+    assert dict(reasons)["wrong x"][0] == 201
+    assert max(len(group) for _, group in reasons) == 1 + dataset_cli.MAX_EXAMPLES
 
 
 @pytest.mark.slow
 def test_page_in_a_browser(rows, hf):
-    """Chromium runs nothing, finds every part, and paints pictures, bars and marks in light and dark."""
+    """Chromium runs no script, finds every part, and paints images, bars and marks in light and dark."""
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
     browser = next(filter(None, map(shutil.which, names)), None)
     if browser is None:
         pytest.skip(f"no browser: none of {', '.join(names)} is installed")
     with open(rows / "b.jsonl", "a") as stream:
         stream.write(json.dumps({"id": EVIL, "messages": say(EVIL, EVIL)}) + "\n")
-    with pytest.raises(common.InputError, match="4 of 11"):
+    with pytest.raises(InputError, match="4 of 11"):
         check(hf, rows / "a.json", rows / "b.jsonl", num_workers=0, report=rows / "r.html")
 
     def chromium(*flags) -> str:

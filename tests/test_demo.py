@@ -1,4 +1,4 @@
-"""The demo's dataset: repeatable, no held-out row in training, answers true to the pixels, readable by the programs."""
+"""Test the demo's dataset: repeatable, no held-out row in training, answers true to the pixels, readable."""
 
 import hashlib
 import json
@@ -27,10 +27,10 @@ def rows_of(folder: Path, part: str) -> list[dict]:
 
 
 def see(file: Path) -> list[tuple[int, int, str, str]]:
-    """What a picture shows, from its pixels alone: (row, column, shape, colour) of each cell that is not empty.
+    """Return (row, column, shape, colour) of each cell with a shape, from the pixels alone.
 
-    The colour is the nearest hue. The shape shows in the outline's distance from its centre, over the angle: it has as
-    many peaks as corners; a circle's is flat, and a square's varies less than a cross's.
+    The colour is the nearest hue. The outline's distance from its centre, as a function of the angle, tells the shape:
+    it has one peak per corner. A circle's distance is constant, and a square's varies less than a cross's.
     """
     pixels = np.asarray(Image.open(file).convert("HSV")).astype(float) / 255
     things = []
@@ -53,14 +53,14 @@ def see(file: Path) -> list[tuple[int, int, str, str]]:
     return things
 
 
-def answer(kind: str, question: str, pictures: list[list[tuple[int, int, str, str]]]) -> str:
-    """Answers one of the demo's questions from what its pictures show."""
+def answer(kind: str, question: str, images: list[list[tuple[int, int, str, str]]]) -> str:
+    """Answer one of the demo's questions from what `see` found in its images."""
     if kind == "numbers":
         numbers = [int(digit) for digit in question if digit.isdigit()]
         return str(max(numbers) if "largest" in question else min(numbers))
     if kind == "pair":
-        return ", ".join(f"{things[0][3]} {things[0][2]}" for things in pictures)
-    things = pictures[0]
+        return ", ".join(f"{things[0][3]} {things[0][2]}" for things in images)
+    things = images[0]
     places = [
         f"{('top', 'middle', 'bottom')[row]} {('left', 'centre', 'right')[column]}" for row, column, _, _ in things
     ]
@@ -70,31 +70,31 @@ def answer(kind: str, question: str, pictures: list[list[tuple[int, int, str, st
         return ", ".join(places)
     if kind == "count":
         return ("one", "two", "three", "four")[len(things) - 1]
-    (said,) = {thing[2] if kind == "shape" else thing[3] for thing in things}  # all alike
-    return said
+    (shared,) = {thing[2] if kind == "shape" else thing[3] for thing in things}  # all things look alike
+    return shared
 
 
-def test_answers_are_true_to_the_pixels(folder):
+def test_make_rows_answers_match_pixels(folder):
     checked = 0
     for row in rows_of(folder, "held_out") + rows_of(folder, "answer")[:80]:
-        pictures = [see(folder / "data" / path) for path in row["image"]]
+        images = [see(folder / "data" / path) for path in row["image"]]
         turns = iter(row["conversations"])
         for kind, question, reply in zip(row["kinds"], turns, turns, strict=True):
-            assert reply["value"] == answer(kind, question["value"], pictures), (row["id"], question)
+            assert reply["value"] == answer(kind, question["value"], images), (row["id"], question)
             checked += 1
     assert checked > 200
 
 
-def test_same_seed_same_files(folder, tmp_path):
+def test_make_demo_data_repeats_with_seed(folder, tmp_path):
     demo_data.make_demo_data(tmp_path, num_describe=60, num_answer=160, num_held_out=15, seed=3)
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
     assert all((folder / file).read_bytes() == (tmp_path / file).read_bytes() for file in files)
 
 
-def test_no_held_out_row_is_in_training(folder):
+def test_make_rows_held_out_not_in_training(folder):
     def contents(parts: tuple[str, ...]) -> set:
-        """Pictures by their pixels and by what they show; questions without a picture by their text."""
+        """Return hashes of images, what the images show, and the texts of questions without an image."""
         found = set()
         for row in (row for part in parts for row in rows_of(folder, part)):
             if not row["image"]:
@@ -106,17 +106,17 @@ def test_no_held_out_row_is_in_training(folder):
         return found
 
     held_out = contents(("held_out",))
-    assert len(held_out) >= 15 * (2 * 7 + 1)  # 15 of each kind: five with one picture, one with two, one with none
+    assert len(held_out) >= 15 * (2 * 7 + 1)  # 15 of each kind: five kinds with one image, one with two, one with none
     assert held_out.isdisjoint(contents(("describe", "answer")))
 
 
-def test_questions_hold_no_answers(folder):
+def test_make_demo_data_questions_without_answers(folder):
     held_out, questions = rows_of(folder, "held_out"), rows_of(folder, "questions")
     assert [row["id"] for row in questions] == [row["id"] for row in held_out]
     assert all(len(row["conversations"]) == 1 for row in questions)
 
 
-def test_the_programs_read_it(folder):
+def test_demo_data_readable_by_processor(folder):
     processor = data.Processor(folder / "base")
     config = Qwen3VLConfig.from_json(folder / "base")
     assert processor.image_token_id == config.image_token_id
@@ -128,7 +128,7 @@ def test_the_programs_read_it(folder):
         assert processor.decode(supervised).strip() == row["conversations"][1]["value"]
 
 
-def test_transformers_reads_the_configuration(folder):
+def test_demo_config_readable_by_transformers(folder):
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.from_pretrained(folder / "base")
     assert config.text_config.num_experts == 4
@@ -137,7 +137,7 @@ def test_transformers_reads_the_configuration(folder):
     assert tokenizer(text)["input_ids"] == data.Processor(folder / "base").tokenizer.encode(text).ids
 
 
-def test_score_and_guessing():
+def test_score_counts_right_and_guessed():
     train = [{"kinds": [kind], "conversations": [{}, {"value": "red"}]} for kind in demo_data.KINDS]
     held_out = [{"kinds": ["colour"], "conversations": [{}, {"value": value}]} for value in ("red", "blue", "blue")]
     assert demo.score(held_out, ["red", " blue ", "red"], train)["colour"] == (3, 2, 1)  # asked, right, guessed right

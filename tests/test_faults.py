@@ -1,16 +1,17 @@
-"""Faults, injected: what is complete afterwards, what is lost (nothing), who says what, and how soon it ends.
+"""Inject faults: what was saved stays complete, nothing that was saved is lost, and a run ends soon with one line.
 
-The short form runs in `make test`; the long form (`-m slow`) kills many more runs. Each test adds to a table of how
-often what was tried, which `pytest -s` shows, and the README has: lost is what was saved (or should have been) and is
-gone, damaged, or other than in a run without the fault.
+The short cases run in `make test`; the slow ones (`-m slow`) kill many more runs. At the end of the module a table
+says how often each fault was injected; `pytest -s` shows it. "Lost" would mean: saved data that is gone, damaged, or
+different from a run without the fault. No test passes with such a loss.
 """
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
-import fcntl
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -30,8 +30,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_parallel import FORKS, lines_of, rank_process
-from test_train import assert_same_weights, read_metrics
+from helpers import Job, assert_same_weights, error_lines, read_metrics, run_job, train_argv, without_timings
 
 import common
 import convert
@@ -40,13 +39,16 @@ import parallel
 import train
 from common import InputError
 from convert import CheckpointWriter, find_checkpoint, load_checkpoint, save_checkpoint
+from model import Qwen3VL, Qwen3VLConfig
 
 ITERATIONS = 12
+ASYNC = ["--async-save"]
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Models without weights (they start from random ones), and rows."""
+    """Return a directory with two models (no weights: runs start from random ones) and 14 rows."""
     path = tmp_path_factory.mktemp("faults")
     for name in ("dense", "moe"):
         raw = tiny.config_dict(moe=name == "moe", layers=1)
@@ -62,275 +64,267 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def flags(folder: Path, save: Path, *more, model: str = "dense", iters: int = ITERATIONS) -> list[str]:
-    return list(map(str, [
-        "--init-from-hf-path", folder / model, "--init", "random", "--dataset", folder / "rows.json", "--save", save,
-        "--device", "cpu", "--train-iters", iters, "--global-batch-size", 4, "--lr", 1e-3, "--lr-decay-style",
-        "constant", "--num-workers", 0, *more]))
-
-
-class Job:
-    """train.py (or another `main`) on forked ranks, the environment torchrun's, their words in a file each."""
-
-    all: list[Job] = []
-
-    def __init__(self, argv: list[str], world: int = 1, main: Callable = train.main):
-        self.save = Path(argv[argv.index("--save") + 1])
-        logs = self.save.with_name(self.save.name + "_logs")
-        logs.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.logs = [logs / f"rank{rank}.log" for rank in range(world)]
-        Job.all.append(self)
-        self.ranks = [FORKS.Process(target=rank_process, args=(rank, world, port, main, argv, self.logs[rank]))
-                      for rank in range(world)]
-        for process in self.ranks:
-            process.start()
-
-    def words(self) -> str:
-        return "\n".join(f"--- rank {r}\n{log.read_text()}" for r, log in enumerate(self.logs) if log.exists())
-
-    def wait_for(self, iteration: int, seconds: float = 60) -> None:
-        """Until the log has this iteration, or a rank has ended."""
-        deadline, metrics = time.monotonic() + seconds, self.save / "metrics.jsonl"
-        while not (metrics.exists() and f'"iteration": {iteration},' in metrics.read_text()):
-            assert time.monotonic() < deadline, f"no iteration {iteration} in {seconds} s\n{self.words()}"
-            if not all(process.is_alive() for process in self.ranks):
-                return
-            time.sleep(0.005)
-
-    def kill(self, number: int, *ranks: int) -> None:
-        for process in [self.ranks[rank] for rank in ranks] or self.ranks:
-            os.kill(process.pid, number)
-
-    def end(self, seconds: float = 60) -> list[int]:
-        """Their exit statuses. As torchrun does, it ends the others once one has failed; at the deadline it kills all,
-        and the test fails."""
-        deadline = time.monotonic() + seconds
-        asked = False
-        while any(process.is_alive() for process in self.ranks) and time.monotonic() < deadline:
-            if not asked and any(process.exitcode for process in self.ranks):
-                asked = True
-                for process in self.ranks:
-                    process.terminate()
-            time.sleep(0.01)
-        hang = [rank for rank, process in enumerate(self.ranks) if process.is_alive()]
-        for process in self.ranks:
-            process.kill()
-            process.join()
-        assert not hang, f"ranks {hang} still run after {seconds} s\n{self.words()}"
-        return [process.exitcode for process in self.ranks]
-
-
-def complete(save: Path) -> list[int]:
-    """The iterations in a save directory, every one of which must be whole, and the tracker's among them."""
-    found = sorted(int(d.name[5:]) for d in save.glob("iter_*"))
-    for iteration in found:
-        convert.verify(save / f"iter_{iteration:07d}")
-    if found or (save / convert.TRACKER).exists():
-        assert (save / convert.TRACKER).exists() or len(found) == 1  # the first may not be in the tracker yet
-    if (save / convert.TRACKER).exists():
-        assert find_checkpoint(save).name[5:] in {f"{i:07d}" for i in found}
-    return found
-
-
-def timeless(save: Path) -> list[dict]:
-    return [{k: v for k, v in m.items() if not k.endswith("_s")} for m in read_metrics(save)]
-
-
-def assert_same_run(expected: Path, found: Path, iterations: int) -> None:
-    """Bit for bit, no iteration twice and none missing."""
-    assert [m["iteration"] for m in read_metrics(found)] == list(range(1, iterations + 1))
-    assert timeless(found) == timeless(expected)[:iterations]
-    assert find_checkpoint(found).name == f"iter_{iterations:07d}"
-    assert_same_weights(expected, found)
+def fault_argv(folder: Path, save: Path, *more, model: str = "dense", iters: int = ITERATIONS) -> list[str]:
+    """Return the flags of a run on the shuffled rows, four samples a step."""
+    return train_argv(folder / model, folder / "rows.json", save, "--init", "random", "--global-batch-size", 4,
+                      "--lr-decay-style", "constant", "--shuffle", *more, iters=iters)
 
 
 @pytest.fixture(scope="module")
-def whole(folder, tmp_path_factory) -> Callable[..., Path]:
-    """whole(world, iterations): the --save of a run without faults, each made once."""
-    runs: dict[tuple, Path] = {}
+def reference_run(folder, tmp_path_factory) -> Callable[[int, int], Path]:
+    """Return reference_run(world_size, iterations): the save directory of a run without faults, each made once."""
 
-    def run(world: int, iterations: int) -> Path:
-        if (world, iterations) not in runs:
-            save = tmp_path_factory.mktemp("whole") / "save"
-            job = Job(flags(folder, save, iters=iterations), world)
-            assert job.end() == [0] * world, job.words()
-            runs[world, iterations] = save
-        return runs[world, iterations]
+    @functools.cache
+    def run(world_size: int, iterations: int) -> Path:
+        save = tmp_path_factory.mktemp("reference") / "save"
+        return run_job(fault_argv(folder, save, iters=iterations), world_size)
 
     return run
 
 
-@pytest.fixture(autouse=True)
-def no_rank_outlives_its_test():
-    yield
-    for job in Job.all:
-        for process in job.ranks:
-            process.kill()
-            process.join()
-    Job.all.clear()
+def run_in_process(argv: list[str]) -> tuple[int, str]:
+    """Run train.py in this process and return its exit status and standard error."""
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        status = common.run_program(train.main, argv)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return status, stderr.getvalue()
 
 
-TABLE: dict[str, list[int]] = {}  # fault -> [how often, lost]
+def verified_iterations(save: Path) -> list[int]:
+    """Return the iterations in a save directory after verifying each, and the tracker."""
+    found = sorted(int(d.name[5:]) for d in save.glob("iter_*"))
+    for iteration in found:
+        convert.verify(save / f"iter_{iteration:07d}")
+    if (save / convert.TRACKER).exists():
+        assert find_checkpoint(save).name in {f"iter_{i:07d}" for i in found}
+    else:
+        assert len(found) <= 1  # the tracker is written after the first iteration
+    return found
 
 
-def tried(fault: str, times: int = 1) -> None:
-    """Called when all that could be lost was found to be there."""
-    TABLE.setdefault(fault, [0, 0])[0] += times
+def assert_same_run(expected: Path, found: Path, iterations: int) -> None:
+    """Compare metrics and weights bit for bit: no iteration is missing or there twice."""
+    assert [m["iteration"] for m in read_metrics(found)] == list(range(1, iterations + 1))
+    assert without_timings(found) == without_timings(expected)[:iterations]
+    assert find_checkpoint(found).name == f"iter_{iterations:07d}"
+    assert_same_weights(expected, found)
+
+
+def assert_one_error(job: Job, pattern: str) -> None:
+    """Check that all ranks together printed one error line, matching `pattern`, and no traceback."""
+    errors = error_lines(job.output())
+    assert len(errors) == 1 and re.search(pattern, errors[0]), job.output()
+    assert "Traceback" not in job.output(), job.output()
+
+
+FAULTS: collections.Counter[str] = collections.Counter()
+
+
+def count_fault(fault: str, times: int = 1) -> None:
+    """Add to the table of injected faults, once a test has found that nothing was lost."""
+    FAULTS[fault] += times
 
 
 @pytest.fixture(scope="module", autouse=True)
-def table():
+def print_fault_table():
     yield
-    print("\n\n| fault | how often | lost |\n|---|---|---|")
-    for fault, (times, lost) in TABLE.items():
-        print(f"| {fault} | {times} | {lost or 'nothing'} |")
+    print("\n\n| fault | times injected | lost |\n|---|---|---|")
+    for fault, times in FAULTS.items():
+        print(f"| {fault} | {times} | nothing |")
+
+
+# ---- hooks: how the programs of the ranks below inject their faults --------------------------------------------------
+
+
+def before_forward(action: Callable) -> None:
+    """Call `action(n, batch)` before the model's n-th forward in this process, counted from 1."""
+    forward, count = Qwen3VL.forward, itertools.count(1)
+
+    def hooked(self, batch):
+        action(next(count), batch)
+        return forward(self, batch)
+
+    Qwen3VL.forward = hooked
+
+
+def before_save(action: Callable[[int], None]) -> None:
+    """Call `action(n)` before the n-th checkpoint that this process saves, counted from 1."""
+    save, count = CheckpointWriter.save, itertools.count(1)
+
+    def hooked(self, *args, **kwargs):
+        action(next(count))
+        return save(self, *args, **kwargs)
+
+    CheckpointWriter.save = hooked
+
+
+def before_fsync(action: Callable[[Path], None]) -> None:
+    """Call `action(path)` before this process flushes a file or directory to the disk."""
+    fsync = os.fsync
+
+    def hooked(descriptor: int) -> None:
+        action(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    os.fsync = hooked
+
+
+def this_rank() -> int:
+    return int(os.environ["RANK"])
 
 
 # ---- kill -9 ---------------------------------------------------------------------------------------------------------
 
-ASYNC = ["--async-save"]
 
+def run_with_kills(
+    folder: Path, save: Path, world_size: int, more: list, iterations: int, kills: int, seed: int
+) -> collections.Counter:
+    """Kill a run that saves every iteration at random moments, `kills` times, resuming it after each; then finish it.
 
-def killed_until_done(folder: Path, save: Path, world: int, more: list, iterations: int, kills: int, seed: int) -> dict:
-    """A run that saves every iteration and dies by kill -9 at random moments, one rank or all of them, each time going
-    on from what is there, until it has died `kills` times and ended. Returns how often it died how."""
+    SIGKILL goes to one rank or to all. Returns how often a kill hit a save, something else, and one rank of several.
+    """
     moments = random.Random(seed)
-    died = {"in a save": 0, "elsewhere": 0, "one rank": 0}
-    argv = flags(folder, save, "--save-interval", 1, "--save-retain", 3, *more, iters=iterations)
+    killed: collections.Counter[str] = collections.Counter()
+    argv = fault_argv(folder, save, "--save-interval", 1, "--save-retain", 3, *more, iters=iterations)
     while True:
         if not (save / convert.TRACKER).exists():
             shutil.rmtree(save, ignore_errors=True)
         resume = ["--load", str(save)] if save.exists() else []
         done = int((save / convert.TRACKER).read_text()) if resume else 0
-        job = Job(argv + resume, world)
-        if sum(died[k] for k in ("in a save", "elsewhere")) >= kills:
-            assert job.end(120) == [0] * world, job.words()
-            return died
-        job.wait_for(min(iterations - 1, done + moments.randint(0, 2) + 1))
+        job = Job(argv + resume, world_size)
+        if killed["in a save"] + killed["elsewhere"] >= kills:
+            assert job.wait(120) == [0] * world_size, job.output()
+            return killed
+        job.wait_for_iteration(min(iterations - 1, done + moments.randint(0, 2) + 1))
         time.sleep(moments.uniform(0, 0.15))
-        one = [moments.randrange(world)] if moments.random() < 0.5 else []
+        one_rank = [moments.randrange(world_size)] if moments.random() < 0.5 else []
         alive = [process.is_alive() for process in job.ranks]
         with contextlib.suppress(ProcessLookupError):
-            job.kill(signal.SIGKILL, *one)
-        statuses = job.end(40)
-        if not all(alive):  # it was done before
-            assert statuses == [0] * world, job.words()
+            job.kill(signal.SIGKILL, *one_rank)
+        statuses = job.wait(40)
+        if not all(alive):  # the run had already finished
+            assert statuses == [0] * world_size, job.output()
             continue
-        assert -signal.SIGKILL in statuses and "Traceback" not in job.words(), job.words()
-        assert complete(save) or not (save / convert.TRACKER).exists()
-        left = list(save.glob(".tmp_iter_*")) + list(save.glob(".old_iter_*"))
-        died["in a save" if left else "elsewhere"] += 1
-        died["one rank"] += bool(one) and world > 1
+        assert -signal.SIGKILL in statuses and "Traceback" not in job.output(), job.output()
+        assert verified_iterations(save) or not (save / convert.TRACKER).exists()
+        unfinished = list(save.glob(".*iter_*"))  # the staging directory of a save
+        killed["in a save" if unfinished else "elsewhere"] += 1
+        killed["one rank"] += bool(one_rank) and world_size > 1
 
 
-SHORT = [(1, ASYNC, 1), (2, ASYNC, 1)]
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-LONG = [(1, [], 25), (1, ASYNC, 25), (2, [], 12), (2, ASYNC, 12)]
-
-
-@pytest.mark.parametrize(("world", "more", "kills"), [
-    *SHORT, *(slow(*case) for case in LONG)])
-def test_kill_9_at_random_moments(folder, tmp_path, whole, world, more, kills):
-    """What is there is complete, and going on gives bit for bit the losses and weights of a run never killed."""
+@pytest.mark.parametrize(("world_size", "more", "kills"), [
+    (1, ASYNC, 1), (2, ASYNC, 1), slow(1, [], 25), slow(1, ASYNC, 25), slow(2, [], 12), slow(2, ASYNC, 12)])
+def test_train_killed_at_random_moments(folder, tmp_path, reference_run, world_size, more, kills):
+    """Every checkpoint left is complete, and resuming gives the losses and weights of a run never killed."""
     iterations = 3 * kills + 3
     save = tmp_path / "save"
-    died = killed_until_done(folder, save, world, more, iterations, kills, seed=kills + world)
-    assert_same_run(whole(world, iterations), save, iterations)
-    print(died)
-    how = f"kill -9 at a random moment, {world} rank{'s' * (world > 1)}{', --async-save' * bool(more)}"
-    tried(f"{how} ({died['in a save']} in a save)", kills)
+    killed = run_with_kills(folder, save, world_size, more, iterations, kills, seed=kills + world_size)
+    assert_same_run(reference_run(world_size, iterations), save, iterations)
+    print(killed)
+    flags = ", --async-save" if more else ""
+    count_fault(f"kill -9 at a random moment, {world_size} rank(s){flags} ({killed['in a save']} in a save)", kills)
 
 
-def dies_in_a_save(argv: list[str]) -> None:
-    """train.py whose rank 1 is killed when half of its shard of iteration 3 is written."""
-    write = convert._HashedFile.write
+def killed_with_half_a_shard(argv: list[str]) -> None:
+    """Run train.py; rank 1 dies when it has written half of its shard of iteration 3."""
 
-    def half(self, values) -> None:
-        if ".tmp_iter_0000003" in str(self.path) and os.environ["RANK"] == "1" and len(values) > 1000:
-            write(self, values[: len(values) // 2])
-            self._file.flush()
+    def kill(path: Path) -> None:
+        if "iter_0000003" in str(path) and path.name.startswith("__1_"):
+            os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
-        write(self, values)
 
-    convert._HashedFile.write = half
+    before_fsync(kill)
     train.main(argv)
 
 
-@pytest.mark.parametrize("more", [slow([]), ASYNC], ids=["sync", "async"])
-def test_a_rank_that_dies_in_a_save(folder, tmp_path, whole, more):
+@pytest.mark.parametrize("more", [slow([]), ASYNC], ids=["foreground", "background"])
+def test_save_rank_killed(folder, tmp_path, reference_run, more):
     save = tmp_path / "save"
-    argv = flags(folder, save, "--save-interval", 1, *more, iters=6)
-    job = Job(argv, 2, dies_in_a_save)
-    first, second = job.end(30)
-    assert first in (1, -signal.SIGTERM) and second == -signal.SIGKILL, job.words()
-    assert "Traceback" not in job.words() and "gloo" not in job.logs[0].read_text().partition("micro-batch(es)")[2]
-    assert complete(save) == [1, 2]
-    job = Job([*argv, "--load", str(save)], 2)
-    assert job.end() == [0, 0], job.words()
-    assert_same_run(whole(2, 6), save, 6)
-    tried("a rank killed with half of its shard written")
+    argv = fault_argv(folder, save, "--save-interval", 1, *more, iters=6)
+    job = Job(argv, 2, killed_with_half_a_shard)
+    first, second = job.wait(30)
+    assert first in (1, -signal.SIGTERM) and second == -signal.SIGKILL, job.output()
+    lines = job.logs[0].read_text().splitlines()
+    assert not [line for line in lines if "Traceback" in line or "gloo" in line and not line.startswith("device:")]
+    assert verified_iterations(save) == [1, 2]
+    run_job([*argv, "--load", save], 2)
+    assert_same_run(reference_run(2, 6), save, 6)
+    count_fault("a rank killed with half of its shard written")
 
 
-# ---- a disk that is full, or cannot be written ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("background", [False, True])
-def test_no_space_at_every_write_of_a_save(tmp_path, monkeypatch, background):
-    """ENOSPC at the first, the second, ... change of a save: one line, and the iteration before is as it was."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        model = torch.nn.Linear(20, 20)
-        state = {"iteration": 1, "data": {}}
-        save_checkpoint(tmp_path, 1, model, None, state)
-        left = 0
-
-        def full(change):
-            def changed(*args, **options):
-                nonlocal left
-                left -= 1
-                if left == 0:
-                    raise OSError(errno.ENOSPC, "No space left on device")
-                return change(*args, **options)
-            return changed
-
-        for owner, name in ((convert._HashedFile, "write"), (os, "fsync"), (Path, "mkdir"), (os, "rename"),
-                            (os, "replace")):
-            monkeypatch.setattr(owner, name, full(getattr(owner, name)))
-        event, failed = 0, True
-        while failed:
-            event += 1
-            left = event
-            with CheckpointWriter(background, timedelta(minutes=1)) as saver:
-                try:
-                    saver.save(tmp_path, 2, model, None, state, None)
-                    saver.wait()
-                    failed = False
-                except InputError as e:
-                    assert re.search("iter_0000002: was not saved: .*No space left on device", str(e))
-            left = 0
-            assert complete(tmp_path) in ([1], [1, 2])  # the last to fail are flushes when all is in its place
-            assert failed or find_checkpoint(tmp_path).name == "iter_0000002"
-            assert load_checkpoint(find_checkpoint(tmp_path), model) == state
-            if not failed:
-                assert {f.name for f in tmp_path.iterdir()} == {"iter_0000001", "iter_0000002", convert.TRACKER}
-        assert event > 12
-        tried("ENOSPC at each write of a save", event - 1)
-    finally:
-        torch.distributed.destroy_process_group()
+# ---- a disk that is full or cannot be written -----------------------------------------------------------------------
 
 
 @pytest.fixture
-def group_of_one():
+def process_group():
+    """Join a process group of one; the autouse fixture `restore_process` leaves it."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
-def test_what_is_saved_in_the_background_is_of_the_moment_of_the_save(tmp_path, monkeypatch, group_of_one):
-    """Training changes weights, moments and its state before a byte is written; then a second save uses the memory."""
+@pytest.fixture
+def fail_change(monkeypatch) -> Callable[[int], None]:
+    """Return fail_change(n): the n-th change of the file system from now on raises ENOSPC (0: none does)."""
+    remaining = 0
+
+    def count() -> None:
+        nonlocal remaining
+        remaining -= 1
+        if remaining == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def counted(change: Callable) -> Callable:
+        def call(*args, **kwargs):
+            count()
+            return change(*args, **kwargs)
+        return call
+
+    class File(io.FileIO):
+        def write(self, values) -> int:
+            count()
+            return super().write(values)
+
+    def open_counted(path, mode: str = "r", **kwargs):
+        return open(path, mode, **kwargs) if mode in ("r", "rb") else File(path, mode)
+
+    def start(n: int) -> None:
+        nonlocal remaining
+        remaining = n
+
+    monkeypatch.setattr(convert, "open", open_counted, raising=False)
+    for owner, name in ((os, "fsync"), (Path, "mkdir"), (os, "rename"), (os, "replace")):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+    return start
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_save_no_space_at_each_write(tmp_path, process_group, fail_change, background):
+    """ENOSPC at the first, second, ... change of a save: one line, and the previous iteration is untouched."""
+    model = torch.nn.Linear(20, 20)
+    state = {"iteration": 1, "data": {}}
+    save_checkpoint(tmp_path, 1, model, None, state)
+    change, failed = 0, True
+    while failed:
+        change += 1
+        fail_change(change)
+        with CheckpointWriter(background, timedelta(minutes=1)) as writer:
+            try:
+                writer.save(tmp_path, 2, model, None, state, None)
+                writer.wait()
+                failed = False
+            except InputError as e:
+                assert re.search("iter_0000002: was not saved: .*No space left on device", str(e))
+        fail_change(0)
+        assert verified_iterations(tmp_path) in ([1], [1, 2])  # the last changes only flush a complete iteration
+        assert failed or find_checkpoint(tmp_path).name == "iter_0000002"
+        assert load_checkpoint(find_checkpoint(tmp_path), model) == state
+    assert {f.name for f in tmp_path.iterdir()} == {"iter_0000001", "iter_0000002", convert.TRACKER}
+    assert change > 12
+    count_fault("ENOSPC at each write of a save", change - 1)
+
+
+def test_background_save_copies_state(tmp_path, monkeypatch, process_group):
+    """Training changes weights, moments and its state before a byte is written; a second save reuses the memory."""
     model = torch.nn.Linear(4, 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     data_position = {"waiting": [1]}
@@ -341,17 +335,25 @@ def test_what_is_saved_in_the_background_is_of_the_moment_of_the_save(tmp_path, 
         moments = [t for state in optimizer.state.values() for t in state.values()]
         return [t.detach().clone() for t in (*model.parameters(), *moments)]
 
-    write, go_on = convert._write_shard, threading.Event()
-    monkeypatch.setattr(convert, "_write_shard", lambda *args: (go_on.wait(30), write(*args))[1])
+    mkdir, may_write, held = Path.mkdir, threading.Event(), []
+
+    def hold(*args, **kwargs) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            held.append(not may_write.is_set())
+            may_write.wait(30)
+        mkdir(*args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", hold)
     expected = []
-    with CheckpointWriter(True, timedelta(minutes=1)) as saver:
+    with CheckpointWriter(True, timedelta(minutes=1)) as writer:
         for iteration in (1, 2):
             expected.append(step())
             state = {"iteration": iteration, "data": data_position}
-            saver.save(tmp_path, iteration, model, optimizer, state, None)
+            writer.save(tmp_path, iteration, model, optimizer, state, None)
             step()
             data_position["waiting"].append(iteration + 1)
-            go_on.set()
+            may_write.set()
+    assert held[0]
     for iteration, values in enumerate(expected, 1):
         again = torch.nn.Linear(4, 4)
         resumed = torch.optim.AdamW(again.parameters())
@@ -361,475 +363,375 @@ def test_what_is_saved_in_the_background_is_of_the_moment_of_the_save(tmp_path, 
         assert all(torch.equal(a, b) for a, b in zip(values, (*again.parameters(), *moments), strict=True))
 
 
-def test_the_end_of_a_run_waits_for_the_save_and_tells_its_failure(tmp_path, monkeypatch, caplog, group_of_one):
-    write = convert._write_shard
-    monkeypatch.setattr(convert, "_write_shard", lambda *args: (time.sleep(0.3), write(*args))[1])
+def test_checkpoint_writer_exit_waits_and_raises(tmp_path, monkeypatch, caplog, process_group):
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda *args: (time.sleep(0.1), fsync(*args))[1])
     save = {"save_dir": tmp_path, "model": torch.nn.Linear(4, 4), "optimizer": None, "retain": None}
-    with CheckpointWriter(True, timedelta(minutes=1)) as saver:
-        saver.save(iteration=1, trainer_state={"iteration": 1, "data": {}}, **save)
-    assert complete(tmp_path) == [1]
+    with CheckpointWriter(True, timedelta(minutes=1)) as writer:
+        writer.save(iteration=1, trainer_state={"iteration": 1, "data": {}}, **save)
+    assert verified_iterations(tmp_path) == [1]
     unloadable = {"iteration": 2, "data": {"path": Path("/")}}
     with pytest.raises(InputError, match="iter_0000002: was not saved"):
-        with CheckpointWriter(True, timedelta(minutes=1)) as saver:
-            saver.save(iteration=2, trainer_state=unloadable, **save)
-    with pytest.raises(KeyError, match="the reason"):  # which the failure of a save does not hide
-        with CheckpointWriter(True, timedelta(minutes=1)) as saver:
-            saver.save(iteration=2, trainer_state=unloadable, **save)
+        with CheckpointWriter(True, timedelta(minutes=1)) as writer:
+            writer.save(iteration=2, trainer_state=unloadable, **save)
+    with pytest.raises(KeyError, match="the reason"):  # a failed save does not hide the error that ends the run
+        with CheckpointWriter(True, timedelta(minutes=1)) as writer:
+            writer.save(iteration=2, trainer_state=unloadable, **save)
             raise KeyError("the reason")
-    assert "iter_0000002: was not saved" in caplog.text and complete(tmp_path) == [1]
+    assert "iter_0000002: was not saved" in caplog.text and verified_iterations(tmp_path) == [1]
 
 
-def with_little_room(argv: list[str]) -> None:
-    """train.py where no file can grow beyond 100 kB: from iteration 40 on."""
-    save = train.save_iteration
+def with_small_files_from_second_save(argv: list[str]) -> None:
+    """Run train.py; from its second save on no file can grow beyond 100 kB."""
 
-    def limited(args, iteration, *rest) -> None:
-        if iteration == 40:
+    def limit(save: int) -> None:
+        if save == 2:
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        save(args, iteration, *rest)
 
-    train.save_iteration = limited
+    before_save(limit)
     train.main(argv)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_save_in_the_background_that_fails_ends_the_run(folder, tmp_path, world):
-    """With one line, soon (not at the end of a long run), on all ranks, and the iterations before intact."""
-    job = Job(flags(folder, tmp_path / "save", "--save-interval", 20, *ASYNC, iters=100000), world, with_little_room)
-    statuses = job.end(40)
-    assert 1 in statuses and set(statuses) <= {1, -signal.SIGTERM}, job.words()
-    errors = lines_of(job.words(), "error: ")
-    assert len(errors) == 1 and re.search("iter_0000040: was not saved: .*File too large", errors[0]), job.words()
-    assert "Traceback" not in job.words() and complete(tmp_path / "save") == [20]
-    assert len(read_metrics(tmp_path / "save")) < 59  # not by the next save, which waits for this one
-    tried("a file that cannot grow in a save in the background")
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_background_save_failure_ends_run(folder, tmp_path, world_size):
+    """The run ends soon (not at its end) with one line on all ranks; the earlier iterations are intact."""
+    argv = fault_argv(folder, tmp_path / "save", "--save-interval", 20, *ASYNC, iters=100000)
+    job = Job(argv, world_size, with_small_files_from_second_save)
+    statuses = job.wait(40)
+    assert 1 in statuses and set(statuses) <= {1, -signal.SIGTERM}, job.output()
+    assert_one_error(job, "iter_0000040: was not saved: .*File too large")
+    assert verified_iterations(tmp_path / "save") == [20]
+    assert len(read_metrics(tmp_path / "save")) < 59  # the next save, which would wait for this one, is not reached
+    count_fault("a file that cannot grow during a background save")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ASYNC], ids=["sync", "async"])
-def test_a_full_disk(folder, tmp_path, whole, more):
-    """A real one (a small tmpfs). After room was made the run goes on to what it would have been."""
+@pytest.mark.parametrize("more", [[], ASYNC], ids=["foreground", "background"])
+def test_save_full_disk(folder, tmp_path, reference_run, more):
+    """Fill a small tmpfs. After space is freed the run resumes and equals a run without the fault."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    one = sum(f.stat().st_size for f in find_checkpoint(whole(2, 6)).iterdir())
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(3.5 * one)}", "tmpfs", disk]).returncode:
-        pytest.skip("this needs to mount a file system")
+    checkpoint_size = sum(f.stat().st_size for f in find_checkpoint(reference_run(2, 6)).iterdir())
+    size = int(3.5 * checkpoint_size)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk]).returncode:
+        pytest.skip("this test needs permission to mount a file system")
     try:
-        argv = flags(folder, disk / "save", "--save-interval", 1, *more, iters=6)
+        argv = fault_argv(folder, disk / "save", "--save-interval", 1, *more, iters=6)
         job = Job(argv, 2)
-        assert 1 in job.end(40), job.words()
-        errors = lines_of(job.words(), "error: ")
-        assert len(errors) == 1 and "No space left on device" in errors[0] and "Traceback" not in job.words()
-        assert "the checkpoints will take" in job.words()  # said at the start
-        assert complete(disk / "save") == [1, 2, 3]
+        assert 1 in job.wait(40), job.output()
+        assert_one_error(job, "No space left on device")
+        assert verified_iterations(disk / "save") == [1, 2, 3]
         for iteration in (1, 2):
             shutil.rmtree(disk / "save" / f"iter_{iteration:07d}")
-        job = Job([*argv, "--load", str(disk / "save"), "--save-retain", "1"], 2)
-        assert job.end(40) == [0, 0], job.words()
-        assert_same_run(whole(2, 6), disk / "save", 6)
-        tried("a full disk (tmpfs), then room made")
+        run_job([*argv, "--load", disk / "save", "--save-retain", "1"], 2)
+        assert_same_run(reference_run(2, 6), disk / "save", 6)
+        count_fault("a full disk (tmpfs), then space freed")
     finally:
         subprocess.run(["umount", disk], check=True)
 
 
-def test_room_is_looked_at_before_loading(folder, tmp_path, monkeypatch, capsys, caplog):
-    """A checkpoint of this model is 3 float32 for each parameter; no room for one is an error, for all a warning."""
-    monkeypatch.setattr(train, "build_model", lambda *args: (_ for _ in ()).throw(InputError("it loads")))
-    one = sum(f.stat().st_size for f in (tmp_path / "x").glob("*"))
+def test_train_checks_free_space(folder, tmp_path, monkeypatch):
+    """Refuse to load a model whose checkpoint (3 float32 values per parameter) does not fit on the disk."""
+
+    def stop_before_allocation(*args, **kwargs):
+        raise InputError("the model is allocated")
+
+    monkeypatch.setattr(torch.nn.Module, "to_empty", stop_before_allocation)
     with torch.device("meta"):
-        model = train.Qwen3VL(train.Qwen3VLConfig.from_json(folder / "dense"))
-    one = 12 * sum(p.numel() for p in model.parameters())
-    for free, more, message, warned in (
-        (one - 1, [], "a checkpoint takes .* are free: make room", False),
-        (one, [], "it loads", False),
-        (one, ["--save-interval", 6], "it loads", True),
-        (2 * one, ["--save-interval", 6], "it loads", False),
-        (2 * one, ["--save-interval", 1, "--save-retain", 2], "it loads", True),
-        (3 * one, ["--save-interval", 1, "--save-retain", 2], "it loads", False),
-        (one // 3 + 1, ["--no-save-optim"], "it loads", False),
+        model = Qwen3VL(Qwen3VLConfig.from_json(folder / "dense"))
+    nbytes = 12 * sum(p.numel() for p in model.parameters())
+    for free, more, message in (
+        (nbytes - 1, [], "--save .* free"),
+        (nbytes, [], "the model is allocated"),
+        (nbytes // 3 - 1, ["--no-save-optim"], "--save .* free"),
+        (nbytes // 3 + 1, ["--no-save-optim"], "the model is allocated"),
     ):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(free, 0, free))
-        caplog.clear()
-        assert common.run_program(train.main, flags(folder, tmp_path / "save", *more)) == 1
-        assert re.search(f"^error: .*{message}", capsys.readouterr().err, re.M), (free, more)
-        assert ("the checkpoints will take" in caplog.text) == warned, (free, more)
-        torch.distributed.destroy_process_group()
-    tried("no room for a checkpoint")
+        status, stderr = run_in_process(fault_argv(folder, tmp_path / "save", *more))
+        assert status == 1 and re.search(f"^error: .*{message}", stderr, re.M), (free, more, stderr)
+    count_fault("no space for a checkpoint")
 
 
-def test_a_directory_that_cannot_be_written_is_found_before_loading(folder):
-    status, words = run_quietly(flags(folder, Path("/proc/sys"), "--load", "nowhere"))  # which it must not come to
-    assert status == 1 and "error: --save /proc/sys: /proc/sys/run.lock cannot be written" in words, words
-    tried("a directory that cannot be written")
+def test_train_unwritable_save_dir(folder):
+    """Report it before the checkpoint of --load, which does not exist, is read."""
+    status, stderr = run_in_process(fault_argv(folder, Path("/proc/sys"), "--load", "nowhere"))
+    assert status == 1 and re.search("error: --save /proc/sys: .*cannot be written", stderr), stderr
+    count_fault("a directory that cannot be written")
 
 
-def run_quietly(argv: list[str]) -> tuple[int, str]:
-    """train.py in this process: its exit status, and what it wrote to standard error."""
-    with contextlib.redirect_stderr(io.StringIO()) as words:
-        status = common.run_program(train.main, argv)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    return status, words.getvalue()
+# ---- trained iterations are saved before anything else can fail ------------------------------------------------------
 
 
-# ---- what was trained is saved before anything else can fail --------------------------------------------------------
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_held_out_rows_that_are_bad_do_not_lose_what_was_trained(folder, tmp_path, world):
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_train_bad_eval_rows(folder, tmp_path, world_size):
+    """A bad held-out row ends the run only after the trained iterations are saved."""
     rows = [json.loads((folder / "rows.json").read_text())[0]] * 2 + [{"messages": "none"}]
     (tmp_path / "held_out.json").write_text(json.dumps(rows))
-    job = Job(flags(folder, tmp_path / "save", "--eval-dataset", tmp_path / "held_out.json", iters=3), world)
-    assert 1 in job.end()
-    assert "held_out.json" in lines_of(job.words(), "error: ")[0] and "Traceback" not in job.words()
-    assert complete(tmp_path / "save") == [3] and len(read_metrics(tmp_path / "save")) == 3
+    argv = fault_argv(folder, tmp_path / "save", "--eval-dataset", tmp_path / "held_out.json", iters=3)
+    job = Job(argv, world_size)
+    assert 1 in job.wait()
+    assert_one_error(job, r"held_out\.json")
+    assert verified_iterations(tmp_path / "save") == [3] and len(read_metrics(tmp_path / "save")) == 3
 
 
-@pytest.mark.parametrize("world, more, seconds", [(1, [], 0), (2, ["--eval-interval", 2], 2)])
-def test_a_signal_does_not_wait_for_an_evaluation(folder, tmp_path, world, more, seconds):
-    """Neither for one at the end of the run, nor in one: of 100,000 rows."""
+@pytest.mark.parametrize("world_size, more, seconds", [(1, [], 0), (2, ["--eval-interval", 2], 2)])
+def test_train_signal_during_evaluation(folder, tmp_path, world_size, more, seconds):
+    """SIGTERM does not wait for an evaluation of 100,000 rows: one that runs ends, one at the end is left out."""
     row = json.loads((folder / "rows.json").read_text())[0]
     (tmp_path / "held_out.json").write_text(json.dumps([row] * 100_000))
-    argv = flags(folder, tmp_path / "save", "--eval-dataset", tmp_path / "held_out.json", *more, iters=100_000)
-    job = Job(argv, world)
-    job.wait_for(1)
+    argv = fault_argv(folder, tmp_path / "save", "--eval-dataset", tmp_path / "held_out.json", *more, iters=100_000)
+    job = Job(argv, world_size)
+    job.wait_for_iteration(1)
     time.sleep(seconds)
     job.kill(signal.SIGTERM)
-    assert job.end(20) == [0] * world, job.words()
-    assert complete(tmp_path / "save") == [len(read_metrics(tmp_path / "save"))]
+    assert job.wait(20) == [0] * world_size, job.output()
+    assert verified_iterations(tmp_path / "save") == [len(read_metrics(tmp_path / "save"))]
 
 
-def test_a_run_that_went_back_does_not_go_on_from_what_it_left_behind(folder, tmp_path, whole):
-    """To iteration 4 of 8, killed at 5, resumed: 4 comes next, not the 8 of the run before."""
-    save = tmp_path / "save"
-    argv = flags(folder, save, "--save-interval", 4, iters=8)
-    assert Job(argv).end() == [0]
-    job = Job([*argv, "--load", str(save / "iter_0000004")], main=dies_in_its_first_step)
-    assert job.end() == [-signal.SIGKILL]
-    assert find_checkpoint(save).name == "iter_0000004"
-    assert Job([*flags(folder, save, "--save-interval", 4), "--load", str(save)]).end() == [0]
-    assert [m["iteration"] for m in read_metrics(save)] == list(range(1, 13))
-    assert_same_run(whole(1, 12), save, 12)
-
-
-def dies_in_its_first_step(argv: list[str]) -> None:
-    parallel.clip_grad_norm = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+def killed_in_first_step(argv: list[str]) -> None:
+    before_forward(lambda n, batch: os.kill(os.getpid(), signal.SIGKILL))
     train.main(argv)
 
 
-@pytest.mark.parametrize("name", ["args.json", train.RUN_LOCK, "metrics.jsonl"])
-def test_a_strangers_save_directory_writes_nowhere_else(folder, tmp_path, name):
-    (tmp_path / "save").mkdir()
-    (tmp_path / "mine").write_text("precious")
-    (tmp_path / "save" / name).symlink_to(tmp_path / "mine")
-    status, words = run_quietly(flags(folder, tmp_path / "save"))
-    assert status == 1 and f"{name} is no file of its own" in words and (tmp_path / "mine").read_text() == "precious"
-
-
-# ---- two runs at one directory --------------------------------------------------------------------------------------
-
-
-def test_the_second_run_at_a_directory_is_refused_while_the_first_lives(folder, tmp_path, whole):
+def test_resume_resets_tracker(folder, tmp_path, reference_run):
+    """Resume from iteration 4 of 8 and die in 5: the next resume continues from 4, not from the old run's 8."""
     save = tmp_path / "save"
-    argv = flags(folder, save, "--save-interval", 1, iters=6)
-    first = Job(argv, main=stops_in_its_third_save)
-    first.wait_for(3)
-    deadline = time.monotonic() + 30
-    while not list(save.glob(".tmp_iter_0000003/trainer*")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.2)  # it is written
+    argv = fault_argv(folder, save, "--save-interval", 4, iters=8)
+    run_job(argv)
+    job = Job([*argv, "--load", save / "iter_0000004"], main=killed_in_first_step)
+    assert job.wait() == [-signal.SIGKILL]
+    assert find_checkpoint(save).name == "iter_0000004"
+    run_job([*fault_argv(folder, save, "--save-interval", 4), "--load", save])
+    assert_same_run(reference_run(1, ITERATIONS), save, ITERATIONS)
+
+
+# ---- two runs on one save directory ----------------------------------------------------------------------------------
+
+
+def stopped_in_third_save(argv: list[str]) -> None:
+    """Run train.py; it hangs in its third save, before the checkpoint is complete."""
+
+    def stop(path: Path) -> None:
+        if "iter_0000003" in str(path) and path.name == ".metadata":
+            print("stopped in the save", flush=True)
+            time.sleep(600)
+
+    before_fsync(stop)
+    train.main(argv)
+
+
+def test_train_save_dir_in_use(folder, tmp_path, reference_run):
+    """A second run is refused and changes nothing while the first lives; a killed run's lock needs no clean-up."""
+    save = tmp_path / "save"
+    argv = fault_argv(folder, save, "--save-interval", 1, iters=6)
+    first = Job(argv, main=stopped_in_third_save)
+    deadline = time.monotonic() + 60
+    while "stopped in the save" not in first.output():
+        assert time.monotonic() < deadline, first.output()
+        time.sleep(0.02)
     before = sorted(f.name for f in save.rglob("*"))
     for more in ([], ["--load", str(save)]):
-        status, words = run_quietly(argv + more)
-        assert status == 1 and re.search(f"another run writes there, process {first.ranks[0].pid} on ", words), words
-    assert sorted(f.name for f in save.rglob("*")) == before and ".tmp_iter_0000003" in before
+        status, stderr = run_in_process(argv + more)
+        assert status == 1 and re.search(f"^error: --save {save}: another run", stderr, re.M), stderr
+    assert sorted(f.name for f in save.rglob("*")) == before
+    assert any(re.fullmatch(r"\..*iter_0000003", name) for name in before)
     first.kill(signal.SIGKILL)
-    first.end()
-    second = Job([*argv, "--load", str(save)])  # a killed run's lock needs no hand work
-    assert second.end() == [0], second.words()
-    assert_same_run(whole(1, 6), save, 6)
-    tried("a second run at a directory in use", 2)
+    assert first.wait() == [-signal.SIGKILL]
+    run_job([*argv, "--load", save])
+    assert_same_run(reference_run(1, 6), save, 6)
+    count_fault("a second run on a directory in use", 2)
 
 
-def stops_in_its_third_save(argv: list[str]) -> None:
-    write = convert._write_metadata
-
-    def stop(directory, *rest) -> None:
-        if "3" in directory.name:
-            time.sleep(600)
-        write(directory, *rest)
-
-    convert._write_metadata = stop
-    train.main(argv)
+# ---- damaged checkpoints ---------------------------------------------------------------------------------------------
 
 
-def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog):
-    def refuse(*args) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+def test_resume_damaged_checkpoint(folder, tmp_path, reference_run):
+    """Damage to the newest iteration is one line that names the file; an older iteration resumes exactly."""
+    saved = run_job(fault_argv(folder, tmp_path / "saved", "--save-interval", 1, iters=4))
 
-    monkeypatch.setattr(fcntl, "lockf", refuse)
-    with train.run_lock(tmp_path):
-        assert f"{tmp_path}: its file system has no locks (No locks available)" in caplog.text
-
-
-# ---- damage --------------------------------------------------------------------------------------------------------
-
-
-def test_a_damaged_newest_iteration_is_told_and_another_is_the_users_to_take(folder, tmp_path, whole):
-    """Whatever is wrong with it: the file, and the iterations that are whole. With that flag the run is the same."""
-    job = Job(flags(folder, tmp_path / "saved", "--save-interval", 1, iters=4))
-    assert job.end() == [0], job.words()
-
-    def flip(path: Path) -> None:
+    def flip_a_bit(path: Path) -> None:
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
 
-    harm = {
-        "missing": Path.unlink, "cut": lambda path: os.truncate(path, path.stat().st_size - 1),
-        "a bit flipped": flip, "emptied": lambda path: path.write_bytes(b""),
+    damage = {
+        "missing": Path.unlink, "truncated": lambda path: os.truncate(path, path.stat().st_size - 1),
+        "a bit flipped": flip_a_bit, "emptied": lambda path: path.write_bytes(b""),
     }
+    save = tmp_path / "save"
     for name in ("__0_0.distcp", ".metadata", "trainer_state_rank_00000.pt"):
-        for kind, do in harm.items():
-            shutil.rmtree(tmp_path / "save", ignore_errors=True)
-            shutil.copytree(tmp_path / "saved", tmp_path / "save")
-            save = tmp_path / "save"
-            do(save / "iter_0000004" / name)
-            os.truncate(save / "iter_0000003" / "__0_0.distcp", 100)  # not to be recommended
-            status, words = run_quietly([*flags(folder, save, iters=6), "--load", str(save)])
-            errors = lines_of(words, "error: ")
-            if (name, kind) == (".metadata", "missing"):
-                assert status == 1 and "iter_0000004, which is incomplete" in errors[0], words
-                assert "iter_0000001, iter_0000002" in errors[0]
-            else:
-                assert status == 1 and len(errors) == 1 and f"iter_0000004/{name}: " in errors[0], (name, kind, words)
-                older = [f"--load {save / f'iter_000000{i}'}" for i in (2, 1)]
-                assert errors[0].endswith(f"take another checkpoint: {' or '.join(older)}"), (name, kind, errors)
-            tried("the newest checkpoint damaged")
-    job = Job([*flags(folder, save, iters=6), "--load", str(save / "iter_0000002")])
-    assert job.end() == [0], job.words()
-    assert_same_run(whole(1, 6), save, 6)
+        for kind, apply in damage.items():
+            shutil.rmtree(save, ignore_errors=True)
+            shutil.copytree(saved, save)
+            apply(save / "iter_0000004" / name)
+            status, stderr = run_in_process([*fault_argv(folder, save, iters=6), "--load", str(save)])
+            errors = error_lines(stderr)
+            named = "iter_0000004" if (name, kind) == (".metadata", "missing") else f"iter_0000004/{name}: "
+            assert status == 1 and len(errors) == 1 and named in errors[0], (name, kind, stderr)
+            assert "Traceback" not in stderr
+            count_fault("the newest checkpoint damaged")
+    run_job([*fault_argv(folder, save, iters=6), "--load", save / "iter_0000002"])
+    assert_same_run(reference_run(1, 6), save, 6)
 
 
 # ---- signals and time limits ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("more", "ranks"), [slow([], 2), (ASYNC, 1)], ids=["sync, both", "async, one"])
-def test_sigterm_in_an_accumulation(folder, tmp_path, whole, monkeypatch, more, ranks):
-    """Two ranks, two micro-batches to a step, the signal while the first is in hand: one checkpoint, exit 0 on both, a
-    line, and the run that goes on is the one that was never stopped."""
-    save = tmp_path / "save"
-    job = Job(flags(folder, save, *more, iters=100000), 2, both_get_sigterm if ranks == 2 else one_gets_sigterm)
-    assert job.end() == [0, 0], job.words()
-    assert job.words().count(f"go on with --load {save}") == 1 and complete(save) == [3]
-    job = Job([*flags(folder, save, iters=6), "--load", str(save)], 2)
-    assert job.end() == [0, 0], job.words()
-    assert_same_run(whole(2, 6), save, 6)
-    tried("SIGTERM in an accumulation, 2 ranks")
+def signalled_in_third_step(signal_number: int, ranks: tuple[int, ...], argv: list[str]) -> None:
+    """Run train.py; some ranks get a signal in the first of the two micro-batches of their third step."""
 
+    def send(forward: int, batch) -> None:
+        if forward == 5 and this_rank() in ranks:
+            os.kill(os.getpid(), signal_number)
 
-def both_get_sigterm(argv: list[str]) -> None:
-    """train.py that gets SIGTERM when it has taken the first micro-batch of its third step."""
-    take, taken = parallel.ParallelState.take, []
-
-    def taking(self, batch):
-        taken.append(batch)
-        if len(taken) == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return take(self, batch)
-
-    parallel.ParallelState.take = taking
+    before_forward(send)
     train.main(argv)
 
 
-def one_gets_sigterm(argv: list[str]) -> None:
-    (both_get_sigterm if os.environ["RANK"] == "1" else train.main)(argv)
-
-
-def test_sigusr1_saves_once_and_training_goes_on(folder, tmp_path, whole):
-    """Sent to both ranks, a step apart: the second signal comes while the first one's save goes on."""
+@pytest.mark.parametrize(("signal_number", "more", "ranks"), [
+    (signal.SIGTERM, ASYNC, (1,)), (signal.SIGINT, [], (0, 1)), slow(signal.SIGTERM, [], (0, 1))])
+def test_train_stop_signal_during_accumulation(folder, tmp_path, reference_run, signal_number, more, ranks):
+    """One checkpoint, exit status 0 on both ranks, one line that says how to resume, and an exact resume."""
     save = tmp_path / "save"
-    job = Job(flags(folder, save, iters=6), 2, gets_sigusr1)
-    assert job.end() == [0, 0], job.words()
-    assert complete(save) == [3, 6]
-    assert_same_run(whole(2, 6), save, 6)
-    tried("SIGUSR1, 2 ranks")
+    main = functools.partial(signalled_in_third_step, signal_number, ranks)
+    job = Job(fault_argv(folder, save, *more, iters=100000), 2, main)
+    assert job.wait() == [0, 0], job.output()
+    assert job.output().count(f"--load {save}") == 1 and verified_iterations(save) == [3]
+    run_job([*fault_argv(folder, save, iters=6), "--load", save], 2)
+    assert_same_run(reference_run(2, 6), save, 6)
+    count_fault(f"{signal.Signals(signal_number).name} during accumulation, 2 ranks")
 
 
-def gets_sigusr1(argv: list[str]) -> None:
-    poll, write, polled = train.Signals.poll, train.save_iteration, []
+def sigusr1_in_third_step(argv: list[str]) -> None:
+    """Run train.py; rank 0 gets SIGUSR1 in its third step, rank 1 when it starts the save that follows."""
 
-    def polling(self):
-        polled.append(1)
-        if len(polled) == 3 and os.environ["RANK"] == "0":
+    def send_in_save(save: int) -> None:
+        if save == 1 and this_rank() == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return poll(self)
 
-    def saving(*args) -> None:
-        if os.environ["RANK"] == "1" and len(polled) == 3:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        write(*args)
-
-    train.Signals.poll, train.save_iteration = polling, saving
-    train.main(argv)
+    before_save(send_in_save)
+    signalled_in_third_step(signal.SIGUSR1, (0,), argv)
 
 
-def test_exit_duration(folder, tmp_path):
-    job = Job(flags(folder, tmp_path / "save", "--exit-duration-in-mins", 0.05, iters=100000), 2)
-    began = time.monotonic()
-    assert job.end(40) == [0, 0], job.words()
-    assert 3 < time.monotonic() - began < 20  # from the program's start
-    done = len(read_metrics(tmp_path / "save"))
-    assert complete(tmp_path / "save") == [done] and "stopped at iteration" in job.words()
-    tried("--exit-duration-in-mins, 2 ranks")
+def test_train_sigusr1(folder, tmp_path, reference_run):
+    """Both ranks get the signal, the second during the first one's save: one checkpoint, and training continues."""
+    save = tmp_path / "save"
+    job = Job(fault_argv(folder, save, iters=6), 2, sigusr1_in_third_step)
+    assert job.wait() == [0, 0], job.output()
+    assert verified_iterations(save) == [3, 6]
+    assert_same_run(reference_run(2, 6), save, 6)
+    count_fault("SIGUSR1, 2 ranks")
 
 
-# ---- ranks that fail ------------------------------------------------------------------------------------------------
+def test_train_exit_duration(folder, tmp_path):
+    """--exit-duration-in-mins counts from the program's start, and ends the run as SIGTERM does."""
+    save = tmp_path / "save"
+    job = Job(fault_argv(folder, save, "--exit-duration-in-mins", 0.05, iters=100000), 2)
+    start = time.monotonic()
+    assert job.wait(40) == [0, 0], job.output()
+    assert 3 < time.monotonic() - start < 20
+    assert verified_iterations(save) == [len(read_metrics(save))]
+    assert job.output().count(f"--load {save}") == 1
+    count_fault("--exit-duration-in-mins, 2 ranks")
 
 
-def runs_out_of_memory(argv: list[str]) -> None:
-    forward = train.Qwen3VL.forward
+# ---- ranks that fail -------------------------------------------------------------------------------------------------
 
-    def greedy(self, batch, calls=[]):  # noqa: B006
-        calls.append(1)
-        if os.environ["RANK"] == "1" and len(calls) == 3:
+
+def out_of_memory_in_second_step(argv: list[str]) -> None:
+    """Run train.py; PyTorch's CPU allocator fails on rank 1, in the first micro-batch of the second step."""
+
+    def allocate(forward: int, batch) -> None:
+        if forward == 3 and this_rank() == 1:
             torch.empty(2**60, dtype=torch.uint8)
-        return forward(self, batch)
 
-    train.Qwen3VL.forward = greedy
+    before_forward(allocate)
     train.main(argv)
 
 
-def test_out_of_memory_on_one_rank(folder, tmp_path):
-    """PyTorch's own error (of its CPU allocator): one line, the rank, the rows in hand, what to do; the other ends."""
-    began = time.monotonic()
-    job = Job(flags(folder, tmp_path / "save", "--no-shuffle"), 2, runs_out_of_memory)
-    assert set(job.end(30)) <= {1, -signal.SIGTERM} and time.monotonic() - began < 25, job.words()
-    errors = lines_of(job.words(), "error: ")
-    assert len(errors) == 1 and "Traceback" not in job.words(), job.words()
-    assert re.search(r"rank 1: out of memory .*--micro-batch-size.*row-5\)$", errors[0]), errors  # step 2, its first
-    tried("out of memory on one of 2 ranks")
+def test_train_out_of_memory_on_one_rank(folder, tmp_path):
+    """One line names the rank, its current rows and what to do; the other rank ends."""
+    start = time.monotonic()
+    job = Job(fault_argv(folder, tmp_path / "save", "--no-shuffle"), 2, out_of_memory_in_second_step)
+    assert set(job.wait(30)) <= {1, -signal.SIGTERM} and time.monotonic() - start < 25, job.output()
+    assert_one_error(job, r"rank 1: out of memory .*--micro-batch-size.*row-5\b")
+    count_fault("out of memory on one of 2 ranks")
 
 
-def test_a_killed_worker_ends_all(folder, tmp_path):
-    job = Job([*flags(folder, tmp_path / "save", "--num-workers", 2, iters=100000)], 2)
-    job.wait_for(2)
+def test_train_killed_worker(folder, tmp_path):
+    """A data loader's worker that is killed ends all ranks with one line."""
+    job = Job(fault_argv(folder, tmp_path / "save", "--num-workers", 2, iters=100000), 2)
+    job.wait_for_iteration(2)
     pid = job.ranks[1].pid
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)
-    assert set(job.end(30)) <= {1, -signal.SIGTERM}, job.words()
-    errors = lines_of(job.words(), "error: ")
-    assert len(errors) == 1 and "Traceback" not in job.words(), job.words()
-    reason = "(is killed by signal: Killed|exited unexpectedly)"
-    assert re.search(rf"rank 1: DataLoader worker \(pid.*{reason}.*--num-workers", errors[0]), errors
-    tried("kill -9 of a loader's worker")
+    assert set(job.wait(30)) <= {1, -signal.SIGTERM}, job.output()
+    assert_one_error(job, r"rank 1: DataLoader worker.*(is killed by signal|exited unexpectedly).*--num-workers")
+    count_fault("kill -9 of a data loader's worker")
 
 
-def test_a_stopped_rank_ends_the_others_and_is_named(folder, tmp_path):
-    job = Job(flags(folder, tmp_path / "save", "--distributed-timeout-minutes", 0.1, "--context-parallel-size", 2,
-                    iters=100000), 2)
-    job.wait_for(2)
+def test_train_stopped_rank(folder, tmp_path):
+    """A rank that does not answer ends the others after the collective timeout, with one line that names it."""
+    flags = ["--distributed-timeout-minutes", 0.1, "--context-parallel-size", 2]
+    job = Job(fault_argv(folder, tmp_path / "save", *flags, iters=100000), 2)
+    job.wait_for_iteration(2)
     job.kill(signal.SIGSTOP, 1)
-    deadline = time.monotonic() + 40
-    while job.ranks[0].is_alive() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert job.ranks[0].exitcode == 1, job.words()
-    errors = lines_of(job.words(), "error: ")
-    assert len(errors) == 1 and "Traceback" not in job.words(), job.words()
-    assert re.search(r"rank 0: .* 0.1 minutes .*no sign of life from rank 1$", errors[0]), errors
-    job.kill(signal.SIGKILL, 1)
-    job.end()
-    tried("SIGSTOP of one of 2 ranks")
+    job.ranks[0].join(40)
+    assert job.ranks[0].exitcode == 1, job.output()
+    assert_one_error(job, r"rank 0: .* 0\.1 minutes .*rank 1$")
+    count_fault("SIGSTOP of one of 2 ranks")
 
 
-def hangs(argv: list[str]) -> None:
-    """train.py that in its third step waits for ever where no signal's handler runs, as for a device."""
-    step, calls = parallel.clip_grad_norm, []
-
-    def waiting(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            import ctypes
-
-            print("waiting", flush=True)
-            while True:
-                ctypes.CDLL(None).pause()
-        return step(*args)
-
-    parallel.clip_grad_norm = waiting
-    train.main(argv)
-
-
-def test_a_hanging_step_that_was_asked_to_stop_ends(folder, tmp_path):
-    job = Job(flags(folder, tmp_path / "save", "--distributed-timeout-minutes", 0.05), main=hangs)
-    job.wait_for(2)
-    deadline = time.monotonic() + 20
-    while "waiting" not in job.words() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    began = time.monotonic()
-    job.kill(signal.SIGTERM)
-    assert job.end(20) == [1] and 2.5 < time.monotonic() - began < 10, job.words()
-    assert lines_of(job.words(), "error: ") == [
-        "error: rank 0: asked to stop, and the step in hand has not ended in 0.05 minutes: look for a rank that died "
-        "or hangs"]
-    tried("a step that hangs, SIGTERM")
-
-
-def show_timeouts(argv: list[str]) -> None:
-    """Makes the ranks that train.py would, and prints the timeout of each group there is."""
+def print_group_timeouts(argv: list[str]) -> None:
+    """Create the process groups that train.py would create, and print the timeout of each."""
     args = train.parse_args(argv)
-    ranks = parallel.ParallelState(kernels_npu.select("cpu"), args.distributed_timeout_minutes, cp=2, ep=2, fsdp=2)
+    state = parallel.ParallelState(kernels_npu.select("cpu"), args.distributed_timeout_minutes, cp=2, ep=2, fsdp=2)
     for group in torch.distributed.distributed_c10d._world.pg_map:
         print("timeout:", group._get_backend(torch.device("cpu")).options._timeout.total_seconds(), flush=True)
-    torch.distributed.barrier()  # rank 0 keeps the store, and must not leave while others make groups
-    ranks.close()
+    torch.distributed.barrier()  # rank 0 holds the store: it must not leave while others create groups
+    state.close()
 
 
-def test_every_group_has_the_timeout(folder, tmp_path):
-    job = Job(flags(folder, tmp_path / "save", "--distributed-timeout-minutes", 7), 4, show_timeouts)
-    assert job.end() == [0] * 4, job.words()
-    found = lines_of(job.words(), "timeout: ")
-    assert len(found) > 4 * 5 and set(found) == {"timeout: 420.0"}, found
+def test_parallel_state_group_timeouts(folder, tmp_path):
+    """Every process group, those of mesh axes included, has the timeout of the flag."""
+    job = Job(fault_argv(folder, tmp_path / "save", "--distributed-timeout-minutes", 7), 4, print_group_timeouts)
+    assert job.wait() == [0] * 4, job.output()
+    found = re.findall("^timeout: (.*)$", job.output(), re.M)
+    assert len(found) > 4 * 5 and set(found) == {"420.0"}, found
 
 
-# ---- numbers going bad ----------------------------------------------------------------------------------------------
+# ---- numbers that are not finite -------------------------------------------------------------------------------------
 
 
-def goes_bad(argv: list[str]) -> None:
-    """train.py whose rank 1 has a loss that is no number: in step 2, and from step 5 on."""
-    take, taken = parallel.ParallelState.take, []
+def nan_on_rank_1(argv: list[str]) -> None:
+    """Run train.py; rank 1 has a NaN loss in step 2, and from step 5 on."""
 
-    def bad(self, batch):
-        taken.append(1)
-        if os.environ["RANK"] == "1" and (len(taken) == 2 or len(taken) >= 5):
+    def spoil(step: int, batch) -> None:
+        if this_rank() == 1 and (step == 2 or step >= 5):
             batch.loss_weights[:] = math.nan
-        return take(self, batch)
 
-    parallel.ParallelState.take = bad
+    before_forward(spoil)
     train.main(argv)
 
 
-LAYOUTS = {"cp": ["--context-parallel-size", 2], "ep": ["--expert-parallel-size", 2, "--global-batch-size", 2]}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_loss_that_is_no_number_on_one_rank(folder, tmp_path, layout):
-    """Skipped by both ranks alike; ten in a row end the run, with what was being saved in the background complete."""
-    more = [*LAYOUTS[layout], "--micro-batch-size", 4 if layout == "cp" else 1, "--save-interval", 4, *ASYNC]
-    job = Job(flags(folder, tmp_path / "save", *more, model="moe", iters=100), 2, goes_bad)
-    assert set(job.end(60)) <= {1, -signal.SIGTERM}, job.words()
-    errors = lines_of(job.words(), "error: ")
-    assert len(errors) == 1 and "ten steps in a row were not finite, the last at iteration 14" in errors[0]
-    assert re.search("row-[0-9]+", errors[0]), errors
+@pytest.mark.parametrize("layout", [
+    ["--context-parallel-size", 2, "--micro-batch-size", 4], ["--expert-parallel-size", 2, "--global-batch-size", 2]],
+    ids=["cp", "ep"])
+def test_train_nonfinite_loss_on_one_rank(folder, tmp_path, layout):
+    """Both ranks skip the step; ten in a row end the run, and the checkpoint being saved is completed."""
+    argv = fault_argv(folder, tmp_path / "save", *layout, "--save-interval", 4, *ASYNC, model="moe", iters=100)
+    job = Job(argv, 2, nan_on_rank_1)
+    assert set(job.wait(60)) <= {1, -signal.SIGTERM}, job.output()
+    assert_one_error(job, r"ten steps in a row .*iteration 14\b.*row-[0-9]+")
     metrics = read_metrics(tmp_path / "save")
     assert [m["skipped_iterations"] for m in metrics] == [0, 1, 0, 0, *[1] * 9]
     assert all((m["loss"] is None) == bool(m["skipped_iterations"]) for m in metrics)
-    for text in (job.logs[0].read_text(), job.logs[1].read_text()):
-        assert len(re.findall("^iteration .*not applied; this rank's rows: .*row-", text, re.M)) >= 10
-    assert complete(tmp_path / "save") == [4, 8, 12]
+    for log in job.logs:  # each rank logs its own rows
+        assert len(re.findall(r"^iteration \d+: .*row-", log.read_text(), re.M)) >= 10
+    assert verified_iterations(tmp_path / "save") == [4, 8, 12]
     saved = [convert.CheckpointWeights(tmp_path / "save" / f"iter_{i:07d}") for i in (4, 12)]
-    for name, (_, shape) in saved[0].tensors.items():  # nothing has moved since the last good step, and all is finite
+    for name, (_, shape) in saved[0].tensors.items():  # no step after iteration 4 was applied
         first, last = (s.read(name, (0,) * len(shape), tuple(shape)) for s in saved)
         assert torch.equal(first, last) and first.isfinite().all(), name
-    tried("a loss that is no number on one of 2 ranks", 11)
+    count_fault("a loss that is not finite on one of 2 ranks", 11)

@@ -1,4 +1,4 @@
-"""infer.py against transformers' generate, token for token, and the answering program's promises."""
+"""Compare infer.py with transformers' generate token by token, and test the command line."""
 from __future__ import annotations
 
 import copy
@@ -15,7 +15,6 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from test_model import positions
 
 import convert
 import data
@@ -23,8 +22,8 @@ import infer
 from common import InputError, run_program
 
 ROWS = {
-    "picture": [5, ("image", 4, 6), 9],
-    "pictures": [3, ("image", 2, 2), 4, ("image", 6, 4), 1, ("image", 2, 8), 6],
+    "image": [5, ("image", 4, 6), 9],
+    "images": [3, ("image", 2, 2), 4, ("image", 6, 4), 1, ("image", 2, 8), 6],
     "text": [17],
     "video": [4, ("video", 3, 4, 4), 8],
 }
@@ -45,21 +44,21 @@ def hf_answer(hf, inputs: dict, count: int) -> list[int]:
 
 def make_batch(hf, kinds):
     samples = [tiny.row(ROWS[kind], seed=seed) for seed, kind in enumerate(kinds)]
-    return samples, tiny.batch_of(samples, [positions(hf, tiny.hf_inputs(s)) for s in samples])
+    return samples, tiny.batch_from_hf(hf, samples)
 
 
 # ---- generation ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_greedy_equals_transformers(pair, kind):
+def test_generate_greedily_equals_transformers(pair, kind):
     hf, ours = pair
     [sample], batch = make_batch(hf, [kind])
     expected = hf_answer(hf, tiny.hf_inputs(sample), 24)
     assert infer.Generator(ours, NEVER).generate(batch, max_new_tokens=24) == [expected]
 
 
-def test_batch_equals_each_alone(pair):
+def test_generate_in_a_batch_equals_each_alone(pair):
     hf, ours = pair
     samples, batch = make_batch(hf, ROWS)
     expected = [hf_answer(hf, tiny.hf_inputs(s), 24) for s in samples]
@@ -71,12 +70,12 @@ def test_batch_equals_each_alone(pair):
     assert infer.Generator(ours, ends).generate(batch, max_new_tokens=24) == cut
 
 
-def test_cached_logits_equal_uncached(pair):
-    """Over 300 tokens, so that the cache grows, in a batch that shrinks."""
+def test_generate_has_the_logits_of_an_uncached_forward(pair):
+    """Use 300 tokens, so that the cache grows, and a batch that shrinks."""
     hf, ours = pair
-    samples, batch = make_batch(hf, ["pictures", "text", "video"])
+    samples, batch = make_batch(hf, ["images", "text", "video"])
     alone = infer.Generator(ours, NEVER).generate(batch, max_new_tokens=300)
-    ends = {max(alone[0][:20], key=alone[0].index)}  # the one that comes up last
+    ends = {max(alone[0][:20], key=alone[0].index)}  # the token that appears last
     logits = []
     handle = ours.lm_head.register_forward_hook(lambda module, args, out: logits.append(out.clone()))
     answers = infer.Generator(ours, ends).generate(batch, max_new_tokens=300)
@@ -85,19 +84,19 @@ def test_cached_logits_equal_uncached(pair):
     assert 0 < lengths[0] < 20 and max(lengths) == 300
 
     for b, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
-        cached = torch.stack([step[sum(n >= i for n in lengths[:b])]  # its place among those still running
+        cached = torch.stack([step[sum(n >= i for n in lengths[:b])]  # its row among the alive sequences
                               for i, step in enumerate(logits) if i < len(answer)])
-        whole = tiny.batch_of([sample], [positions(hf, tiny.hf_inputs(sample))])
-        whole.input_ids = torch.cat((whole.input_ids, torch.tensor(answer)))
-        following = whole.position_ids.max() + 1 + torch.arange(len(answer))
-        whole.position_ids = torch.cat((whole.position_ids, following.expand(3, -1)), dim=1)
-        whole.cu_seqlens = [0, len(whole.input_ids)]
+        full = tiny.batch_from_hf(hf, [sample])
+        full.input_ids = torch.cat((full.input_ids, torch.tensor(answer)))
+        following = full.position_ids.max() + 1 + torch.arange(len(answer))
+        full.position_ids = torch.cat((full.position_ids, following.expand(3, -1)), dim=1)
+        full.cu_seqlens = [0, len(full.input_ids)]
         with torch.no_grad():
-            uncached = ours.lm_head(ours.hidden_states(whole)[0])[-len(answer) - 1 : -1]
+            uncached = ours.lm_head(ours.hidden_states(full)[0])[-len(answer) - 1 : -1]
         assert (cached - uncached).abs().max() <= 2e-5 * uncached.abs().max()
 
 
-def test_the_seam_is_given_back(pair):
+def test_generate_restores_the_attention_seam(pair):
     _, ours = pair
     layers = ours.model.language_model.layers
     before = [layer.self_attn.attention for layer in layers]
@@ -114,8 +113,8 @@ def test_the_seam_is_given_back(pair):
 
 @pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 20, 0.8), (1.9, 5, 1.0), (0.6, 0, 0.35),
                                                        (1.0, 1000, 0.01), (3.0, 0, 0.95)])
-def test_sampling_equals_transformers_warpers(temperature, top_k, top_p):
-    """With uniform numbers evenly spaced, each token comes up as often as its probability says, to one draw."""
+def test_sample_equals_transformers_warpers(temperature, top_k, top_p):
+    """With evenly spaced uniform numbers, each token is drawn as often as its probability, to one draw."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     logits = 3 * torch.randn(1, 60, generator=torch.Generator().manual_seed(0))
@@ -132,15 +131,15 @@ def test_sampling_equals_transformers_warpers(temperature, top_k, top_p):
     assert set(ids.tolist()) <= set(expected[0].isfinite().nonzero()[:, 0].tolist())
 
 
-def test_draws_depend_on_seed_and_row_only(pair):
+def test_generate_draws_depend_only_on_seed_and_row(pair):
     hf, ours = pair
     generator, options = infer.Generator(ours, NEVER), dict(max_new_tokens=10, temperature=1.0, top_p=0.9)
-    samples, batch = make_batch(hf, ["text", "picture", "text"])
-    together = generator.generate(batch, **options, seed=3, first_row=5)
+    samples, batch = make_batch(hf, ["text", "image", "text"])
+    batched = generator.generate(batch, **options, seed=3, first_row=5)
     for i, sample in enumerate(samples):
-        one = tiny.batch_of([sample], [positions(hf, tiny.hf_inputs(sample))])
-        assert generator.generate(one, **options, seed=3, first_row=5 + i) == [together[i]]
-    assert generator.generate(batch, **options, seed=4, first_row=5) != together
+        one = tiny.batch_from_hf(hf, [sample])
+        assert generator.generate(one, **options, seed=3, first_row=5 + i) == [batched[i]]
+    assert generator.generate(batch, **options, seed=4, first_row=5) != batched
 
 
 # ---- the program ---------------------------------------------------------------------------------------------------
@@ -148,7 +147,7 @@ def test_draws_depend_on_seed_and_row_only(pair):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A Hugging Face directory (with its model in transformers), pictures, and rows of both formats."""
+    """Return a Hugging Face directory, its model in transformers, images, and rows of both formats."""
     folder = tmp_path_factory.mktemp("world")
     raw = tiny.config_dict(moe=True, layers=3)
     hf = tiny.hf_model(raw, seed=1).eval()
@@ -169,7 +168,7 @@ def world(tmp_path_factory):
 
 
 def expected_text(world, row: dict, count: int) -> str:
-    """transformers' answer to a row."""
+    """Return transformers' answer to a row."""
     sample = world.processor.encode(row, media_dir=world.folder, options=data.EncodeOptions(for_generation=True))
     sample = SimpleNamespace(input_ids=sample.input_ids, pixel_values=sample.pixel_values, grid_thw=sample.grid_thw,
                              kinds=["image"] * len(sample.grid_thw))
@@ -180,7 +179,7 @@ def expected_text(world, row: dict, count: int) -> str:
 
 @pytest.fixture
 def run(world, capfd, monkeypatch):
-    """Runs the program here -> (status, standard output, standard error)."""
+    """Return a function that runs the program in this process: (status, standard output, standard error)."""
 
     def run(*argv, stdin: bytes = b"") -> tuple[int, str, str]:
         monkeypatch.chdir(world.folder)
@@ -197,21 +196,21 @@ def predictions(path: Path) -> list[str]:
     return [json.loads(line)["prediction"] for line in path.read_bytes().splitlines()]
 
 
-def test_prompt_answers_as_transformers(world, run):
+def test_prompt_equals_transformers(world, run):
     for argv, row in (
         (["--prompt", "What is this? é", "--image", "a.png"],
          {"messages": [{"role": "user", "content": "What is this? é"}], "images": ["a.png"]}),
         (["--image", "a.png", "--image", "b.png", "--prompt", "One <image> two <image>", "--system", "Brief."],
          {"messages": [{"role": "system", "content": "Brief."}, {"role": "user", "content": "One <image> two <image>"}],
           "images": ["a.png", "b.png"]}),
-        (["--prompt", "no picture", "--text-attn-implementation", "eager", "--dtype", "float32"],
-         {"messages": [{"role": "user", "content": "no picture"}]}),
+        (["--prompt", "no image", "--text-attn-implementation", "eager", "--dtype", "float32"],
+         {"messages": [{"role": "user", "content": "no image"}]}),
     ):
         status, out, err = run(*argv, "--max-new-tokens", 12)
         assert (status, out, err) == (0, expected_text(world, row, 12) + "\n", "")
 
 
-def test_checkpoint_answers_as_its_hugging_face_directory(world, run, tmp_path):
+def test_load_with_a_checkpoint_equals_its_hugging_face_directory(world, run, tmp_path):
     convert.hf_to_dcp(world.model, tmp_path / "dcp")
     assets = tiny.hf_dir(tmp_path / "assets", json.loads((world.model / "config.json").read_text()))
     argv = ["--image", "a.png", "--prompt", "What?", "--max-new-tokens", 8]
@@ -221,7 +220,7 @@ def test_checkpoint_answers_as_its_hugging_face_directory(world, run, tmp_path):
     assert status == 1 and "no weights" in err
 
 
-def test_tied_model_keeps_one_embedding(tmp_path):
+def test_load_model_keeps_tied_embeddings(tmp_path):
     raw = tiny.config_dict(tied=True, layers=3)
     model = infer.load_model(tiny.hf_dir(tmp_path, raw, tiny.hf_model(raw)), dtype="bfloat16")
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
@@ -229,7 +228,7 @@ def test_tied_model_keeps_one_embedding(tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_rows_in_batches(world, run, tmp_path, batch_size):
+def test_answer_rows_in_batches(world, run, tmp_path, batch_size):
     output = tmp_path / "answers.jsonl"
     argv = ["--input", "rows.jsonl", "--output", output, "--batch-size", batch_size, "--max-new-tokens", 9]
     status, out, err = run(*argv)
@@ -238,7 +237,7 @@ def test_rows_in_batches(world, run, tmp_path, batch_size):
     assert written == [row | {"prediction": expected_text(world, row, 9)} for row in world.rows]
 
 
-def test_sampled_rows_do_not_depend_on_batches_or_resuming(world, run, tmp_path):
+def test_answer_rows_with_sampling_does_not_depend_on_batches_or_resuming(world, run, tmp_path):
     argv = ["--input", "rows.jsonl", "--max-new-tokens", 6, "--temperature", 1.2, "--top-k", 50, "--seed", 7]
     argv.append("--output")
     assert run(*argv, tmp_path / "one")[0] == run(*argv, tmp_path / "all", "--batch-size", 4)[0] == 0
@@ -246,18 +245,18 @@ def test_sampled_rows_do_not_depend_on_batches_or_resuming(world, run, tmp_path)
     assert run(*argv, tmp_path / "other", "--seed", 8)[0] == 0
     assert predictions(tmp_path / "other") != predictions(tmp_path / "one")
 
-    whole = (tmp_path / "one").read_bytes()
-    lines = whole.splitlines(keepends=True)
+    complete = (tmp_path / "one").read_bytes()
+    lines = complete.splitlines(keepends=True)
     for kept in (b"", lines[0], lines[0] + lines[1][:20], b"".join(lines[:3]) + lines[3][:-1]):
         (tmp_path / "cut").write_bytes(kept)
         status, _, err = run(*argv, tmp_path / "cut", "--batch-size", 2)
-        assert status == 0 and (tmp_path / "cut").read_bytes() == whole
+        assert status == 0 and (tmp_path / "cut").read_bytes() == complete
     status, out, err = run(*argv, tmp_path / "cut")
     assert (status, out) == (0, "") and err == f"{tmp_path / 'cut'} already has the answers to all 4 rows\n"
 
 
 @pytest.mark.parametrize("content", [b'{"id": "other"', b'{"id": "other"}\n', b"precious, no newline", b"[1]\n", b"\n"])
-def test_other_files_are_not_touched(world, run, tmp_path, content):
+def test_resume_refuses_another_file(world, run, tmp_path, content):
     (tmp_path / "out").write_bytes(content)
     status, out, err = run("--input", "rows.jsonl", "--output", tmp_path / "out")
     assert (status, out) == (1, "")
@@ -265,7 +264,7 @@ def test_other_files_are_not_touched(world, run, tmp_path, content):
     assert err.count("\n") == 1 and (tmp_path / "out").read_bytes() == content
 
 
-def test_more_answers_than_rows(world, run, tmp_path):
+def test_resume_refuses_more_answers_than_rows(world, run, tmp_path):
     argv = ["--input", "rows.jsonl", "--output", tmp_path / "out", "--max-new-tokens", 1]
     assert run(*argv)[0] == 0
     with open(tmp_path / "out", "ab") as file:
@@ -274,7 +273,7 @@ def test_more_answers_than_rows(world, run, tmp_path):
     assert status == 1 and "line 5 is not the answer" in err
 
 
-def test_bad_row_keeps_the_answers_before_it(world, run, tmp_path):
+def test_answer_rows_with_a_bad_row_keeps_the_answers_before_it(world, run, tmp_path):
     bad = {"id": 9, "messages": [{"role": "user", "content": "x"}], "image": "gone.png"}
     rows = [*world.rows[:2], bad, world.rows[3]]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
@@ -286,13 +285,13 @@ def test_bad_row_keeps_the_answers_before_it(world, run, tmp_path):
         assert (status, out) == (1, "") and last.startswith(f"error: {tmp_path / 'rows.json'} row 3 (id 9): image: ")
         assert "gone.png does not exist" in last and "Traceback" not in err
         assert predictions(tmp_path / "out") == [expected_text(world, row, 5) for row in rows[:2]]
-    bad["image"] = "a.png"  # corrected, it goes on
+    bad["image"] = "a.png"  # once corrected, the run resumes
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     assert run(*argv)[0] == 0
     assert predictions(tmp_path / "out") == [expected_text(world, row, 5) for row in rows]
 
 
-def test_chat_knows_what_was_said(world, run):
+def test_chat_keeps_the_conversation(world, run):
     argv = ["--chat", "--image", "a.png", "--system", "Brief.", "--max-new-tokens", 7]
     status, out, err = run(*argv, stdin="What é?\r\n\n  \nAnd now?\n".encode())
     row = {"messages": [{"role": "system", "content": "Brief."}, {"role": "user", "content": "What é?"}],
@@ -301,10 +300,8 @@ def test_chat_knows_what_was_said(world, run):
     row["messages"] += [{"role": "assistant", "content": first}, {"role": "user", "content": "And now?"}]
     assert (status, out, err) == (0, f"{first}\n{expected_text(world, row, 7)}\n", "")
     assert run(*argv, "--prompt", "What é?", stdin=b"And now?")[1] == out
-    status, out, err = run(*argv, stdin=b"What \xff?\n")
-    assert (status, out, err) == (1, "", "error: question 1, 'What \\udcff?', is not UTF-8\n")
     status, out, err = run(*argv, stdin="What é?\n".encode() + b"\xff\n")
-    assert (status, out, err) == (1, f"{first}\n", "error: question 2, '\\udcff', is not UTF-8\n")
+    assert (status, out) == (1, f"{first}\n") and "surrogate" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("change, message", [
@@ -312,7 +309,7 @@ def test_chat_knows_what_was_said(world, run):
     ({"vision_config": 5}, "config.json: needs text_config and vision_config, each an object"),
     ({"text_config": tiny.config_dict()["text_config"] | {"vocab_size": "264"}}, "vocab_size is '264', it must be"),
 ])
-def test_damaged_config(run, tmp_path, change, message):
+def test_damaged_config_is_one_line(run, tmp_path, change, message):
     status, out, err = run("--model", tiny.hf_dir(tmp_path, tiny.config_dict() | change), "--prompt", "x")
     assert (status, out) == (1, "") and err.startswith(f"error: {tmp_path}") and message in err
 
@@ -324,48 +321,28 @@ def test_verbose_figures(run):
         assert figure in err
 
 
-@pytest.mark.parametrize("files, expected", [
-    ({}, {258}),
-    ({"generation_config.json": {"eos_token_id": [7, 9]}, "config.json": {"eos_token_id": 5}}, {7, 9}),
-    ({"generation_config.json": {"eos_token_id": 0}}, {0}),
-    ({"generation_config.json": {"do_sample": True}, "config.json": {"text_config": {"eos_token_id": 5}}}, {5}),
-    ({"config.json": {"eos_token_id": None}}, {258}),
-])
-def test_where_answers_end(tmp_path, files, expected):
-    for name, content in files.items():
-        (tmp_path / name).write_text(json.dumps(content))
-    assert infer.end_token_ids(tmp_path, SimpleNamespace(im_end_token_id=258)) == expected
-
-
-@pytest.mark.parametrize("content", ['{"eos_token_id": "7"}', '{"eos_token_id": [true]}', "[]", "{"])
-def test_bad_end_tokens(tmp_path, content):
-    (tmp_path / "generation_config.json").write_text(content)
-    with pytest.raises(InputError, match="generation_config.json: "):
-        infer.end_token_ids(tmp_path, SimpleNamespace(im_end_token_id=258))
-
-
 # ---- streaming -----------------------------------------------------------------------------------------------------
 
 
-def test_text_comes_in_whole_characters(world):
+def test_text_stream_returns_whole_characters(world):
     text = "né 😀日本"
     ids = [i for character in text for i in world.processor.tokenizer.encode(character).ids]
     stream = infer.TextStream(world.processor)
-    pieces = [stream.push(i) for i in ids]
-    assert "".join(pieces) == text and stream.rest() == ""
-    assert [piece for piece in pieces if piece] == list(text)
+    parts = [stream.push(i) for i in ids]
+    assert "".join(parts) == text and stream.flush() == ""
+    assert [part for part in parts if part] == list(text)
     assert stream.push(world.processor.im_start_token_id) == ""  # special tokens are not text
 
 
-def test_broken_characters_come_as_they_would_at_once(world):
+def test_text_stream_with_broken_characters_equals_decode(world):
     ids = torch.randint(0, 263, (400,), generator=torch.Generator().manual_seed(0)).tolist()
     stream = infer.TextStream(world.processor)
-    assert "".join([*map(stream.push, ids), stream.rest()]) == world.processor.decode(ids)
+    assert "".join([*map(stream.push, ids), stream.flush()]) == world.processor.decode(ids)
 
 
-def test_answer_is_printed_as_it_is_made(world, monkeypatch):
+def test_stream_answer_prints_each_character_at_once(world, monkeypatch):
     screen = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="utf-8"))  # holds back what is not flushed
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="utf-8"))  # keeps what is not flushed
     ids = world.processor.tokenizer.encode("aé!").ids + world.processor.tokenizer.encode("é").ids[:1]
     printed = []
 
@@ -374,12 +351,12 @@ def test_answer_is_printed_as_it_is_made(world, monkeypatch):
             on_token(0, token)
             printed.append(screen.getvalue().decode())
 
-    answer.processor = world.processor
-    assert infer.stream_answer(answer, None, 0) == "aé!\ufffd"
+    answerer = SimpleNamespace(processor=world.processor, answer=answer)
+    assert infer.stream_answer(answerer, None, 0) == "aé!\ufffd"
     assert printed == ["a", "a", "aé", "aé!", "aé!"] and screen.getvalue().decode() == "aé!\ufffd\n"
 
 
-# ---- mistakes ------------------------------------------------------------------------------------------------------
+# ---- user errors ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("argv, status, message", [
@@ -395,31 +372,31 @@ def test_answer_is_printed_as_it_is_made(world, monkeypatch):
     (["--prompt", "x", "--image", "gone.png"], 1, "images[0]: gone.png does not exist"),
     (["--prompt", "x <image>"], 1, "<image>"),
     (["--prompt", "x", "--model", "gone"], 1, "gone: cannot be read (No such file or directory)"),
-    (["--prompt", "x", "--load", "gone"], 1, "gone: is not there"),
+    (["--prompt", "x", "--load", "gone"], 1, "gone: is not a checkpoint"),
     (["--prompt", "x", "--device", "npu"], 2, "--device npu"),
     (["--prompt", "x", "--text-attn-implementation", "flash_attention_2"], 2, "flash_attention_2"),
     (["--input", "gone.json", "--output", "o"], 1, "gone.json"),
     (["--input", "rows.jsonl", "--output", "gone/o"], 1, "gone/o: No such file or directory"),
     (["--input", "rows.jsonl", "--output", "o", "--dataset-dir", "gone"], 1, "--dataset-dir"),
-    (["--input", "rows.jsonl", "--output", "/dev/zero"], 1, "/dev/zero is not a regular file: name another --output"),
-    (["--prompt", "x", "--video", ".", "--video-fps", "1e-320"], 1, "video_fps 1e-320 must be between"),
+    (["--input", "rows.jsonl", "--output", "."], 1, ".: Is a directory"),
+    (["--prompt", "x", "--video", ".", "--video-fps", "1e-320"], 2, "--video-fps: '1e-320' is not a number at least"),
 ])
-def test_mistakes_are_one_line(run, argv, status, message):
+def test_main_with_a_user_error_prints_one_line(run, argv, status, message):
     got, out, err = run(*argv)
     assert (got, out) == (status, "") and err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
-def test_the_disk_is_full(tmp_path):
+def test_append_with_a_full_disk_raises(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
     try:
-        with pytest.raises(InputError, match="out: File too large; with that mended, the same command goes on"):
+        with pytest.raises(InputError, match="out: File too large: once this is fixed, the same command resumes"):
             infer.append(str(tmp_path / "out"), b"x" * 20)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_weights_that_are_not_finite(pair):
+def test_generate_with_weights_that_are_not_finite_raises(pair):
     hf, ours = pair
     ours = copy.deepcopy(ours)
     ours.model.language_model.norm.weight.data.fill_(float("nan"))
@@ -427,8 +404,8 @@ def test_weights_that_are_not_finite(pair):
         infer.Generator(ours, NEVER).generate(make_batch(hf, ["text"])[1])
 
 
-def test_as_a_process(world, tmp_path):
-    """Flags from a file, in a locale that knows ASCII only."""
+def test_program_in_an_ascii_locale(world, tmp_path):
+    """Read the flags from a file."""
     (tmp_path / "flags").write_text(f"# a comment\n--model {world.model}\n--prompt 'What is it?'  # the question\n"
                                     "--image a.png\n--max-new-tokens 12\n")
     done = subprocess.run([sys.executable, Path(infer.__file__), f"@{tmp_path / 'flags'}"], capture_output=True,
@@ -437,11 +414,3 @@ def test_as_a_process(world, tmp_path):
     expected = expected_text(world, row, 12)
     assert not expected.isascii()
     assert (done.returncode, done.stdout.decode(), done.stderr) == (0, expected + "\n", b"")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
-def test_standard_output_is_full(world):
-    with open("/dev/full", "wb") as full:
-        done = subprocess.run([sys.executable, Path(infer.__file__), "--model", world.model, "--prompt", "Hi"],
-                              stdout=full, stderr=subprocess.PIPE)
-    assert (done.returncode, done.stderr) == (1, b"error: standard output: No space left on device\n")

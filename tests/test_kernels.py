@@ -1,4 +1,4 @@
-"""The plain operations against each one written the slow way, forward and backward, in float64 or float32."""
+"""Compare the plain operations with slow, direct formulas, forward and backward, in float64 or float32."""
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import kernels_npu
-from kernels_npu import ops
+from kernels_npu import Cpu, Torch, ops
+from tools import check_kernels
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 4, 1], [0, 0, 8, 0], [0, 0, 0, 0]], ids=["uneven", "one expert", "no rows"])
-def test_grouped_matmul(counts):
+def test_grouped_matmul_equals_a_product_per_row(counts):
     x = torch.randn(sum(counts), 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(4, 5, 3, dtype=torch.float64, requires_grad=True)
     y = ops.grouped_matmul(x, weight, torch.tensor(counts))
@@ -29,22 +30,31 @@ def test_grouped_matmul(counts):
     ("NVIDIA H800 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12),
     ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA RTX A1000", None),
     ("NVIDIA H20", None), ("NVIDIA B200", None), ("NVIDIA L40", None), ("NVIDIA GeForce RTX 4090", None)])
-def test_peaks_of_devices(monkeypatch, name, peak):
+def test_peak_flops_by_device_name(monkeypatch, name, peak):
     device = object.__new__(kernels_npu.Cuda)
     device.module = SimpleNamespace(get_device_name=lambda: name)
     assert device.peak_flops() == peak
 
 
-def test_permute_and_unpermute():
-    """Rows come in expert order, each token's in the place that `where` names; weights come back on the right token."""
+def test_grouped_matmul_without_gradients_reads_only_active_experts():
+    cpu, weight = Cpu(torch.device("cpu")), torch.randn(6, 8, 4)
+    weight[[0, 2, 3]] = torch.nan
+    x, counts = torch.randn(4, 8), torch.tensor([0, 1, 0, 0, 2, 1])
+    with torch.no_grad():
+        y = cpu.grouped_matmul(x, weight, counts)
+    assert torch.allclose(y, torch.cat((x[:1] @ weight[1], x[1:3] @ weight[4], x[3:] @ weight[5])), atol=1e-6)
+
+
+def test_permute_then_unpermute_restores_tokens():
+    """Rows are in expert order, `slot_to_row` finds a token's rows, and weights belong to the right token."""
     x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     expert_ids = torch.tensor([[2, 0], [1, 2], [0, 1], [4, 2], [2, 1], [0, 4]])  # expert 3 gets nothing
     weights = torch.rand(6, 2, dtype=torch.float64, requires_grad=True)
-    rows, where, counts = ops.moe_permute(x, expert_ids, 5)
+    rows, slot_to_row, counts = ops.moe_permute(x, expert_ids, 5)
     assert counts.tolist() == [3, 3, 4, 0, 2]
-    assert torch.equal(rows[where].unflatten(0, (6, 2)), x[:, None].expand(-1, 2, -1))
-    assert torch.equal(expert_ids.flatten()[where.argsort()], expert_ids.flatten().sort().values)
-    y = ops.moe_unpermute(rows * torch.arange(5).repeat_interleave(counts)[:, None], where, weights)
+    assert torch.equal(rows[slot_to_row].unflatten(0, (6, 2)), x[:, None].expand(-1, 2, -1))
+    assert torch.equal(expert_ids.flatten()[slot_to_row.argsort()], expert_ids.flatten().sort().values)
+    y = ops.moe_unpermute(rows * torch.arange(5).repeat_interleave(counts)[:, None], slot_to_row, weights)
     expected = x * (weights * expert_ids).sum(1, keepdim=True)
     assert torch.allclose(y, expected)
     for a, b in zip(torch.autograd.grad(y.sum(), (x, weights)), torch.autograd.grad(expected.sum(), (x, weights)),
@@ -54,9 +64,9 @@ def test_permute_and_unpermute():
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("cu_seqlens", [[0, 4, 8, 12], [0, 1, 8, 12], [0, 12]], ids=["equal", "uneven", "one"])
-@pytest.mark.parametrize("form", ["eager", "sdpa"])
-def test_attention(form, cu_seqlens, causal):
-    """Query by query, in float64: 6 heads on 2 key-value heads, each sequence for itself."""
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_equals_a_sum_per_query(implementation, cu_seqlens, causal):
+    """Use 6 heads on 2 key-value heads in float64."""
     T = cu_seqlens[-1]
     q, k, v = (torch.randn(T, h, 5, dtype=torch.float64, requires_grad=True) for h in (6, 2, 2))
     expected = []
@@ -67,15 +77,15 @@ def test_attention(form, cu_seqlens, causal):
             scores = k[start:end, h // 3] @ q[t, h] / 5**0.5
             expected.append(scores.softmax(0) @ v[start:end, h // 3])
     expected = torch.stack(expected).unflatten(0, (T, 6))
-    y = ops.attention_implementation(form)(q, k, v, cu_seqlens, causal=causal)
-    assert torch.allclose(y, expected, atol=1e-6)  # eager's softmax is in float32
+    y = ops.attention(q, k, v, cu_seqlens, causal, implementation)
+    assert torch.allclose(y, expected, atol=1e-6)  # eager computes its softmax in float32
     dy = torch.randn_like(y)
     grads = (torch.autograd.grad(out, (q, k, v), dy) for out in (y, expected))
     for a, b in zip(*grads, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_rms_norm_is_float32_inside():
+def test_rms_norm_computes_in_float32():
     x = torch.randn(7, 16).bfloat16() * 300
     weight = torch.rand(16).bfloat16()
     y = ops.rms_norm(x, weight, 1e-6)
@@ -84,21 +94,46 @@ def test_rms_norm_is_float32_inside():
     assert torch.equal(y, weight * exact.float().bfloat16())
 
 
-def test_rotary_turns_pairs():
-    """Half-split form: (x_i, x_{i + d/2}) turned by the angle of frequency i; the length stays, position 0 is left."""
+def test_rotary_rotates_half_split_pairs():
+    """Frequency i rotates (x_i, x_{i + d/2}). The angle at position 0 is 0."""
     x, angle = torch.randn(5, 3, 8, dtype=torch.float64), torch.rand(5, 4, dtype=torch.float64)
     angle[0] = 0
     tables = torch.cat((angle, angle), -1)
     y = ops.rotary(x, tables.cos(), tables.sin())
-    pair, turned = torch.complex(x[..., :4], x[..., 4:]), torch.complex(y[..., :4], y[..., 4:])
-    assert torch.allclose(turned, pair * torch.exp(1j * angle)[:, None])
+    pair, rotated = torch.complex(x[..., :4], x[..., 4:]), torch.complex(y[..., :4], y[..., 4:])
+    assert torch.allclose(rotated, pair * torch.exp(1j * angle)[:, None])
     assert torch.equal(y[0], x[0])
 
 
-def test_the_log_names_each_form():
-    class Faster(kernels_npu.Torch):
-        def swiglu(self, gate_up):
-            return super().swiglu(gate_up)
+class Faster(Torch):
+    """A device with a wrong `swiglu`."""
 
+    def swiglu(self, gate_up):
+        return 1.5 * super().swiglu(gate_up)
+
+
+def test_implementations_names_the_class_of_each_operation():
     names = Faster(torch.device("cpu")).implementations()
     assert names["swiglu"] == "Faster" and names["rotary"] == "Torch"
+
+
+@pytest.mark.parametrize("wrong", [lambda x: 1.5 * x, lambda x: x * torch.nan, lambda x: x[:1], lambda x: x.detach()])
+def test_error_of_finds_a_wrong_operation(wrong):
+    """A wrong value, NaN, a wrong shape and a missing gradient exceed every bound."""
+
+    class Wrong(Torch):
+        def swiglu(self, gate_up):
+            return wrong(super().swiglu(gate_up))
+
+    case = check_kernels.swiglu(5, 8)
+    assert check_kernels.error_of(ops, case, torch.bfloat16) <= check_kernels.BOUNDS[torch.bfloat16]
+    assert not check_kernels.error_of(Wrong(torch.device("cpu")), case, torch.float32) <= 0.1
+
+
+def test_check_operations_marks_a_wrong_operation(capsys, monkeypatch):
+    monkeypatch.setattr(check_kernels, "cases", lambda ops: [
+        ("swiglu", "(5, 8)", check_kernels.swiglu, (5, 8)), ("rms_norm", "(5, 8)", check_kernels.rms_norm, (5, 8))])
+    assert check_kernels.check_operations(ops)
+    assert not check_kernels.check_operations(Faster(torch.device("cpu")))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.endswith("OFF") for line in lines] == [False] * 5 + [False, True, True, False, False]

@@ -1,5 +1,7 @@
-"""Every torch_npu call in the source fits the operation's schema in the released wheels (tests/npu/schemas.json, which
-tests/npu/extract_schemas.py makes): names, number and kinds of arguments. No torch_npu needed."""
+"""Compare every torch_npu call in kernels_npu.py with the operation's schema in the released wheels, without torch_npu.
+
+tests/npu/extract_schemas.py extracts the schemas to tests/npu/schemas.json.
+"""
 from __future__ import annotations
 
 import ast
@@ -20,7 +22,7 @@ LITERALS = {"int": int, "float": (int, float), "bool": bool, "str": str}
 
 
 def calls(source: str) -> list[tuple[str, ast.Call]]:
-    """Every call of a torch_npu.npu_* operation: (its name, the call)."""
+    """Return (operation, call) of every call of a torch_npu.npu_* operation."""
     found = []
     for node in ast.walk(ast.parse(source)):
         name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
@@ -30,7 +32,7 @@ def calls(source: str) -> list[tuple[str, ast.Call]]:
 
 
 def misfit(call: ast.Call, schema: torch._C.FunctionSchema) -> str | None:
-    """What is wrong with a call by its schema; None if nothing is."""
+    """Return how a call violates the schema, or None."""
     if any(isinstance(a, ast.Starred) for a in call.args) or any(k.arg is None for k in call.keywords):
         return "passes * or **, so that its arguments cannot be read: write them out"
     arguments = {a.name: a for a in schema.arguments}
@@ -61,23 +63,24 @@ def misfit(call: ast.Call, schema: torch._C.FunctionSchema) -> str | None:
 
 
 def misfits(source: str, version: str) -> list[str]:
+    """Return a line for each call that fits none of the operation's schemas in a version."""
     problems = []
     for name, call in calls(source):
         schemas = [text for key, text in SCHEMAS[version].items() if key.split(".")[0] == name]
         wrong = [misfit(call, torch._C.parse_schema(f"npu::{schema}")) for schema in schemas]
         wrong = wrong or ["is not in that wheel"]
-        if None not in wrong:  # of several overloads, one must fit
+        if None not in wrong:  # one of several overloads must fit
             problems.append(f"line {call.lineno}: {name} {wrong[0]}")
     return problems
 
 
 @pytest.mark.parametrize("version", SCHEMAS)
-def test_every_call_fits(version):
+def test_every_call_fits_its_schema(version):
     assert misfits((ROOT / "kernels_npu.py").read_text(), version) == []
 
 
-def test_the_data_is_that_of_the_source():
-    """A call of another operation: run tests/npu/extract_schemas.py again."""
+def test_schemas_cover_the_called_operations():
+    """Run tests/npu/extract_schemas.py again after adding a call."""
     called = {name for name, _ in calls((ROOT / "kernels_npu.py").read_text())}
     assert len(called) > 5
     for version, schemas in SCHEMAS.items():
@@ -102,18 +105,17 @@ def test_the_data_is_that_of_the_source():
      "line 1: npu_moe_token_permute takes bool for padded_mode, got 0"),
     ("torch_npu.npu_moe_teleport(x)", "line 1: npu_moe_teleport is not in that wheel"),
 ])
-def test_a_wrong_call_is_found(wrong, message):
+def test_misfits_finds_a_wrong_call(wrong, message):
     assert misfits(wrong, "2.13.0") == [message]
 
 
-def test_an_argument_of_newer_wheels_is_found():
+def test_misfits_finds_an_argument_of_newer_wheels():
     source = "torch_npu.npu_rotary_mul(x, c, s, rotate=r)"
     assert misfits(source, "2.13.0") == []
     assert misfits(source, "2.7.1") == ["line 1: npu_rotary_mul knows no argument rotate"]
 
 
-def test_a_torch_npu_without_an_operation_is_a_clear_error(monkeypatch):
-    """Each one that the source calls: the message names it and the version to take."""
+def test_import_torch_npu_without_an_operation_names_it(monkeypatch):
     called = {name for name, _ in calls((ROOT / "kernels_npu.py").read_text())}
     monkeypatch.setattr(kernels_npu, "torch_npu", None, raising=False)
     for missing in called:

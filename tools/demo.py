@@ -1,9 +1,10 @@
-"""`make demo`: from drawn pictures to answers about pictures never seen, with the programs as a person would run them.
+"""Run `make demo`: train a small Qwen3-VL-MoE from scratch and ask it about images that it has never seen.
 
     python tools/demo.py [--output demo_out] [--seed 0]
 
-Draws a dataset, trains a small Qwen3-VL-MoE on it from scratch, converts the checkpoint, asks held-out questions, and
-prints how many answers are right beside what guessing gives. Exits with 1 when fewer than 95 % are.
+The demo runs the programs as a user would run them. It draws a dataset, trains, converts the checkpoint, and asks
+held-out questions. Then it prints the share of right answers and the share that guessing gets right. The exit status is
+1 if fewer than 95 % of the answers are right.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import plots  # first: it says what to install where matplotlib is missing
+import plots  # first, because it says what to install if matplotlib is missing
 from demo_data import KINDS
 from safetensors import safe_open
 
@@ -32,20 +33,20 @@ TRAIN_FLAGS = (
 
 
 def run(title: str, command: str) -> None:
-    """Prints a command and runs it in the repository's root with this Python; ends the demo where it fails."""
+    """Print a command and run it in the repository's root with this Python. Exit if it fails."""
     print(f"\n== {title}\n$ {PYTHON} {command}", flush=True)
     started = time.monotonic()
-    # Unbuffered: a log line shows at once through a pipe, too. One thread: the matrices are so small that a second one
-    # gains a quarter on an idle machine, and loses ten times as much where another program wants the core.
+    # Unbuffered output shows each log line at once, also through a pipe. The matrices are so small that a second thread
+    # saves a quarter of the time on an idle machine, and costs ten times as much where another program needs the core.
     env = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, env=env)
     if process.returncode:
-        sys.exit(f"error: {command.split()[0]} ended with status {process.returncode}: its own message is above")
+        sys.exit(f"error: {command.split()[0]} ended with status {process.returncode}: see its message above")
     print(f"({time.monotonic() - started:.0f} s)", flush=True)
 
 
 def answers_by_kind(rows: list[dict]) -> dict[str, Counter]:
-    """How often each answer is given to each kind of question in some rows."""
+    """Count how often each answer is given to each kind of question."""
     counts: dict[str, Counter] = {kind: Counter() for kind in KINDS}
     for row in rows:
         for kind, turn in zip(row["kinds"], row["conversations"][1::2], strict=True):
@@ -54,7 +55,7 @@ def answers_by_kind(rows: list[dict]) -> dict[str, Counter]:
 
 
 def score(held_out: list[dict], predictions: list[str], train: list[dict]) -> dict[str, tuple[int, int, int]]:
-    """{kind: (questions, right answers, right answers of guessing)}, guessing being training's most frequent answer."""
+    """Return {kind: (questions, right answers, right guesses)}. The guess is the most frequent answer in training."""
     guesses = {kind: counts.most_common(1)[0][0] for kind, counts in answers_by_kind(train).items()}
     totals = {kind: [0, 0, 0] for kind in KINDS}
     for row, prediction in zip(held_out, predictions, strict=True):
@@ -66,10 +67,10 @@ def score(held_out: list[dict], predictions: list[str], train: list[dict]) -> di
 
 
 def make_cards(held_out: list[dict], predictions: list[str], folder: Path) -> list[dict]:
-    """The sheet's cards: the first two questions of each kind, then mistakes (or more questions) up to sixteen."""
+    """Return up to sixteen cards: the first two questions of each kind, then wrong answers, then more questions."""
     cards = [
         {
-            "pictures": [folder / path for path in row["image"]],
+            "images": [folder / path for path in row["image"]],
             "question": row["conversations"][0]["value"].replace("<image>", ""),
             "answer": row["conversations"][1]["value"],
             "prediction": prediction.strip(),
@@ -81,27 +82,26 @@ def make_cards(held_out: list[dict], predictions: list[str], folder: Path) -> li
     for row, card in zip(held_out, cards, strict=True):
         seen[row["kinds"][0]] += 1
         (first if seen[row["kinds"][0]] <= 2 else rest).append(card)
-    rest.sort(key=lambda card: card["prediction"] == card["answer"])  # mistakes first
+    rest.sort(key=lambda card: card["prediction"] == card["answer"])  # wrong answers first
     return (first + rest)[:16]
 
 
 def main() -> None:
-    """The command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(description="Trains a small Qwen3-VL-MoE from scratch and asks it questions.")
-    parser.add_argument("--output", type=Path, default=Path("demo_out"), help="where everything goes")
-    parser.add_argument("--seed", type=int, default=0, help="of the pictures, the weights and the order of the rows")
+    parser = argparse.ArgumentParser(description="Train a small Qwen3-VL-MoE from scratch and ask it questions.")
+    parser.add_argument("--output", type=Path, default=Path("demo_out"), help="directory for all output")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the images, the weights and the order of the rows")
     args = parser.parse_args()
     started = time.monotonic()
     out = Path(os.path.relpath(args.output, ROOT))
     os.chdir(ROOT)
-    for name in ("data", "base", "run", "model"):  # of an earlier demo
+    for name in ("data", "base", "run", "model"):  # from an earlier demo
         shutil.rmtree(out / name, ignore_errors=True)
     (out / "answers.jsonl").unlink(missing_ok=True)
 
     data, base, model = out / "data", out / "base", out / "model"
     o, d, b, m = (shlex.quote(str(path)) for path in (out, data, base, model))
-    run("Draw pictures, with questions and answers", f"tools/demo_data.py --output {o} --seed {args.seed}")
-    # In this order: twice what is in a picture, from which it learns to see, then all kinds of questions.
+    run("Draw images, with questions and answers", f"tools/demo_data.py --output {o} --seed {args.seed}")
+    # The order matters: describing images (twice) teaches the model to see; then it learns to answer all questions.
     run(
         "Train a mixture-of-experts Qwen3-VL from scratch",
         f"train.py --init-from-hf-path {b} --init random --dataset {d}/describe.json,{d}/describe.json,{d}/answer.json "
@@ -112,7 +112,7 @@ def main() -> None:
         f"convert.py dcp_to_hf --load_dir {o}/run --save_dir {m} --model_assets_dir {b}",
     )
     run(
-        "Ask about pictures that it has never seen",
+        "Ask about images that it has never seen",
         f"infer.py --model {m} --input {d}/questions.json --output {o}/answers.jsonl --batch-size 64",
     )
 
@@ -127,12 +127,12 @@ def main() -> None:
         out / "run" / "metrics.jsonl",
         out / "loss.png",
         f"A {parameters / 1e6:.1f}M-parameter Qwen3-VL-MoE from scratch",
-        {0: "describing pictures", describing: "answering questions"},
+        {0: "describing images", describing: "answering questions"},
     )
     plots.plot_answers(
         make_cards(held_out, predictions, data),
         out / "answers.png",
-        "Pictures it has never seen",
+        "Images it has never seen",
         f"Qwen3-VL-MoE, {parameters / 1e6:.1f}M parameters, trained from scratch on a CPU. "
         f"Held-out questions answered right: {right / questions:.1%}; by guessing: {guessed / questions:.1%}.",
     )
@@ -146,13 +146,13 @@ def main() -> None:
         print(f"{kind:10} {example:44} {good / number:9.1%} {guess / number:9.1%}")
     print(f"{'all':10} {f'{questions} held-out questions':44} {right / questions:9.1%} {guessed / questions:9.1%}")
     print(
-        f"\n{time.monotonic() - started:.0f} s in all. The loss curve is {out}/loss.png, answers with their pictures "
+        f"\n{time.monotonic() - started:.0f} s in all. The loss curve is {out}/loss.png, answers with their images "
         f"{out}/answers.png."
     )
-    picture = shlex.quote(str(data / examples["count"]["image"][0]))
+    image = shlex.quote(str(data / examples["count"]["image"][0]))
     print(f"""
 Next, ask it something yourself:
-$ {PYTHON} infer.py --model {m} --image {picture} --prompt "What is where?"
+$ {PYTHON} infer.py --model {m} --image {image} --prompt "What is where?"
 and train it further on your own rows (your file in place of {d}/answer.json; the README has the format):
 $ {PYTHON} train.py --init-from-hf-path {m} --dataset {d}/answer.json --save {o}/more --train-iters 20 \\
     --micro-batch-size 8 --lr 1e-4""")
@@ -161,11 +161,11 @@ $ {PYTHON} train.py --init-from-hf-path {m} --dataset {d}/answer.json --save {o}
 
 
 def _count_parameters(model: Path) -> int:
-    """The parameters stored in a Hugging Face directory."""
+    """Return the number of parameters stored in a Hugging Face directory."""
     total = 0
     for file in model.glob("*.safetensors"):
         with safe_open(file, framework="np") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (it is no dict)
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 size = 1
                 for length in tensors.get_slice(name).get_shape():
                     size *= length

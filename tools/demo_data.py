@@ -1,11 +1,11 @@
-"""Makes what `make demo` trains on: drawn pictures with questions, a tiny tokenizer, the description of a small model.
+"""Create what `make demo` trains on: drawn images with questions, a tiny tokenizer, and a small model's configuration.
 
     python tools/demo_data.py --output demo_out [--describe 4800] [--answer 14400] [--held-out 80] [--seed 0]
 
-A picture is one to four coloured shapes, each in a cell of a 3 x 3 grid, with position, size, angle and shade jittered.
-Rows are in the LLaVA format of `data.py`: a question about one picture, about two, or (text only) about numbers. No
-arrangement of shapes and no question about numbers that is held out occurs in training. Nothing is downloaded, and the
-same seed gives the same files.
+An image has one to four coloured shapes, each in a cell of a 3 x 3 grid, with random position, size, angle and shade.
+Rows are in the LLaVA format of `data.py`: questions about one image, about two, or (text only) about numbers. Held-out
+arrangements of shapes and held-out questions about numbers do not occur in training. Nothing is downloaded. The same
+seed gives the same files.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tqdm import tqdm
 
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-COLOURS = {  # hue, saturation, value: the middle of each colour's shades
+COLOURS = {  # hue, saturation and value in the middle of each colour's shades
     "red": (0.985, 0.76, 0.88),
     "orange": (0.075, 0.84, 0.95),
     "yellow": (0.140, 0.80, 0.97),
@@ -32,33 +32,33 @@ COLOURS = {  # hue, saturation, value: the middle of each colour's shades
 }
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 WORDINGS = {
-    "list": ("What is where?", "List what is in the picture."),
+    "list": ("What is where?", "List what is in the image."),
     "colour": ("What colour do you see?", "Name the colour."),
     "shape": ("What shape do you see?", "Name the shape."),
     "count": ("How many are there?", "Count what you see."),
     "where": ("Which places are filled?", "Name the filled places."),
-    "pair": ("What is in each picture?", "Describe both pictures."),
+    "pair": ("What is in each image?", "Describe both images."),
     "numbers": ("Which is the {}?",),
 }
-KINDS = {"list": 1, "colour": 1, "shape": 1, "count": 1, "where": 1, "pair": 2, "numbers": 0}  # and their pictures
+KINDS = {"list": 1, "colour": 1, "shape": 1, "count": 1, "where": 1, "pair": 2, "numbers": 0}  # number of images
 COUNTS = ("one", "two", "three", "four")
 
-PICTURE_PIXELS = 192  # as drawn; the processor halves it
-MODEL_PIXELS = 96  # as the model sees it: 6 x 6 patches, 9 tokens
+IMAGE_PIXELS = 192  # side of an image as drawn; the processor halves it
+MODEL_PIXELS = 96  # side as the model sees it: 6 x 6 patches, 9 tokens
 
 SPECIAL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
     "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
-# How Qwen's tokenizer cuts text into words before merging bytes.
+# Qwen's tokenizer splits text into words with this expression before it merges bytes.
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 class Thing(NamedTuple):
-    """One shape of a picture, in the cell (row, column) of the 3 x 3 grid, both from 0 at the top left."""
+    """One shape of an image, in the cell (row, column) of the 3 x 3 grid, both from 0 at the top left."""
 
     row: int
     column: int
@@ -70,7 +70,7 @@ Scene = tuple[Thing, ...]  # in reading order, at most one thing in a cell
 
 
 class Question(NamedTuple):
-    """What is asked, without the wording: `kind` is a key of WORDINGS and `subject` goes into its gap."""
+    """A question without its wording: `kind` is a key of WORDINGS, and `subject` fills the gap in the wording."""
 
     kind: str
     subject: str
@@ -78,15 +78,15 @@ class Question(NamedTuple):
 
 
 def make_scene(rng: random.Random, mixed: bool) -> Scene:
-    """Draws a random arrangement of one to four things: of all sorts if `mixed`, else all of one shape and colour."""
+    """Return a random arrangement of one to four things, all of one shape and colour unless `mixed`."""
     cells = rng.sample([(row, column) for row in range(3) for column in range(3)], rng.randint(1, 4))
-    sort = rng.choice(SHAPES), rng.choice(list(COLOURS))
-    sorts = [(rng.choice(SHAPES), rng.choice(list(COLOURS))) if mixed else sort for _ in cells]
-    return tuple(Thing(*cell, *sort) for cell, sort in zip(sorted(cells), sorts, strict=True))
+    look = rng.choice(SHAPES), rng.choice(list(COLOURS))
+    looks = [(rng.choice(SHAPES), rng.choice(list(COLOURS))) if mixed else look for _ in cells]
+    return tuple(Thing(*cell, *look) for cell, look in zip(sorted(cells), looks, strict=True))
 
 
 def ask(kind: str, scenes: list[Scene], rng: random.Random) -> Question:
-    """Asks a question of a kind about one scene (two for `pair`, none for `numbers`)."""
+    """Return a question of a kind about one scene (`pair`: two scenes, `numbers`: none)."""
     if kind == "numbers":
         numbers = rng.sample(range(10), 3)
         word, pick = rng.choice([("largest", max), ("smallest", min)])
@@ -105,10 +105,10 @@ def ask(kind: str, scenes: list[Scene], rng: random.Random) -> Question:
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """Draws a scene as an RGB picture of PICTURE_PIXELS squared, jittering everything that no question asks about."""
-    scale = 2  # drawn larger, then averaged down: smooth edges
-    cell = PICTURE_PIXELS * scale / 3
-    image = Image.new("RGB", (PICTURE_PIXELS * scale,) * 2, _rgb(rng.random(), rng.uniform(0, 0.09), 0.98))
+    """Draw a scene as a square RGB image of IMAGE_PIXELS, with everything random that no question asks about."""
+    scale = 2  # draw at twice the size and average, for smooth edges
+    cell = IMAGE_PIXELS * scale / 3
+    image = Image.new("RGB", (IMAGE_PIXELS * scale,) * 2, _rgb(rng.random(), rng.uniform(0, 0.09), 0.98))
     canvas = ImageDraw.Draw(image)
     for thing in scene:
         hue, saturation, value = COLOURS[thing.colour]
@@ -128,7 +128,7 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
 
 
 def _corners(shape: str, x: float, y: float, radius: float, degrees: float) -> list[tuple[float, float]]:
-    """The corners of a shape around (x, y), none farther than `radius`, turned by an angle."""
+    """Return the corners of a shape around (x, y), none farther than `radius`, rotated by an angle."""
     if shape == "cross":  # the corners of a plus sign with arms of half-width 0.3
         arm, end = 0.3, math.sqrt(1 - 0.3**2)
         quarter = [(arm, -arm), (arm, -end), (-arm, -end)]
@@ -144,23 +144,23 @@ def _corners(shape: str, x: float, y: float, radius: float, degrees: float) -> l
 
 
 def _rgb(hue: float, saturation: float, value: float) -> tuple[int, ...]:
-    """An RGB colour of 0 to 255 from hue, saturation and value of 0 to 1 (hue wraps, the others are clipped)."""
+    """Return an RGB colour (0 to 255) from hue, saturation and value (0 to 1; hue wraps, the others are clipped)."""
     return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue % 1, min(saturation, 1), min(value, 1)))
 
 
 def make_rows(num_describe: int, num_answer: int, num_held_out: int, seed: int, folder: Path) -> dict[str, list[dict]]:
-    """Draws the pictures into `folder`/pictures and returns the rows: {"describe", "answer", "held_out": [row, ...]}.
+    """Draw the images into `folder`/images and return the rows of "describe", "answer" and "held_out".
 
     Args:
-        num_describe: training rows that list what is in a picture (dense answers, from which seeing is learned fastest)
-            or, every fourth, are about numbers.
-        num_answer: training rows of all kinds, several questions in each.
-        num_held_out: held-out rows of each kind, one question in each.
-        seed: the same seed gives the same rows and pictures.
-        folder: rows name their pictures relative to it.
+        num_describe: training rows that list what is in an image; every fourth is about numbers. The long answers teach
+            the model to see fastest.
+        num_answer: training rows of all kinds, with several questions each.
+        num_held_out: held-out rows of each kind, with one question each.
+        seed: the same seed gives the same rows and images.
+        folder: the paths of images in rows are relative to it.
     """
     rng = random.Random(seed)
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     held_out_content: set[Scene | Question] = set()
 
     def make_row(name: str, kinds: list[str], held_out: bool = False) -> dict:
@@ -172,7 +172,7 @@ def make_rows(num_describe: int, num_answer: int, num_held_out: int, seed: int, 
                 questions = asked
         if held_out:
             held_out_content.update(scenes or questions)
-        paths = [f"pictures/{name}{letter}.png" for letter in ("", "b")[: len(scenes)]]
+        paths = [f"images/{name}{letter}.png" for letter in ("", "b")[: len(scenes)]]
         for path, scene in zip(paths, scenes, strict=True):
             draw(scene, rng).save(folder / path, compress_level=1)
         conversations = []
@@ -196,7 +196,7 @@ def make_rows(num_describe: int, num_answer: int, num_held_out: int, seed: int, 
                 progress.update()
             return rows
 
-        return {  # the held-out part first: the others avoid what is in it
+        return {  # the held-out part comes first, because the others must avoid its content
             "held_out": make_part("held-out", [[kind] for kind in held_out_kinds], held_out=True),
             "describe": make_part("describe", [describe[i % len(describe)] for i in range(num_describe)]),
             "answer": make_part("answer", [answer[i % len(answer)] for i in range(num_answer)]),
@@ -204,7 +204,7 @@ def make_rows(num_describe: int, num_answer: int, num_held_out: int, seed: int, 
 
 
 def make_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """Trains a byte-level BPE tokenizer built as Qwen's is, with Qwen's special tokens, on some texts."""
+    """Train a byte-level BPE tokenizer with the structure and special tokens of Qwen's on some texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -223,10 +223,9 @@ def make_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 
 def make_config(tokenizer: Tokenizer) -> dict:
-    """The `config.json` of a small Qwen3-VL-MoE whose ids match the tokenizer's.
+    """Return the `config.json` of a small Qwen3-VL-MoE whose ids match the tokenizer's.
 
-    The sizes differ from each other on purpose (no two dimensions of an expert are equal), so that a transposed weight
-    cannot go unnoticed.
+    No two dimensions of an expert are equal, so that a transposed weight raises an error.
     """
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
     hidden_size = 128
@@ -263,7 +262,7 @@ def make_config(tokenizer: Tokenizer) -> dict:
             "rms_norm_eps": 1e-6,
             "rope_scaling": {"mrope_interleaved": True, "mrope_section": [6, 5, 5], "rope_type": "default"},
             "rope_theta": 10000,
-            "tie_word_embeddings": True,  # as above: transformers 4 reads this one
+            "tie_word_embeddings": True,  # transformers 4 reads it here
             "use_cache": True,
             "vocab_size": tokenizer.get_vocab_size(),
         },
@@ -287,7 +286,7 @@ def make_config(tokenizer: Tokenizer) -> dict:
 
 
 def write_model_assets(folder: Path, texts: Iterable[str]) -> None:
-    """Writes what `train.py --init random` reads: tokenizer, configuration, preprocessors, end tokens. No weights."""
+    """Write what `train.py --init random` reads: tokenizer, configuration, preprocessors and end tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(texts)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -297,7 +296,7 @@ def write_model_assets(folder: Path, texts: Iterable[str]) -> None:
         "patch_size": 16,
         "temporal_patch_size": 2,
         "merge_size": 2,
-        "image_mean": [0.95, 0.95, 0.95],  # paper is 0: what is drawn on it stands out
+        "image_mean": [0.95, 0.95, 0.95],  # the background becomes about 0, so that shapes stand out
         "image_std": [0.3, 0.3, 0.3],
         "processor_class": "Qwen3VLProcessor",
         "size": {"shortest_edge": pixels, "longest_edge": pixels},
@@ -326,7 +325,7 @@ def write_model_assets(folder: Path, texts: Iterable[str]) -> None:
 
 
 def make_demo_data(output: Path, num_describe: int, num_answer: int, num_held_out: int, seed: int) -> None:
-    """Writes `output`/data (the rows of `make_rows`; questions.json: the held-out ones, no answers) and /base."""
+    """Write `output`/data and `output`/base: rows, questions.json (held-out rows without answers), and the model."""
     parts = make_rows(num_describe, num_answer, num_held_out, seed, output / "data")
     parts["questions"] = [row | {"conversations": row["conversations"][:-1]} for row in parts["held_out"]]
     for name, rows in parts.items():
@@ -336,13 +335,12 @@ def make_demo_data(output: Path, num_describe: int, num_answer: int, num_held_ou
 
 
 def main() -> None:
-    """The command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(description="Makes the demo's dataset, tokenizer and model description.")
+    parser = argparse.ArgumentParser(description="Create the demo's dataset, tokenizer and model configuration.")
     parser.add_argument("--output", type=Path, default=Path("demo_out"), help="folder for data/ and base/")
-    parser.add_argument("--describe", type=int, default=4800, help="training rows that describe a picture")
+    parser.add_argument("--describe", type=int, default=4800, help="training rows that describe an image")
     parser.add_argument("--answer", type=int, default=14400, help="training rows with questions of all kinds")
     parser.add_argument("--held-out", type=int, default=80, help="held-out rows of each kind of question")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is random")
     args = parser.parse_args()
     make_demo_data(args.output, args.describe, args.answer, args.held_out, args.seed)
 

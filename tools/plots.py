@@ -1,8 +1,8 @@
-"""Pictures of a run: the loss curve of any `metrics.jsonl`, and a sheet of questions with a model's answers.
+"""Plot the loss curve of any `metrics.jsonl`, and a sheet of questions with a model's answers.
 
     python tools/plots.py save_dir/metrics.jsonl loss.png
 
-matplotlib draws them: pip install matplotlib (or the project's `plots` extra).
+It needs matplotlib: pip install matplotlib (or the project's `plots` extra).
 """
 
 import argparse
@@ -14,9 +14,9 @@ from pathlib import Path
 try:
     import matplotlib
 except ImportError:
-    sys.exit("error: the pictures need matplotlib: pip install matplotlib (or pip install -e '.[plots]')")
+    sys.exit("error: the plots need matplotlib: pip install matplotlib (or pip install -e '.[plots]')")
 
-matplotlib.use("Agg")  # draws to files: needs no display
+matplotlib.use("Agg")  # draws to files and needs no display
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.patches import FancyBboxPatch  # noqa: E402
@@ -27,13 +27,13 @@ BLUE, ORANGE, GREEN, RED = "#3b6fd4", "#e07b2d", "#23865a", "#cc3b3b"
 
 
 def plot_loss(metrics_file: Path, output: Path, title: str = "Loss", events: dict[int, str] | None = None) -> None:
-    """Draws the training loss of each step, its running mean, and the held-out loss where there is one.
+    """Plot the training loss of each step, its running mean, and the held-out loss if there is one.
 
     Args:
         metrics_file: a run's `metrics.jsonl`.
-        output: the PNG file.
-        title: above the curve.
-        events: {step: what begins there}, each a labelled line.
+        output: the PNG file to write.
+        title: the text above the curve.
+        events: {step: label} of vertical lines.
     """
     rows = [json.loads(line) for line in metrics_file.read_text().splitlines()]
     steps = [row["iteration"] for row in rows]
@@ -76,14 +76,14 @@ def plot_loss(metrics_file: Path, output: Path, title: str = "Loss", events: dic
 
 
 def plot_answers(cards: list[dict], output: Path, title: str, subtitle: str, columns: int = 4) -> None:
-    """Draws a sheet of cards, each with its picture or pictures, question, answer and verdict.
+    """Draw a sheet of cards, each with its images, question, answer and verdict.
 
     Args:
-        cards: dicts with `pictures` (list of paths, may be empty), `question`, `prediction` and the right `answer`.
-        output: the PNG file.
+        cards: dicts with `images` (list of paths, may be empty), `question`, `prediction` and the right `answer`.
+        output: the PNG file to write.
         title: the headline.
-        subtitle: a line below it.
-        columns: cards beside each other.
+        subtitle: the line below the headline.
+        columns: number of cards in a row.
     """
     card_width, card_height, gap, margin, head = 2.55, 3.85, 0.22, 0.4, 1.0  # inches
     rows = -(-len(cards) // columns)
@@ -92,7 +92,7 @@ def plot_answers(cards: list[dict], output: Path, title: str, subtitle: str, col
     figure = plt.figure(figsize=(width, height), dpi=150, facecolor=PAPER)
 
     def place(x: float, y: float, w: float, h: float) -> Axes:
-        """An empty frame, in inches from the top left corner."""
+        """Return an empty frame; the arguments are inches from the top left corner."""
         axes = figure.add_axes((x / width, 1 - (y + h) / height, w / width, h / height))
         axes.set_axis_off()
         return axes
@@ -109,7 +109,7 @@ def plot_answers(cards: list[dict], output: Path, title: str, subtitle: str, col
 
 
 def _draw_card(place, card: dict, x: float, y: float, width: float, height: float) -> None:
-    """Draws one card; `place(x, y, w, h)` makes its frames."""
+    """Draw one card in frames that `place(x, y, w, h)` creates."""
     right = card["prediction"].strip() == card["answer"].strip()
     colour = GREEN if right else RED
     frame = place(x, y, width, height)
@@ -122,10 +122,10 @@ def _draw_card(place, card: dict, x: float, y: float, width: float, height: floa
     )  # fmt: skip
     pad = 0.2
     side = width - 2 * pad
-    if card["pictures"]:
-        number = len(card["pictures"])
+    if card["images"]:
+        number = len(card["images"])
         each = (side - 0.1 * (number - 1)) / number
-        for i, path in enumerate(card["pictures"]):
+        for i, path in enumerate(card["images"]):
             axes = place(x + pad + i * (each + 0.1), y + pad + (side - each) / 2 * (number > 1), each, each)
             with Image.open(path) as image:
                 axes.imshow(image.convert("RGB"), interpolation="lanczos")
@@ -148,8 +148,7 @@ def _draw_card(place, card: dict, x: float, y: float, width: float, height: floa
 
 
 def main() -> None:
-    """The command line: draws a loss curve."""
-    parser = argparse.ArgumentParser(description="Draws the loss curve of a run.")
+    parser = argparse.ArgumentParser(description="Plot the loss curve of a run.")
     parser.add_argument("metrics", type=Path, help="the run's metrics.jsonl")
     parser.add_argument("output", type=Path, help="the PNG file to write")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
-"""The page of `python data.py check --report`: one file with its pictures, no script, nothing from a network.
+"""The page of `python data.py check --report`: one HTML file with its images inside, no script, no network access.
 
-Everything that comes from rows, paths and errors goes through `text`, and never into an attribute.
+All content from rows, paths and errors is escaped by `text` and never becomes an attribute.
 """
 
 from __future__ import annotations
@@ -20,99 +20,126 @@ from PIL import Image
 import data
 
 THUMBNAIL = 256  # pixels of the longer side
-MAX_PICTURES, MAX_TURNS, MAX_CHARACTERS = 8, 24, 1200  # of a row shown: thumbnails, turns, and of each text
-COLUMNS = ("rows", "bad", "turns", "pictures", "videos", "tokens", "supervised", "truncated")  # of the datasets' table
-# Control characters, lone surrogates, and what turns the direction of the text around it.
-UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+MAX_IMAGES, MAX_TURNS, MAX_CHARACTERS = 8, 24, 1200  # of a row on the page: thumbnails, turns, characters per text
+COLUMNS = ("rows", "bad", "turns", "images", "videos", "tokens", "supervised", "truncated")  # of the datasets' table
+# Control characters, lone surrogates, and characters that change the direction of the text around them.
+INVISIBLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 @dataclass
 class Summary:
-    """What `check` found."""
+    """The result of `check`."""
 
     rows: int
     bad: int
     figures: list[tuple[str, str, str]]  # name, value, note
-    histograms: list[tuple[str, list[tuple[str, int]]]]  # title, (range, how many)
+    histograms: list[tuple[str, list[tuple[str, int]]]]  # title, (label, count)
     datasets: list[tuple[str, Counter]]  # path, counts
-    reasons: list[tuple[str, list]]  # kind of reason; how many, then some rows as (source, reason)
-    repeats: list[tuple[str, str]]  # some rows, and the earlier ones that they repeat
+    reasons: list[tuple[str, list]]  # kind of reason, [number of rows, (source, reason) of some rows, ...]
+    repeats: list[tuple[str, str]]  # some rows, and the earlier rows that they repeat
 
 
 def visible(value: str) -> str:
-    """The text with unseen characters as escapes: \\x00."""
-    return UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode(), value)
+    """Return the text with invisible characters as escapes such as \\x00."""
+    return INVISIBLE.sub(lambda match: match[0].encode("unicode_escape").decode(), value)
 
 
-def text(value: str, most: int = MAX_CHARACTERS) -> str:
-    """The text for HTML: escaped, unseen characters shown, cut if it is too long."""
-    cut = html.escape(visible(value[:most]), quote=True)
-    return cut if len(value) <= most else f"{cut}<i>… {len(value):,} characters</i>"
+def text(value: str, limit: int = MAX_CHARACTERS) -> str:
+    """Return the text as HTML: escaped, with invisible characters shown, cut to `limit` characters."""
+    cut = html.escape(visible(value[:limit]), quote=True)
+    return cut if len(value) <= limit else f"{cut}<i>… {len(value):,} characters</i>"
 
 
 def list_media(sample: data.Sample, processor: data.Processor) -> list[tuple[str, tuple[int, int, int], int]]:
-    """("picture" or "video", grid, tokens) of each of a sample's media, in order."""
+    """Return ("image" or "video", grid, number of tokens) of each of a sample's images and videos, in order."""
     media, at, ids = [], 0, sample.input_ids[sample.visual_index].tolist()
     for t, h, w in sample.grid_thw.tolist():
-        tokens = t * h * w // processor.merge**2
-        media.append(("picture" if ids[at] == processor.image_token_id else "video", (t, h, w), tokens))
+        tokens = t * h * w // processor.merge_size**2
+        media.append(("image" if ids[at] == processor.image_token_id else "video", (t, h, w), tokens))
         at += tokens
     return media
 
 
-def frames(patches: np.ndarray, grid: tuple[int, int, int], processor: data.Processor) -> np.ndarray:
-    """Pictures [t, height, width, 3] uint8 of patches [t * h * w, 1536]: of each frame pair the first, as resized."""
-    (t, h, w), m, p = grid, processor.merge, processor.patch
-    blocks = patches.reshape(t, h // m, w // m, m, m, 3, processor.temporal, p, p)[:, :, :, :, :, :, 0]
+def unpatchify(patches: np.ndarray, grid: tuple[int, int, int], processor: data.Processor) -> np.ndarray:
+    """Return the resized images [t, height, width, 3] uint8 of patches [t * h * w, 1536].
+
+    Each pair of frames gives its first frame.
+    """
+    (t, h, w), m, p = grid, processor.merge_size, processor.patch_size
+    blocks = patches.reshape(t, h // m, w // m, m, m, 3, processor.temporal_patch_size, p, p)[:, :, :, :, :, :, 0]
     pixels = blocks.transpose(0, 1, 3, 6, 2, 4, 7, 5).reshape(t, h * p, w * p, 3)
     mean, std = (np.array(processor.image[f"image_{name}"], np.float32) for name in ("mean", "std"))
     return ((pixels * std + mean) * 255).round().clip(0, 255).astype(np.uint8)
 
 
 def _thumbnail(pixels: np.ndarray) -> str:
+    """Return an <img> element with a JPEG of the pixels [height, width, 3]."""
     image, buffer = Image.fromarray(pixels), io.BytesIO()
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     image.save(buffer, "JPEG", quality=80)
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
+def _thumbnails(sample: data.Sample, processor: data.Processor) -> Iterator[str]:
+    """Yield HTML for each run of media tokens: its size and, for the first MAX_IMAGES, a thumbnail."""
+    shown, at = 0, 0
+    for kind, (t, h, w), _ in list_media(sample, processor):
+        patches = sample.pixel_values[at : at + t * h * w].numpy().reshape(t, h * w, -1)
+        at += t * h * w
+        rows, columns = h // processor.merge_size, w // processor.merge_size
+        for i in range(t):
+            image = ""
+            if shown < MAX_IMAGES:
+                image = _thumbnail(unpatchify(patches[i], (1, h, w), processor)[0])
+            shown += 1
+            name = kind if kind == "image" else f"frames {i + 1}/{t}"
+            size = f"{name} {rows}×{columns} = {rows * columns} tokens"
+            yield f'<span class="media {kind}">{image}<small>{size}</small></span>'
+
+
 def _row(sample: data.Sample, processor: data.Processor) -> str:
-    """A row as training sees it: turns, pictures where they stand, supervised text marked."""
+    """Return a row as training sees it: turns, images at their positions, supervised text marked."""
     ids, labels = sample.input_ids.tolist(), sample.labels.tolist()
     supervised = [False, *(label != data.IGNORE for label in labels[:-1])]  # labels[i] is the token i + 1
-    figures = _figures(sample, processor)
+    thumbnails = _thumbnails(sample, processor)
     starts = [i for i, token in enumerate(ids) if token == processor.im_start_token_id] + [len(ids)]
-    turns = []
-    for start, end in itertools.islice(itertools.pairwise(starts), MAX_TURNS):
-        pieces, at, role = [], start + 1, None
-        while at < end:
-            kind = _kind(ids[at], processor)
-            stop = at + 1
-            while kind != "control" and stop < end and _kind(ids[stop], processor) == kind and (
-                supervised[stop] == supervised[at]
-            ):
-                stop += 1
-            if kind == "media":
-                piece = next(figures)
-                time = re.search(r"&lt;[\d.]+ seconds&gt;$", pieces[-1]) if pieces else None
-                if time:  # of a video's frames: to stand with them
-                    pieces[-1] = pieces[-1][: time.start()]
-                    piece = piece.replace("<small>", f"<small>{time[0]} ")
-            else:
-                words = processor.tokenizer.decode(ids[at:stop], skip_special_tokens=False)
-                if role is None:  # the template's first line
-                    role, _, words = words.partition("\n")
-                piece = text(words).replace("\n", '<span class="nl">↵</span>\n')
-                piece = f"<code>{piece}</code>" if kind == "control" else piece
-            if ids[at] not in (processor.vision_start_token_id, processor.vision_end_token_id):  # in the picture's line
-                pieces.append(f"<mark>{piece}</mark>" if supervised[at] and piece else piece)
-            at = stop
-        turns.append(f'<div class="turn"><b>{text(role or "", 20)}</b><div dir="auto">{"".join(pieces)}</div></div>')
+    turns = [
+        _turn(ids[start + 1 : end], supervised[start + 1 : end], thumbnails, processor)
+        for start, end in itertools.islice(itertools.pairwise(starts), MAX_TURNS)
+    ]
     if len(starts) - 1 > MAX_TURNS:
         turns.append(f"<p><i>… {len(starts) - 1:,} turns</i></p>")
     share = 100 * sum(supervised) // len(ids)
     note = f"{len(ids):,} tokens, {share} % supervised{', truncated' if sample.truncated else ''}"
     return f'<article><h3>{text(sample.source, 200)}</h3><p class="note">{note}</p>{"".join(turns)}</article>'
+
+
+def _turn(ids: list[int], supervised: list[bool], thumbnails: Iterator[str], processor: data.Processor) -> str:
+    """Return a turn. `ids` are its tokens after <|im_start|>."""
+    parts: list[str] = []
+    role = None
+
+    def group_of(i: int) -> tuple[str, bool, int]:
+        kind = _kind(ids[i], processor)
+        return kind, supervised[i], i if kind == "control" else -1  # each control token is a group
+
+    for (kind, is_supervised, _), positions in itertools.groupby(range(len(ids)), group_of):
+        tokens = [ids[i] for i in positions]
+        if kind == "media":
+            part = next(thumbnails)
+            time = re.search(r"&lt;[\d.]+ seconds&gt;$", parts[-1]) if parts else None
+            if time:  # move the time of a video's frames to their caption
+                parts[-1] = parts[-1][: time.start()]
+                part = part.replace("<small>", f"<small>{time[0]} ")
+        else:
+            content = processor.tokenizer.decode(tokens, skip_special_tokens=False)
+            if role is None:  # the first line
+                role, _, content = content.partition("\n")
+            part = text(content).replace("\n", '<span class="nl">↵</span>\n')
+            part = f"<code>{part}</code>" if kind == "control" else part
+        if tokens[0] not in (processor.vision_start_token_id, processor.vision_end_token_id):
+            parts.append(f"<mark>{part}</mark>" if is_supervised and part else part)
+    return f'<div class="turn"><b>{text(role or "", 20)}</b><div dir="auto">{"".join(parts)}</div></div>'
 
 
 def _kind(token: int, processor: data.Processor) -> str:
@@ -121,27 +148,12 @@ def _kind(token: int, processor: data.Processor) -> str:
     return "control" if any(token == getattr(processor, name) for name in data.CONTROL_TOKENS) else "text"
 
 
-def _figures(sample: data.Sample, processor: data.Processor) -> Iterator[str]:
-    """For each run of media tokens its thumbnail, while there are not too many, and its size."""
-    shown, at = 0, 0
-    for kind, (t, h, w), _ in list_media(sample, processor):
-        patches = sample.pixel_values[at : at + t * h * w].numpy().reshape(t, h * w, -1)
-        at += t * h * w
-        rows, columns = h // processor.merge, w // processor.merge
-        for i in range(t):
-            image = _thumbnail(frames(patches[i], (1, h, w), processor)[0]) if shown < MAX_PICTURES else ""
-            shown += 1
-            name = kind if kind == "picture" else f"frames {i + 1}/{t}"
-            size = f"{name} {rows}×{columns} = {rows * columns} tokens"
-            yield f'<span class="media {kind}">{image}<small>{size}</small></span>'
-
-
 def _chart(title: str, bars: list[tuple[str, int]]) -> str:
-    """A histogram as horizontal bars."""
-    most = max((count for _, count in bars), default=1)
+    """Return a histogram as horizontal bars."""
+    highest = max((count for _, count in bars), default=1)
     lines = []
     for i, (label, count) in enumerate(bars):
-        y, length = 22 * i, 250 * count / most
+        y, length = 22 * i, 250 * count / highest
         lines.append(
             f'<text x="112" y="{y + 15}" text-anchor="end">{text(label)}</text>'
             f'<rect x="120" y="{y + 3}" width="{length:.1f}" height="16" rx="2"/>'
@@ -151,8 +163,8 @@ def _chart(title: str, bars: list[tuple[str, int]]) -> str:
     return f'<figure><figcaption>{text(title)}</figcaption>{drawing}</figure>'
 
 
-def _group(kind: str, count: int, *rows: tuple[str, str]) -> str:
-    """Bad rows of one kind: those kept, folded up if they are many; one alone needs no heading."""
+def _bad_rows(kind: str, count: int, *rows: tuple[str, str]) -> str:
+    """Return examples of one kind of bad rows, folded if there are many. A single row has no heading."""
     lines = [f"<b>{text(source, 200)}</b> {text(reason, 400)}" for source, reason in rows]
     if count == len(lines) == 1:
         return f'<div class="bad-row">{lines[0]}</div>'
@@ -162,7 +174,7 @@ def _group(kind: str, count: int, *rows: tuple[str, str]) -> str:
 
 
 def page(summary: Summary, samples: Iterable[data.Sample], processor: data.Processor) -> str:
-    """The whole page; `samples` are the rows to show."""
+    """Return the page. `samples` are the rows to show."""
     usable = summary.rows - summary.bad
     verdict = "Every row can be trained on" if not summary.bad else f"{summary.bad:,} rows cannot be used"
     cards = "".join(
@@ -174,14 +186,14 @@ def page(summary: Summary, samples: Iterable[data.Sample], processor: data.Proce
         f"<tr><td>{text(path, 200)}</td>{''.join(f'<td>{counts[name]:,}</td>' for name in COLUMNS)}</tr>"
         for path, counts in summary.datasets
     )
-    bad = "<h2>Bad rows</h2><p class='note'>Examples of each kind; the program printed all.</p>" * bool(summary.bad)
-    bad += "".join(_group(kind, *group) for kind, group in summary.reasons)
+    bad = "<h2>Bad rows</h2><p class='note'>Examples of each kind. The program printed all.</p>" * bool(summary.bad)
+    bad += "".join(_bad_rows(kind, *group) for kind, group in summary.reasons)
     repeats = "".join(f"<li>{text(row, 200)} <i>as</i> {text(first, 200)}</li>" for row, first in summary.repeats)
     return PAGE.format(
         style=STYLE,
         verdict=verdict,
         state="bad" if summary.bad else "good",
-        count=f"{usable:,} of {summary.rows:,} rows of {len(summary.datasets):,} dataset(s) are usable",
+        count=f"{usable:,} of {summary.rows:,} rows in {len(summary.datasets):,} dataset(s) are usable",
         cards=cards,
         charts="".join(_chart(*histogram) for histogram in summary.histograms),
         datasets=f"<tr><th>dataset</th>{head}</tr>{datasets}",
@@ -248,8 +260,8 @@ PAGE = """<!doctype html>
 <h2>Distribution</h2><div class="charts">{charts}</div>
 <h2>Datasets</h2><div class="table"><table>{datasets}</table></div>
 {bad}{repeats}
-<h2>Sample rows</h2><p class="note">As training sees them: pictures at the size that the model gets, <mark>marked</mark>
-what is supervised, in grey the tokens that the chat template adds.</p>
+<h2>Sample rows</h2><p class="note">Rows as training sees them: images are resized for the model, supervised text is
+<mark>marked</mark>, and tokens of the chat template are grey.</p>
 {samples}
 </body></html>
 """

@@ -1,8 +1,8 @@
-"""The NPU backend with no NPU at hand: `make test-npu` runs this with the real torch_npu (stub.py) and no CANN.
+"""Test the NPU backend without an NPU: `make test-npu` runs this with the real torch_npu (stub.py) and no CANN.
 
-1 and 2: schemas and shapes, by torch_npu's dispatcher and FakeTensorMode, gradients included. 3: the checks that
-torch_npu's C++ makes before it launches a kernel, up to the launch. 4: numbers, on an emulated device (emulate.py).
-None of this shows that a kernel of Ascend's does what its documentation says.
+1 and 2: schemas and shapes, by torch_npu's dispatcher and FakeTensorMode, gradients included. 3: the checks of
+torch_npu's C++ before it launches a kernel. 4: numbers, on an emulated device (emulate.py). No test shows that a kernel
+of Ascend does what its documentation says.
 """
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import warnings
@@ -25,11 +24,14 @@ torch_npu = pytest.importorskip("torch_npu", reason="needs torch_npu: make test-
 
 import emulate  # noqa: E402
 import tiny  # noqa: E402
+from helpers import read_metrics, train_argv  # noqa: E402
 
 import infer  # noqa: E402
 import kernels_npu  # noqa: E402
 import train  # noqa: E402
 from kernels_npu import Npu, Torch  # noqa: E402
+from tools import check_kernels  # noqa: E402
+from tools.check_kernels import attention, grouped_matmul, mixture, rms_norm, rotary, swiglu  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 SCHEMAS = json.loads((ROOT / "tests/npu/schemas.json").read_text())
@@ -44,128 +46,71 @@ def hccl_is_gloo():
 
 @pytest.fixture
 def real(monkeypatch) -> Npu:
-    """The backend on the device of the stub, which launches nothing."""
+    """Select the backend on the stub's device, which launches nothing."""
     monkeypatch.setattr(kernels_npu, "ops", kernels_npu.ops)
     return kernels_npu.select("npu", torch.float32)
 
 
 @pytest.fixture
 def npu(real) -> Npu:
-    """The backend on the emulated device."""
+    """Select the backend on the emulated device."""
     with emulate.Emulation():
         yield real
 
 
 # ---- the operations ------------------------------------------------------------------------------------------------
-# A case: tensors on the CPU, and what is done with them, the same for both backends.
 
 LENGTHS = {"packed": [0, 5, 6, 13], "single": [0, 9], "equal": [0, 4, 8]}
-
-
-def attention(form: str, cu_seqlens: list[int], causal: bool, heads: int = 6, groups: int = 3, size: int = 24):
-    def run(ops, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ops.attention_implementation("eager" if ops is CPU else form)(q, k, v, cu_seqlens, causal)
-
-    return [torch.randn(cu_seqlens[-1], n, size) for n in (heads, heads // groups, heads // groups)], run
-
-
-def norm(rows: int):
-    return [torch.randn(rows, 40) * 3, torch.rand(40)], lambda ops, x, weight: ops.rms_norm(x, weight, 1e-2)
-
-
-def rotary(rows: int, heads: int):
-    angle = torch.rand(rows, 12) * 6
-    tables = [t(torch.cat((angle, angle), -1)) for t in (torch.cos, torch.sin)]  # float32, as the model makes them
-    return [torch.randn(rows, heads, 24)], lambda ops, x: ops.rotary(x, *(t.to(x.device) for t in tables))
-
-
-def swiglu(rows: int):
-    return [torch.randn(rows, 24)], lambda ops, x: ops.swiglu(x)
-
-
-def routed(tokens: int, experts: int, top_k: int, used: int | None = None) -> Tensor:
-    """Experts of each token [T, k], none twice; `used`: of which the first so many only."""
-    return torch.rand(tokens, used or experts).argsort(1)[:, :top_k]
-
-
-def mixture(tokens: int, experts: int, top_k: int, used: int | None = None):
-    """All of the mixture: permute, two grouped products with SwiGLU between, unpermute."""
-    ids = routed(tokens, experts, top_k, used)
-
-    def run(ops, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor) -> Tensor:
-        rows, where, counts = ops.moe_permute(x, ids.to(x.device), experts)
-        hidden = ops.swiglu(ops.grouped_matmul(rows, gate_up, counts))
-        return ops.moe_unpermute(ops.grouped_matmul(hidden, down, counts), where, weights)
-
-    shapes = (tokens, 20), (experts, 20, 14), (experts, 7, 20)
-    return [*(torch.randn(s) for s in shapes), torch.rand(tokens, top_k)], run
-
-
-def product(counts: list[int]):
-    def run(ops, x: Tensor, weight: Tensor) -> Tensor:
-        return ops.grouped_matmul(x, weight, torch.tensor(counts, device=x.device))
-
-    return [torch.randn(sum(counts), 20), torch.randn(len(counts), 20, 12)], run
-
-
-CASES = {
-    **{f"attention {form} {name} {'causal' if causal else 'full'}": (attention, form, lengths, causal)
-       for form in ("eager", "sdpa", "flash_attention_2") for name, lengths in LENGTHS.items()
+CASES = {  # name: (function of tools/check_kernels.py, its arguments)
+    **{f"attention {name} {lengths} {'causal' if causal else 'full'}":
+       (attention, name, 6, 2, 24, cu_seqlens, causal)
+       for name in ("eager", "sdpa", "flash_attention_2") for lengths, cu_seqlens in LENGTHS.items()
        for causal in (True, False)},
-    "attention one key-value head": (attention, "flash_attention_2", [0, 3, 20], True, 8, 8, 32),
-    # in turns of one and two tokens: more than one call takes, twice over
-    "attention of 2100 sequences": (attention, "flash_attention_2", [(3 * i + 1) // 2 for i in range(2101)], True),
-    "attention without groups": (attention, "flash_attention_2", [0, 3, 20], True, 4, 1, 16),
-    "norm": (norm, 11), "norm of a row": (norm, 1), "norm of none": (norm, 0),
-    "rotary": (rotary, 13, 6), "rotary one head": (rotary, 5, 1), "rotary many rows": (rotary, 1500, 2),
-    "rotary none": (rotary, 0, 2),
-    "swiglu": (swiglu, 11), "swiglu of none": (swiglu, 0),
-    "product": (product, [3, 5, 1, 4]), "product, an expert without rows": (product, [0, 5, 0, 3, 0]),
-    "product, all rows to one": (product, [0, 0, 7]), "product, one expert": (product, [6]),
-    "product, no rows": (product, [0, 0, 0]), "product, one expert without rows": (product, [0]),
-    "mixture": (mixture, 13, 7, 3), "mixture, one choice": (mixture, 13, 4, 1),
-    "mixture, experts without tokens": (mixture, 9, 8, 2, 3), "mixture, one expert": (mixture, 5, 1, 1),
-    "mixture, one token": (mixture, 1, 5, 2), "mixture, no tokens": (mixture, 0, 5, 2),
+    "attention one key-value head": (attention, "flash_attention_2", 8, 1, 32, [0, 3, 20], True),
+    # lengths alternate between one and two; one call takes 1024 sequences
+    "attention of 2100 sequences": (
+        attention, "flash_attention_2", 6, 2, 24, [(3 * i + 1) // 2 for i in range(2101)], True),
+    "attention without groups": (attention, "flash_attention_2", 4, 4, 16, [0, 3, 20], True),
+    "norm": (rms_norm, 11, 40), "norm of a row": (rms_norm, 1, 40), "norm of none": (rms_norm, 0, 40),
+    "rotary": (rotary, 13, 6, 24, False), "rotary in x's type": (rotary, 13, 6, 24, True),
+    "rotary one head": (rotary, 5, 1, 24, False), "rotary many rows": (rotary, 1500, 2, 24, False),
+    "rotary none": (rotary, 0, 2, 24, False),
+    "swiglu": (swiglu, 11, 24), "swiglu of none": (swiglu, 0, 24),
+    "product": (grouped_matmul, [3, 5, 1, 4], 20, 12),
+    "product, an expert without rows": (grouped_matmul, [0, 5, 0, 3, 0], 20, 12),
+    "product, all rows to one": (grouped_matmul, [0, 0, 7], 20, 12),
+    "product, one expert": (grouped_matmul, [6], 20, 12),
+    "product, no rows": (grouped_matmul, [0, 0, 0], 20, 12),
+    "product, one expert without rows": (grouped_matmul, [0], 20, 12),
+    "mixture": (mixture, 13, 7, 3, 20, 7), "mixture, one choice": (mixture, 13, 4, 1, 20, 7),
+    "mixture, experts without tokens": (mixture, 9, 8, 2, 20, 7, 3), "mixture, one expert": (mixture, 5, 1, 1, 20, 7),
+    "mixture, one token": (mixture, 1, 5, 2, 20, 7), "mixture, no tokens": (mixture, 0, 5, 2, 20, 7),
 }
 
 
-def make(case: str):
+def make(name: str) -> check_kernels.Case:
     torch.manual_seed(0)
-    function, *arguments = CASES[case]
+    function, *arguments = CASES[name]
     return function(*arguments)
 
 
-def run(ops: Torch, call, tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The result and the gradient of each tensor, on the CPU in float32."""
-    tensors = [t.to(dtype).to(ops.device).requires_grad_() for t in tensors]
-    out = call(ops, *tensors)
-    torch.manual_seed(1)
-    grads = torch.autograd.grad(out, tensors, torch.randn(out.shape).to(out.device, out.dtype))
-    return [t.detach().cpu().float() for t in (out, *grads)]
-
-
-def check(ops: Npu, case: str, dtype: torch.dtype) -> None:
-    """Result and gradients against the plain form in float32, from the same (rounded) numbers."""
-    tensors, call = make(case)
-    found = run(ops, call, tensors, dtype)
-    expected = run(CPU, call, [t.to(dtype).float() for t in tensors], torch.float32)
-    bound = 1e-5 if dtype == torch.float32 else 2e-2  # bf16: 8 bits, rounded several times
-    for name, a, b in zip(("result", *(f"gradient {i}" for i in range(9))), found, expected, strict=False):
-        assert a.shape == b.shape, name
-        assert not b.numel() or (a - b).abs().max() <= bound * b.abs().max(), name  # nor NaN
+def check(ops: Npu, name: str, dtype: torch.dtype) -> None:
+    """Compare result and gradients with the plain implementation in float32 on the same rounded numbers."""
+    bound = 1e-5 if dtype == torch.float32 else check_kernels.BOUNDS[dtype]
+    assert check_kernels.error_of(ops, make(name), dtype) <= bound  # False for NaN
 
 
 # ---- level 1: schemas ----------------------------------------------------------------------------------------------
 
 
-def test_the_stored_schemas_are_those_of_this_torch_npu():
+def test_stored_schemas_equal_those_of_this_torch_npu():
     for name, text in SCHEMAS[VERSION].items():
         packet, _, overload = name.partition(".")
         registered = getattr(getattr(torch.ops.npu, packet), overload or "default")._schema
         assert torch._C.parse_schema(f"npu::{text}") == registered
 
 
-def test_the_dispatcher_refuses_a_wrong_keyword(real):
+def test_dispatcher_refuses_a_wrong_keyword(real):
     x = torch.empty(2, 4, device="npu")
     with pytest.raises(RuntimeError, match="Unknown keyword argument 'eps'"):
         torch_npu.npu_rms_norm(x, x[0], eps=1e-6)
@@ -182,22 +127,22 @@ BACKWARDS = {
 
 
 def graph(out: Tensor) -> set[str]:
-    """Names of the operations that a backward goes through."""
+    """Return the names of the operations in the backward of a tensor."""
     names, stack, seen = set(), [out.grad_fn], set()
     while stack:
         node = stack.pop()
         if node is not None and node not in seen:
             seen.add(node)
             names.add(node.name())
-            stack += [following for following, _ in node.next_functions]
+            stack += [next_node for next_node, _ in node.next_functions]
     return names
 
 
 @pytest.mark.parametrize("case", BACKWARDS)
-def test_shapes_and_gradients_of_fake_tensors(real, case):
-    """torch_npu's own shape functions and autograd formulas: a missing one would show as a warning, not an error."""
+def test_operation_on_fake_tensors_has_the_shapes_and_gradients(real, case):
+    """Use torch_npu's shape functions and autograd formulas; a missing formula is a warning, not an error."""
     tensors, call = make(case)
-    expected = run(CPU, call, tensors, torch.float32)
+    expected = check_kernels.run_case(CPU, (tensors, call), torch.float32)
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("error")
         fakes = [torch.empty(t.shape, device="npu", requires_grad=True) for t in tensors]
@@ -218,10 +163,10 @@ def on_npu(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def launches(real: Npu) -> dict:
-    """Kernel's name -> a call of ours that gets as far as its launch."""
-    real.causal_mask = on_npu(2048, 2048, dtype=torch.bool)  # its making would be the first launch
+    """Return {kernel: one of our calls that reaches its launch}."""
+    real.causal_mask = on_npu(2048, 2048, dtype=torch.bool)  # otherwise building the mask would be the first launch
     q, k, x, counts = on_npu(8, 6, 16), on_npu(8, 2, 16), on_npu(8, 16), on_npu(4, dtype=torch.int64)
-    ids, where = on_npu(8, 2, dtype=torch.int32), on_npu(16, dtype=torch.int32)
+    ids, slot_to_row = on_npu(8, 2, dtype=torch.int32), on_npu(16, dtype=torch.int32)
     return {
         "FlashAttentionVarLenScore": lambda: real.attention_flash(q, k, k, [0, 3, 8], True),
         "RmsNorm": lambda: real.rms_norm(x, x[0], 1e-6),
@@ -229,18 +174,18 @@ def launches(real: Npu) -> dict:
         "SwiGlu": lambda: real.swiglu(x),
         "MoeTokenPermute": lambda: real.moe_permute(x, ids, 4),
         "GroupedMatmul": lambda: real.grouped_matmul(x, on_npu(4, 16, 12), counts),
-        "MoeTokenUnpermute": lambda: real.moe_unpermute(on_npu(16, 16), where, on_npu(8, 2)),
+        "MoeTokenUnpermute": lambda: real.moe_unpermute(on_npu(16, 16), slot_to_row, on_npu(8, 2)),
     }
 
 
 @pytest.mark.parametrize("kernel", ["FlashAttentionVarLenScore", "RmsNorm", "RotaryPositionEmbedding", "SwiGlu",
                                     "MoeTokenPermute", "GroupedMatmul", "MoeTokenUnpermute"])
-def test_our_calls_pass_the_host_checks(real, kernel):
+def test_operation_passes_the_host_checks(real, kernel):
     with pytest.raises(RuntimeError, match=rf"call aclnn{kernel}(V\d)? failed, error code is 561103"):
         launches(real)[kernel]()
 
 
-def test_the_host_checks_refuse_what_they_know(real):
+def test_host_checks_refuse_wrong_arguments(real):
     q, x, counts = on_npu(8, 6, 16), on_npu(8, 16), on_npu(4, dtype=torch.int64)
     lengths = {"actual_seq_qlen": [8], "actual_seq_kvlen": [8]}
     for message, call in {
@@ -259,12 +204,12 @@ def test_the_host_checks_refuse_what_they_know(real):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
 @pytest.mark.parametrize("case", CASES)
-def test_operation_is_the_plain_one(npu, case, dtype):
+def test_operation_equals_the_plain_one(npu, case, dtype):
     check(npu, case, dtype)
 
 
 @pytest.mark.parametrize("top_k, ids", [(2, [[2, 0], [1, 2], [0, 1], [4, 2]]), (1, [[1], [0], [1], [1]])])
-def test_permutation_and_counts_are_the_plain_ones(npu, top_k, ids):
+def test_moe_permute_equals_the_plain_one(npu, top_k, ids):
     x = torch.randn(4, 6)
     expected = CPU.moe_permute(x, torch.tensor(ids), 5)
     found = npu.moe_permute(x.npu(), torch.tensor(ids).npu(), 5)
@@ -273,23 +218,21 @@ def test_permutation_and_counts_are_the_plain_ones(npu, top_k, ids):
     assert found[2].dtype == torch.int64
 
 
-def test_the_fused_operations_run(real):
-    """And not the plain forms, which would pass every comparison."""
+def test_operations_run_the_fused_kernels(real):
+    """The plain implementations would pass every comparison."""
     with emulate.Emulation() as device:
         for case in BACKWARDS:
-            tensors, call = make(case)
-            run(real, call, tensors, torch.float32)
-    forward = kernels_npu.NPU_OPERATIONS
+            check_kernels.run_case(real, make(case), torch.float32)
     ran = {name.removeprefix("_") for name in device.ran}
-    assert set(forward) <= ran
+    assert set(kernels_npu.NPU_OPERATIONS) <= ran
     assert {"npu_fusion_attention_grad", "npu_rms_norm_backward", "npu_swiglu_backward"} <= ran
-    assert device.ran["npu_grouped_matmul"] >= 9  # forward, and backward for rows and weight: 3 products
+    assert device.ran["npu_grouped_matmul"] >= 9  # three products, each forward and backward for rows and weight
 
 
-# Each is a mistake that has been made with these operations: a check must fail for it.
+# Faults that have been made with these operations; the comparison must find each.
 
 def patched(name: str, **changes):
-    """torch_npu's operation with arguments changed on the way: new values, or functions of the old ones."""
+    """Return torch_npu's operation with changed arguments: new values, or functions of the old values."""
     original = getattr(torch_npu, name)
 
     def call(*args, **kwargs):
@@ -300,9 +243,9 @@ def patched(name: str, **changes):
     return name, call
 
 
-def wrong_way_round(*args, permute=torch_npu.npu_moe_token_permute, **kwargs):
-    rows, where = permute(*args, **kwargs)
-    return rows, where.argsort().int()
+def inverted(*args, permute=torch_npu.npu_moe_token_permute, **kwargs):
+    rows, slot_to_row = permute(*args, **kwargs)
+    return rows, slot_to_row.argsort().int()
 
 
 FAULTS = {
@@ -315,28 +258,28 @@ FAULTS = {
     "sequences as one": (patched("npu_fusion_attention", actual_seq_qlen=lambda e: e[-1:],
                                  actual_seq_kvlen=lambda e: e[-1:]), "attention flash_attention_2 packed"),
     "scale left out": (patched("npu_fusion_attention", scale=1.0), "attention flash_attention_2 packed"),
-    "epsilon left out": (patched("npu_rms_norm", epsilon=1e-6), "norm"),  # the operation's own
+    "epsilon left out": (patched("npu_rms_norm", epsilon=1e-6), "norm"),  # the operation's default
     "counts passed as sums": (patched("npu_grouped_matmul", group_list_type=0), "product"),
     "sums passed as counts": (patched("npu_grouped_matmul", group_list=lambda c: c.cumsum(0)), "product"),
     "wrong group_type": (patched("npu_grouped_matmul", group_type=lambda t: 2 - t), "product"),
     "several outputs": (patched("npu_grouped_matmul", split_item=0), "product"),
-    "permutation the wrong way round": (("npu_moe_token_permute", wrong_way_round), "mixture"),
+    "inverted permutation": (("npu_moe_token_permute", inverted), "mixture"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_found(npu, monkeypatch, fault):
+def test_check_finds_a_fault(npu, monkeypatch, fault):
     (name, wrong), case = FAULTS[fault]
     case += " causal" * case.startswith("attention")
     check(npu, case, torch.float32)
     monkeypatch.setattr(torch_npu, name, wrong)
     with pytest.raises((AssertionError, RuntimeError)) as found:
         check(npu, case, torch.float32)
-    assert "561103" not in str(found.value)  # found on the emulated device, not for want of one
+    assert "561103" not in str(found.value)  # not an error of the missing device
 
 
 @pytest.mark.parametrize("level", ["emulated", "fake"])
-def test_a_missing_backward_is_found(real, monkeypatch, level):
+def test_check_finds_a_missing_backward(real, monkeypatch, level):
     class Forward:
         @staticmethod
         def apply(x, weight, counts):
@@ -346,13 +289,13 @@ def test_a_missing_backward_is_found(real, monkeypatch, level):
     monkeypatch.setattr(kernels_npu, "_NpuGroupedMatmul", Forward)
     with pytest.raises((RuntimeError, AttributeError, UserWarning), match="differentiated|NoneType|autograd kernel"):
         if level == "fake":
-            test_shapes_and_gradients_of_fake_tensors(real, "product")
+            test_operation_on_fake_tensors_has_the_shapes_and_gradients(real, "product")
         else:
             with emulate.Emulation():
                 check(real, "product", torch.float32)
 
 
-def test_what_is_not_emulated_is_an_error(npu):
+def test_emulation_refuses_other_operations(npu):
     x = torch.randn(4, 8).npu()
     with pytest.raises(NotImplementedError, match="npu::npu_gelu has no reference"):
         torch.ops.npu.npu_gelu(x, approximate="none")
@@ -360,8 +303,8 @@ def test_what_is_not_emulated_is_an_error(npu):
         torch.add(x, torch.ones(8))
 
 
-def test_transformers_own_model_gives_its_loss(npu):
-    """A check of the bench itself, on a model that is not ours."""
+def test_emulation_runs_the_model_of_transformers(npu):
+    """Test the emulation with a model that is not ours."""
     raw = tiny.config_dict(moe=True)
     sample = tiny.row([9, ("image", 4, 6), 5])
     losses, grads = [], []
@@ -385,7 +328,7 @@ ITERATIONS = 4
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A dense and a mixture model that two ranks can share out, and rows with and without pictures."""
+    """Return a directory with a dense and a mixture-of-experts model, and rows with and without images."""
     import numpy as np
     from PIL import Image
 
@@ -399,34 +342,26 @@ def folder(tmp_path_factory) -> Path:
     rng, rows = np.random.default_rng(0), []
     for i in range(2 * ITERATIONS):
         Image.fromarray(rng.integers(0, 256, (40 + 9 * i, 60, 3), dtype=np.uint8)).save(path / f"{i}.png")
-        pictures = [f"{i}.png"] * (i % 3 > 0)
-        talk = {"user": "<image>" * len(pictures) + "what is " + "this " * i, "assistant": "a red " + "boat " * (9 - i)}
-        rows.append({"messages": [{"role": r, "content": c} for r, c in talk.items()], "images": pictures})
+        images = [f"{i}.png"] * (i % 3 > 0)
+        turns = {"user": "<image>" * len(images) + "what is " + "this " * i, "assistant": "a red " + "boat " * (9 - i)}
+        rows.append({"messages": [{"role": r, "content": c} for r, c in turns.items()], "images": images})
     (path / "rows.json").write_text(json.dumps(rows))
     return path
 
 
 @pytest.fixture(autouse=True)
-def leave_the_process_as_it_was(monkeypatch):
+def restore_ops(monkeypatch):
     monkeypatch.setattr(kernels_npu, "ops", kernels_npu.ops)
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def flags(folder: Path, save: Path, model: str, device: str, *more) -> list[str]:
-    return ["--init-from-hf-path", str(folder / model), "--dataset", str(folder / "rows.json"), "--save", str(save),
-            "--train-iters", str(ITERATIONS), "--device", device, "--lr", "1e-3", "--num-workers", "0", "--no-shuffle",
-            "--global-batch-size", "2", *(more or ["--fp32"])]
+    return train_argv(folder / model, folder / "rows.json", save, "--device", device, "--global-batch-size", 2,
+                      *(more or ["--fp32"]), iters=ITERATIONS)
 
 
 def metrics(save: Path) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of each iteration."""
-    lines = map(json.loads, (save / "metrics.jsonl").read_text().splitlines())
-    return [(m["loss"], m["grad_norm"]) for m in lines]
+    """Return (loss, gradient norm) of each iteration."""
+    return [(m["loss"], m["grad_norm"]) for m in read_metrics(save)]
 
 
 def same(found: list[tuple], expected: list[tuple], tolerance: float = 1e-4) -> bool:
@@ -436,7 +371,7 @@ def same(found: list[tuple], expected: list[tuple], tolerance: float = 1e-4) -> 
 
 @pytest.fixture(scope="module")
 def on_cpu(folder) -> dict[str, list[tuple]]:
-    """Model -> what train.py --device cpu logs, on one rank."""
+    """Return {model: metrics of train.py --device cpu on one rank}."""
     found = {}
     for model in ("dense", "moe"):
         train.main(flags(folder, folder / f"cpu {model}", model, "cpu"))
@@ -449,31 +384,31 @@ def on_cpu(folder) -> dict[str, list[tuple]]:
     ("dense", ["--no-init-model-with-meta-device"]), ("moe", []),
     ("moe", ["--no-use-npu-fused-moe", "--text-attn-implementation", "sdpa",
                                          "--vision-attn-implementation", "eager", "--activation-offload"])])
-def test_training_equals_the_cpu(folder, tmp_path, on_cpu, model, more):
+def test_train_equals_the_cpu(folder, tmp_path, on_cpu, model, more):
     with emulate.Emulation() as device:
         train.main(flags(folder, tmp_path, model, "npu", "--fp32", *more))
     assert same(metrics(tmp_path), on_cpu[model])
     assert bool(device.ran.get("npu_grouped_matmul")) == (model == "moe" and not more)
 
 
-def test_training_in_bf16_is_near(folder, tmp_path, on_cpu):
-    """The device's own choice of type. Eight bits are left of each number: a fault would show as more than 5 %."""
+def test_train_in_bf16_is_close(folder, tmp_path, on_cpu):
+    """Numbers have 8 bits; a fault would change the loss by more than 5 %."""
     with emulate.Emulation():
         train.main(flags(folder, tmp_path, "moe", "npu", "--bf16"))
     assert same(metrics(tmp_path), on_cpu["moe"], tolerance=0.05)
 
 
-def test_a_fault_shows_in_training(folder, tmp_path, on_cpu, monkeypatch):
-    monkeypatch.setattr(torch_npu, *FAULTS["permutation the wrong way round"][0])
+def test_train_shows_a_fault(folder, tmp_path, on_cpu, monkeypatch):
+    monkeypatch.setattr(torch_npu, *FAULTS["inverted permutation"][0])
     with emulate.Emulation():
         train.main(flags(folder, tmp_path, "moe", "npu"))
     assert not same(metrics(tmp_path), on_cpu["moe"])
 
 
 def emulated(*argv, ranks: int = 1) -> subprocess.CompletedProcess:
-    """A program of ours on the emulated device, in processes of its own."""
+    """Run one of our programs on the emulated device, in subprocesses."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    # the launcher itself needs no torch_npu: each rank fetches it
+    # the launcher runs without torch_npu, which emulate.py adds in each rank
     env = {k: v for k, v in os.environ.items() if k not in ("LD_LIBRARY_PATH", "PYTHONPATH")}
     result = subprocess.run([sys.executable, *launcher, ROOT / "tests/npu/emulate.py", *map(str, argv)], cwd=ROOT,
                             env=env, capture_output=True, text=True, timeout=240)
@@ -482,42 +417,40 @@ def emulated(*argv, ranks: int = 1) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("more", [["--expert-parallel-size", "2"], ["--context-parallel-size", "2"]], ids=["EP", "CP"])
-def test_two_ranks_equal_one(folder, tmp_path, on_cpu, more):
-    """FSDP2 over two ranks with expert or context parallelism; then on from the checkpoint of the second iteration."""
-    save = tmp_path / "whole"
+def test_train_on_two_ranks_equals_one(folder, tmp_path, on_cpu, more):
+    """Use FSDP2 with expert or context parallelism; then resume from the second iteration."""
+    save = tmp_path / "uninterrupted"
     emulated("train.py", *flags(folder, save, "moe", "npu", "--fp32", "--save-interval", "2", *more), ranks=2)
     assert same(metrics(save), on_cpu["moe"])
     again = tmp_path / "again"
     load = "--load", str(save / "iter_0000002")
     if "--expert-parallel-size" in more:
         emulated("train.py", *flags(folder, again, "moe", "npu", "--fp32", *load, *more), ranks=2)
-    else:  # what an NPU has saved, a CPU reads
+    else:  # a CPU loads the checkpoint of an NPU
         train.main(flags(folder, again, "moe", "cpu", "--fp32", *load))
     assert same(metrics(again), on_cpu["moe"][2:])
 
 
-def test_the_checkpoint_of_one_rank(folder, tmp_path, on_cpu):
-    """Saved on npu, loaded on npu, random states included, and on from there."""
+def test_train_resumes_on_one_rank(folder, tmp_path):
+    """Restore the random states too."""
     with emulate.Emulation():
-        train.main(flags(folder, tmp_path / "whole", "dense", "npu", "--fp32", "--save-interval", "2"))
+        train.main(flags(folder, tmp_path / "uninterrupted", "dense", "npu", "--fp32", "--save-interval", "2"))
         random.seed(5)
-        load = "--load", str(tmp_path / "whole/iter_0000002")
+        load = "--load", str(tmp_path / "uninterrupted/iter_0000002")
         train.main(flags(folder, tmp_path / "again", "dense", "npu", "--fp32", *load))
-    assert metrics(tmp_path / "again") == metrics(tmp_path / "whole")[2:]
+    assert metrics(tmp_path / "again") == metrics(tmp_path / "uninterrupted")[2:]
 
 
-def test_answers_are_those_of_the_cpu(folder, capsys):
-    """infer.py: inference mode, the cache, sampling."""
+def test_infer_equals_the_cpu(folder, capsys):
     answers = []
-    for device, there in (("cpu", contextlib.nullcontext()), ("npu", emulate.Emulation())):
-        with there:
+    for device, context in (("cpu", contextlib.nullcontext()), ("npu", emulate.Emulation())):
+        with context:
             infer.main(["--model", str(folder / "moe"), "--image", str(folder / "1.png"), "--prompt", "What is this?",
                         "--max-new-tokens", "9", "--dtype", "float32", "--device", device])
         answers.append(capsys.readouterr().out)
     assert answers[1] == answers[0] != ""
 
 
-def test_the_users_own_check():
-    """`python kernels_npu.py` is the first thing that someone with an NPU runs."""
+def test_check_kernels_finds_no_error():
     out = emulated("kernels_npu.py", "--device", "npu").stdout
     assert "all operations are right" in out and "OFF" not in out

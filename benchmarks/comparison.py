@@ -1,11 +1,12 @@
-"""What the comparisons share: models of a size that this machine runs, and two sides that are asked in turn.
+"""Share what the benchmarks need: models of a size that a CPU can run, and two sides that are measured in turns.
 
-Each side lives in a process of its own and does one thing at a time, first one, then the other, so that whatever else
-the machine does slows down both. Ratios are taken turn by turn.
+Each side has a process of its own, and only one side works at a time. Anything else that the machine does then slows
+down both sides alike. Ratios are computed turn by turn.
 """
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import resource
@@ -26,10 +27,14 @@ import tiny  # noqa: E402
 import common  # noqa: E402
 import kernels_npu  # noqa: E402
 
+# ---- models --------------------------------------------------------------------------------------------------------
+
 
 def config(moe: bool, **text) -> dict:
-    """By default a model that a CPU trains in a second or two: four decoder layers of width 512, four vision blocks of
-    256, of the experts four of 32."""
+    """Return a configuration that a CPU trains in a second or two per step; `text` overrides the text decoder's sizes.
+
+    It has four decoder layers of width 512 and four vision blocks of width 256. An MoE uses 4 of 32 experts.
+    """
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 2,
              "head_dim": 64, "initializer_range": 0.02, "vocab_size": 32768} | text
     raw = tiny.config_dict(moe=moe, **{"layers": 4} | sizes)
@@ -45,34 +50,36 @@ def config(moe: bool, **text) -> dict:
 
 
 def write_model(directory: str | Path, raw: dict) -> None:
-    """A Hugging Face directory with random weights for both sides."""
+    """Write a Hugging Face directory with random weights, which both sides read."""
     torch.manual_seed(0)
     tiny.hf_dir(Path(directory), raw, tiny.hf_model(raw))
 
 
 def load_ours(directory: str, device: str, dtype: torch.dtype):
-    """This project's model, every parameter in `dtype`."""
-    from convert import load_hf_weights
-    from model import Qwen3VL, Qwen3VLConfig
+    """Load this project's model with every parameter in `dtype`."""
+    import convert
+    from model import Qwen3VLConfig, build_model
 
     ops = kernels_npu.select(device, dtype)
-    with torch.device("meta"):
-        model = Qwen3VL(Qwen3VLConfig.from_json(directory)).to(dtype)
+    model = build_model(Qwen3VLConfig.from_json(directory)).to(dtype)
+    source = convert.HuggingFaceWeights(directory).check_compatible(model)
     model.to_empty(device=ops.device)
-    load_hf_weights(model, directory)
+    convert.load_weights(model, source)
     return model
 
 
 def load_transformers(directory: str, device: str, dtype: torch.dtype):
-    """transformers' model at its best: sdpa, experts by `grouped_mm`."""
-    import json
-
+    """Load transformers' model with its fastest settings: sdpa, and `grouped_mm` for experts."""
     import transformers
 
     moe = json.loads((Path(directory) / "config.json").read_text())["model_type"] == "qwen3_vl_moe"
-    kind = transformers.Qwen3VLMoeForConditionalGeneration if moe else transformers.Qwen3VLForConditionalGeneration
-    extra = {"experts_implementation": "grouped_mm"} if moe else {}
-    return kind.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa", **extra).to(device)
+    model_class, extra = transformers.Qwen3VLForConditionalGeneration, {}
+    if moe:
+        model_class, extra = transformers.Qwen3VLMoeForConditionalGeneration, {"experts_implementation": "grouped_mm"}
+    return model_class.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa", **extra).to(device)
+
+
+# ---- inputs --------------------------------------------------------------------------------------------------------
 
 
 def _samples(rows: list) -> list:
@@ -80,7 +87,7 @@ def _samples(rows: list) -> list:
 
 
 def _to_device(values: dict, device: str, dtype: torch.dtype) -> dict:
-    """Tensors of a batch where the model is; grids stay on the host, where our model and pictures' sizes are read."""
+    """Move a batch's tensors to the device. Grids stay on the host, where both models read them."""
     def move(name: str, value):
         if not isinstance(value, torch.Tensor) or name == "grid_thw":
             return value
@@ -88,22 +95,22 @@ def _to_device(values: dict, device: str, dtype: torch.dtype) -> dict:
     return {name: move(name, value) for name, value in values.items()}
 
 
-def packed(rows: list, device: str, dtype: torch.dtype):
-    """Our model's batch of rows as `tiny.row` takes them."""
+def packed_batch(rows: list, device: str, dtype: torch.dtype):
+    """Return our model's batch of rows, given as the arguments of `tiny.row`."""
     from data import mrope_positions
 
     samples, positions = _samples(rows), []
     for sample in samples:
         starts = (torch.nonzero(sample.input_ids == tiny.START).flatten() + 1).tolist()
-        media = [(at, h // 2, w // 2) for at, (_, h, w) in zip(starts, sample.grid_thw.tolist(), strict=True)]
-        positions.append(torch.from_numpy(mrope_positions(len(sample.input_ids), media)))
+        spans = [(start, h // 2, w // 2) for start, (_, h, w) in zip(starts, sample.grid_thw.tolist(), strict=True)]
+        positions.append(torch.from_numpy(mrope_positions(len(sample.input_ids), spans)))
     batch = tiny.batch_of(samples, positions)
     vars(batch).update(_to_device(vars(batch), device, dtype))
     return batch
 
 
-def padded(rows: list, device: str, dtype: torch.dtype, left: bool = False) -> dict:
-    """transformers' inputs of rows: padded to the longest, as its collators do, or on the left, as `generate` needs."""
+def padded_inputs(rows: list, device: str, dtype: torch.dtype, left: bool = False) -> dict:
+    """Return transformers' inputs of rows, padded to the longest: on the right, or on the left for `generate`."""
     samples = _samples(rows)
     length = max(len(s.input_ids) for s in samples)
     missing = [length - len(s.input_ids) for s in samples]
@@ -119,14 +126,25 @@ def padded(rows: list, device: str, dtype: torch.dtype, left: bool = False) -> d
     return _to_device(inputs, device, dtype)
 
 
+# ---- measuring -----------------------------------------------------------------------------------------------------
+
+
+def synchronized_time(device: str) -> float:
+    """Return the time in seconds once the device has finished its work."""
+    if device != "cpu":
+        torch.get_device_module(device).synchronize()
+    return time.perf_counter()
+
+
 def peak_mb(device: str) -> float:
-    """The most memory that this process has held so far: of the device, or all of it on a CPU."""
+    """Return this process's peak memory in MB: the device's, or the resident memory on a CPU."""
     if device != "cpu":
         return torch.get_device_module(device).max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _serve(make: Callable, arguments: tuple, threads: int, pipe) -> None:
+    """Create a side, then run one turn for each True that the pipe brings."""
     torch.set_num_threads(threads)
     turn = make(*arguments)
     pipe.send(None)
@@ -134,18 +152,21 @@ def _serve(make: Callable, arguments: tuple, threads: int, pipe) -> None:
         pipe.send(turn())
 
 
-def in_turn(sides: dict[str, Callable], arguments: tuple, rounds: int, threads: int) -> dict[str, list]:
-    """Makes each side (a function of `arguments` that returns a function without any) in its own process, calls what it
-    returned once to warm up and `rounds` times, and gives all results of each."""
+def measure_in_turns(sides: dict[str, Callable], arguments: tuple, rounds: int, threads: int) -> dict[str, list]:
+    """Measure several sides in turns, each in its own process.
+
+    sides: functions that take `arguments` and return a function without arguments, which runs one turn.
+    Returns the results of each side's turns: one warm-up turn, then `rounds` turns.
+    """
     context = multiprocessing.get_context("spawn")
     running = {}
     for name, make in sides.items():
-        here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(make, arguments, threads, there), daemon=True)
+        our_end, its_end = context.Pipe()
+        process = context.Process(target=_serve, args=(make, arguments, threads, its_end), daemon=True)
         process.start()
-        there.close()  # so that a side that dies is noticed
-        here.recv()
-        running[name] = process, here
+        its_end.close()  # otherwise recv would wait forever for a side that died
+        our_end.recv()
+        running[name] = process, our_end
     results = {name: [] for name in sides}
     for _ in range(rounds + 1):
         for name, (_, pipe) in running.items():
@@ -157,38 +178,35 @@ def in_turn(sides: dict[str, Callable], arguments: tuple, rounds: int, threads: 
     return results
 
 
-def ratio(ours: list[float], theirs: list[float]) -> str:
-    """The median of the ratios, turn by turn, and their spread."""
-    ratios = np.array(ours) / np.array(theirs)
+def ratio(ours: list[float], reference: list[float]) -> str:
+    """Return the median and the range of the ratios, turn by turn."""
+    ratios = np.array(ours) / np.array(reference)
     return f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
 
 
-def flags(doc: str, cases: list[str], rounds: bool = True) -> argparse.ArgumentParser:
-    """The flags that all have; --rounds where turns are taken."""
-    def some(text: str) -> list[str]:
+# ---- command line --------------------------------------------------------------------------------------------------
+
+
+def make_parser(doc: str, cases: list[str], rounds: bool = True) -> argparse.ArgumentParser:
+    """Return a parser with the flags that all benchmarks have; --rounds is for those that measure in turns."""
+    def some_cases(text: str) -> list[str]:
         if unknown := set(text.split(",")) - set(cases):
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: give some of {','.join(cases)}")
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; choose from {','.join(cases)}")
         return text.split(",")
 
     parser, at_least_one = argparse.ArgumentParser(description=doc.split("\n\n")[0]), common.number(int, 1)
     devices = ("cpu", "cuda")[: 1 + torch.cuda.is_available()]
-    parser.add_argument("--device", choices=devices, default=devices[-1])
+    parser.add_argument("--device", choices=devices, default=devices[-1], help="device to measure on")
     if rounds:
-        parser.add_argument("--rounds", type=at_least_one, default=7, help="turns that count")
-    parser.add_argument("--threads", type=at_least_one, default=len(os.sched_getaffinity(0)), help="of each side")
-    parser.add_argument("--only", type=some, default=cases, metavar="A,B", help="of " + ",".join(cases))
+        parser.add_argument("--rounds", type=at_least_one, default=7, help="measured turns per side")
+    parser.add_argument("--threads", type=at_least_one, default=len(os.sched_getaffinity(0)), help="threads per side")
+    parser.add_argument("--only", type=some_cases, default=cases, metavar="A,B", help="run some of: " + ",".join(cases))
     return parser
 
 
-def machine(device: str, threads: int) -> str:
-    """What the figures were measured on."""
+def describe_machine(device: str, threads: int) -> str:
+    """Return one line about the device and the software."""
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, bf16, PyTorch {torch.__version__}"
     models = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
     return f"{models[0] if models else 'CPU'}, {threads} threads, float32, PyTorch {torch.__version__}"
-
-
-def clock(device: str) -> float:
-    if device != "cpu":
-        torch.get_device_module(device).synchronize()
-    return time.perf_counter()
