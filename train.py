@@ -36,15 +36,7 @@ import kernels_npu
 import parallel
 from common import InputError, Parser, UsageError, number
 from convert import CheckpointWeights, HuggingFaceWeights, Source
-from model import (
-    COMPONENTS,
-    Qwen3VL,
-    Qwen3VLConfig,
-    build_model,
-    component_of,
-    parameter_table,
-    step_flops,
-)
+from model import COMPONENTS, Qwen3VL, Qwen3VLConfig, build_model, component_of, parameter_table, step_flops
 from parallel import ParallelState
 
 log = logging.getLogger("train")
@@ -342,9 +334,7 @@ def set_learning_rates(
         group["lr"] = warmup * (low + decay * (group["max_lr"] - low))
 
 
-def open_source(
-    hf_dir: str, init: str, load: str | None, model: Qwen3VL
-) -> Source | None:
+def open_source(hf_dir: str, init: str, load: str | None, model: Qwen3VL) -> Source | None:
     """Open the weights to start from and check that they fit the model; return None for random weights."""
     if load:
         source = CheckpointWeights(convert.find_checkpoint(load))
@@ -359,8 +349,8 @@ def open_source(
 
 
 def load_initial_state(
-    model: Qwen3VL, optimizer: Optimizer, source: Source | None, state: ParallelState,
-    *, seed: int, finetune: bool, load_optim: bool, load_rng: bool,
+    model: Qwen3VL, optimizer: Optimizer, source: Source | None, state: ParallelState, *, seed: int, finetune: bool,
+    load_optim: bool, load_rng: bool,
 ) -> tuple[int, dict | list[dict] | None]:
     """Fill the model and, to resume a run, the optimizer and the random number generators: all loading happens here.
 
@@ -376,7 +366,7 @@ def load_initial_state(
     if trainer_state is None:  # a converted checkpoint
         return 0, None
     rng = trainer_state.get("rng")
-    if rng and load_rng and trainer_state["world"] == state.world_size:
+    if rng and load_rng and trainer_state.get("world") == state.world_size:
         torch.set_rng_state(rng["torch"])
         random.setstate((3, tuple(rng["python"]), None))
         np.random.set_state(("MT19937", np.array(rng["numpy"], np.uint32), 624))
@@ -660,9 +650,7 @@ def make_profiler(directory: str | None, first: int, last: int):
         return contextlib.nullcontext()
     warmup = min(1, first - 1)
     return torch.profiler.profile(
-        schedule=torch.profiler.schedule(
-            wait=first - 1 - warmup, warmup=warmup, active=last - first + 1, repeat=1
-        ),
+        schedule=torch.profiler.schedule(wait=first - 1 - warmup, warmup=warmup, active=last - first + 1, repeat=1),
         on_trace_ready=torch.profiler.tensorboard_trace_handler(directory),
         record_shapes=True,
         profile_memory=True,
@@ -753,9 +741,7 @@ def train_loop(
             nonfinite_steps = 0 if step.is_finite else nonfinite_steps + 1
             if nonfinite_steps:
                 report_nonfinite_step(iteration, step, batches, nonfinite_steps)
-            _, bad_rows = attempt(
-                loader.check_bad_row_rate, stats.rows_read, stats.rows_bad, resume_state["epoch"]
-            )
+            _, bad_rows = attempt(loader.check_bad_row_rate, stats.rows_read, stats.rows_bad, resume_state["epoch"])
 
             # The metrics are written before the checkpoint, so that every saved iteration has its line.
             metrics_log.write(
@@ -860,7 +846,7 @@ def setup_data(args: argparse.Namespace, state: ParallelState) -> tuple[data.Loa
     settings = {
         "micro_batch_size": args.micro_batch_size, "dp_rank": state.dp_rank, "dp_size": state.dp_size,
         "seed": args.seed, "num_workers": args.num_workers, "on_bad_sample": args.on_bad_sample,
-        "options": data.encode_options(args),
+        "options": data.encode_options(args), "pin_memory": kernels_npu.ops.is_accelerator,
     }
     paths = args.dataset.split(",")
     if args.streaming:

@@ -197,9 +197,10 @@ def trace_step(
     setting = recompute_setting(chosen)
     other = {"none": plain_block, "recompute": parallel.recompute_block, "recompute_offload": parallel.Offload(ops)}
     del other[setting]
-    # Cutting the batch needs the values of its integers. The pixels are one element, expanded.
-    pixel_values = torch.zeros(()).expand(batch.pixel_values.shape)
-    batch = parallel.local_batch(replace(batch, pixel_values=pixel_values), state)
+    # `local_batch` needs the values of the integers, so it comes before the fake tensors. The pixels are one element,
+    # expanded; below, a slice of the full batch's pixels keeps all of them alive, as on a CPU.
+    full_shape = batch.pixel_values.shape
+    batch = parallel.local_batch(replace(batch, pixel_values=torch.zeros(()).expand(full_shape)), state)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake_mode, MemoryTracker(fake_mode) as memory:
         with memory.tag("parameters"):
             model.to_empty(device=state.device)
@@ -220,7 +221,9 @@ def trace_step(
                     module.reshard()
                 all_gathers[name or "the root's own"] = memory.sent["all-gather"]
         with memory.tag("batch"):
-            batch = replace(batch, pixel_values=torch.empty(batch.pixel_values.shape, device=state.device))
+            full_pixels = torch.empty(full_shape, device=state.device)
+            batch = replace(batch, pixel_values=full_pixels[: len(batch.pixel_values)])
+            del full_pixels
         ops.expert_rows = len(batch.input_ids) * model.config.text.num_experts_per_tok
         model.lm_head.register_forward_pre_hook(lambda *_: setattr(memory, "kind", "loss"))
         model.lm_head.register_forward_hook(lambda *_: setattr(memory, "kind", "activations"))
