@@ -1,4 +1,4 @@
-"""What every program of the project shares: error classes, JSON files, flags, signals, and how a program ends."""
+"""Shared parts of all programs: error classes, JSON files, flags, locks, signals, and how a program ends."""
 from __future__ import annotations
 
 import argparse

@@ -91,7 +91,7 @@ def make_parser() -> Parser:
     data.add_media_flags(group)
     data.add_row_flags(group)
     add("--on-bad-sample", choices=("error", "skip"), default="error",
-        help="what a row that cannot be used does: end the run, or be logged, counted and left out")
+        help="end the run at a row that cannot be used, or leave the row out, log it and count it")
 
     group = p.add_argument_group("optimization")
     add = group.add_argument

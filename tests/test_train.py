@@ -402,7 +402,7 @@ def test_train_skips_and_counts_bad_rows(folder, tmp_path, caplog):
     assert "missing.png" in caplog.text
 
 
-@pytest.mark.parametrize("iters", [10, 50])  # the tenth row is the last step's; the run would go on
+@pytest.mark.parametrize("iters", [10, 50])  # the tenth row is in the last step, or in an earlier one
 def test_train_too_many_bad_rows(folder, tmp_path, capsys, iters):
     rows = json.loads((folder / "text.json").read_text())
     for row in rows[:3]:
