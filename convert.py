@@ -83,6 +83,20 @@ def _slices(offset: Iterable[int], sizes: Iterable[int]) -> tuple[slice, ...]:
     return tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))
 
 
+def _overlap(
+    offset: Iterable[int], sizes: Iterable[int], other_offset: Iterable[int], other_sizes: Iterable[int]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """Return where two blocks of a tensor overlap, as slices of each block, or None."""
+    one, other = [], []
+    for a, n, b, m in zip(offset, sizes, other_offset, other_sizes, strict=True):
+        begin, end = max(a, b), min(a + n, b + m)
+        if begin >= end:
+            return None
+        one.append(slice(begin - a, end - a))
+        other.append(slice(begin - b, end - b))
+    return tuple(one), tuple(other)
+
+
 def _row_chunks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Cut a tensor into blocks of rows of at most CHUNK_BYTES and yield each one's (offset, sizes).
 
@@ -376,16 +390,14 @@ def _read_checksums(directory: Path) -> dict[str, dict]:
     return records
 
 
-def _wrong_sizes(directory: Path, sizes: dict[str, int]) -> list[str]:
-    """Return one phrase for each file that is missing or smaller than expected."""
-    problems = []
+def _check_sizes(directory: Path, sizes: dict[str, int]) -> None:
+    """Raise InputError for a file that is missing or smaller than it should be."""
     for name, size in sizes.items():
         path = directory / name
         if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size < size:
-            problems.append(f"{name} is damaged ({path.stat().st_size} of {size} bytes)")
-    return problems
+            raise InputError(f"{path}: is missing; use another checkpoint")
+        if path.stat().st_size < size:
+            raise InputError(f"{path}: is damaged ({path.stat().st_size} of {size} bytes); use another checkpoint")
 
 
 def _read_verified(path: Path, records: dict[str, dict]) -> bytes:
@@ -410,20 +422,18 @@ class CheckpointWeights:
         if not (self.path / ".metadata").exists():
             raise InputError(f"{self.path}: is not a checkpoint (it has no .metadata)")
         records = _read_checksums(self.path)
-        self._check_sizes({name: record["bytes"] for name, record in records.items()})
+        _check_sizes(self.path, {name: record["bytes"] for name, record in records.items()})
         content = _read_verified(self.path / ".metadata", records)
         try:
-            self._read_metadata(_MetadataUnpickler(io.BytesIO(content)).load())
+            ends = self._read_metadata(_MetadataUnpickler(io.BytesIO(content)).load())
         except Exception as e:  # a damaged pickle, and what it creates, can raise nearly anything
             raise InputError(f"{self.path / '.metadata'}: is damaged or not a DCP checkpoint's "
                              f"({one_line(e)[:200]}); use another checkpoint") from e
-        places = [place for chunks in self._chunks.values() for _, _, place in chunks]
-        ends: dict[str, int] = {}
-        for place in places:
-            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
-        self._check_sizes(ends)
+        _check_sizes(self.path, ends)
 
-    def _read_metadata(self, metadata: dcp_metadata.Metadata) -> None:
+    def _read_metadata(self, metadata: dcp_metadata.Metadata) -> dict[str, int]:
+        """Fill `tensors` and `_chunks`. Returns for each file where its last chunk ends."""
+        ends: dict[str, int] = {}
         for name, tensor in metadata.state_dict_metadata.items():
             if not isinstance(tensor, dcp_metadata.TensorStorageMetadata):
                 continue  # an object that another tool stored is a pickle, and is never read
@@ -432,16 +442,16 @@ class CheckpointWeights:
                 place = metadata.storage_data[dcp_metadata.MetadataIndex(name, chunk.offsets)]
                 if not _is_file_name(place.relative_path):
                     raise ValueError(f"{place.relative_path!r} is not a file of this directory")
+                axes = zip(chunk.offsets, chunk.sizes, tensor.size, strict=True)
+                if not all(0 <= offset <= offset + size <= full_size for offset, size, full_size in axes):
+                    raise ValueError(f"{name} {list(tensor.size)} has a chunk outside it")
                 chunks.append((chunk.offsets, chunk.sizes, place))
+                ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
             if sum(sizes.numel() for _, sizes, _ in chunks) != tensor.size.numel():
                 raise ValueError(f"{name} {list(tensor.size)} is incomplete")
             self.tensors[name] = tensor.properties.dtype, tensor.size
             self._chunks[name] = chunks
-
-    def _check_sizes(self, sizes: dict[str, int]) -> None:
-        problems = _wrong_sizes(self.path, sizes)
-        if problems:
-            raise InputError(f"{self.path}/{problems[0]}; use another checkpoint")
+        return ends
 
     def check_compatible(self, model: nn.Module) -> CheckpointWeights:
         """Compare names and shapes with the model's and return self. Raises InputError."""
@@ -454,18 +464,16 @@ class CheckpointWeights:
         result = torch.empty(sizes, dtype=self.tensors[name][0])
         used = {}
         for chunk_offset, chunk_sizes, place in self._chunks[name]:
-            begin = [max(a, b) for a, b in zip(offset, chunk_offset, strict=True)]
-            ends = zip(offset, sizes, chunk_offset, chunk_sizes, strict=True)
-            counts = [min(a + n, b + m) - start for start, (a, n, b, m) in zip(begin, ends, strict=True)]
-            if any(count <= 0 for count in counts):
+            overlap = _overlap(offset, sizes, chunk_offset, chunk_sizes)
+            if overlap is None:
                 continue
+            in_result, in_chunk = overlap
             key = place.relative_path, place.offset
             chunk = self._recent.get(key)
             if chunk is None:
                 chunk = self._read_chunk(name, chunk_sizes, place)
             used[key] = chunk
-            to = _slices((a - b for a, b in zip(begin, offset, strict=True)), counts)
-            result[to] = chunk[_slices((a - b for a, b in zip(begin, chunk_offset, strict=True)), counts)]
+            result[in_result] = chunk[in_chunk]
         self._recent = used
         return result
 
@@ -620,9 +628,9 @@ def _begin(staging: Path, final: Path, stale: str) -> None:
 
 
 def _commit(staging: Path, final: Path, records: dict[str, dict], tracker: str | None) -> None:
-    problems = _wrong_sizes(staging, {name: record["bytes"] for name, record in records.items()})
-    if problems:
-        raise InputError(f"{staging}: {problems[0]} after it was written; use storage that every node shares")
+    for name, record in records.items():
+        if not (staging / name).is_file() or (staging / name).stat().st_size != record["bytes"]:
+            raise InputError(f"{staging / name}: rank 0 does not see all of it; use storage that every node shares")
     _write_bytes(staging / CHECKSUMS, json.dumps(records, indent=1, sort_keys=True).encode(), {})
     _flush_directory(staging)
     replaced = final.with_name(f".old_{final.name}")
@@ -917,8 +925,8 @@ def _output_tensors(stored: dict[str, TensorInfo], dtype: str | None) -> dict[st
         output[name] = types.get(dtype, stored_type), shape
         if output[name][0] not in types.values():
             raise InputError(f"{name} has type {stored_type}, which is not a type of weights; give --dtype bfloat16")
-        if name.endswith(EXPERTS) and shape[1] == shape[2]:
-            logger.warning("%s is square: transformers 5 will take it for its own transposed layout", name)
+    if any(name.endswith(EXPERTS) and shape[1] == shape[2] for name, (_, shape) in output.items()):
+        logger.warning("the experts are square: transformers 5 will take them for its own transposed layout")
     return output
 
 
@@ -993,23 +1001,21 @@ def _verify_one(path: Path) -> str:
         return (f"{path}: {len(source.tensors)} tensors, sizes are right "
                 f"(without {CHECKSUMS}, contents cannot be checked)")
     records = _read_checksums(path)
-    files = {file.name for file in path.iterdir() if file.is_file()} - {CHECKSUMS}
-    problems = [f"{name} is not in {CHECKSUMS}" for name in sorted(files - records.keys())]
-    problems += _wrong_sizes(path, {name: record["bytes"] for name, record in records.items()})
-    total = sum(record["bytes"] for record in records.values())
-    with tqdm(total=total, desc=path.name, unit="B", unit_scale=True) as bar:
-        for name in sorted(files & records.keys()):
+    for file in path.iterdir():
+        if file.is_file() and file.name not in (*records, CHECKSUMS):
+            raise InputError(f"{file}: is not in {CHECKSUMS}; use another checkpoint")
+    sizes = {name: record["bytes"] for name, record in records.items()}
+    _check_sizes(path, sizes)
+    with tqdm(total=sum(sizes.values()), desc=path.name, unit="B", unit_scale=True) as bar:
+        for name, record in records.items():
             digest = hashlib.sha256()
             with open(path / name, "rb") as file:
                 while data := file.read(1 << 20):
                     digest.update(data)
                     bar.update(len(data))
-            if digest.hexdigest() != records[name]["sha256"]:
-                problems.append(f"{name} has other contents than were written")
-    if problems:
-        raise InputError(f"{path}: {len(problems)} problems: {'; '.join(problems[:3])}"
-                         f"{'; ...' if len(problems) > 3 else ''}; use another checkpoint")
-    return f"{path}: {len(records)} files, {total / 1e9:.3f} GB, all as written"
+            if digest.hexdigest() != record["sha256"]:
+                raise InputError(f"{path / name}: has other contents than were written; use another checkpoint")
+    return f"{path}: {len(records)} files, {sum(sizes.values()) / 1e9:.3f} GB, all as written"
 
 
 # ---- command line --------------------------------------------------------------------------------------------------

@@ -287,10 +287,11 @@ class VisionModel(nn.Module):
         )
         self.block_fn: Callable = plain_block
 
-    def dummy(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return (pixel_values, grid_thw) of the smallest image, which makes one token."""
+    def dummy(self, device: torch.device, tokens: slice) -> tuple[Tensor, Tensor]:
+        """Return (pixel_values, grid_thw) of the smallest image, which makes one token; `tokens` as in `forward`."""
         side = self.config.spatial_merge_size
-        return torch.zeros(side**2, self.config.patch_dim, device=device), torch.tensor([[1, side, side]])
+        pixel_values = torch.zeros(side**2, self.config.patch_dim, device=device)
+        return self.patches_of(pixel_values, tokens), torch.tensor([[1, side, side]])
 
     def patches_of(self, patches: Tensor, tokens: slice) -> Tensor:
         """Select the patches ([P, ...], in merge-block order) of a slice of the visual tokens."""
@@ -572,7 +573,8 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, weight
 def weighted_cross_entropy(hidden: Tensor, weight: Tensor, batch, chunk_size: int) -> Tensor:
     """Return the weighted cross entropy of a batch's supervised tokens: the default of the `loss_fn` seam.
 
-    hidden [T, D] and weight [V, D] of the language model head; batch: a `data.Batch` -> scalar float32.
+    hidden [T, D] and weight [V, D] of the language model head; batch: a `data.Batch` -> scalar float32. With context
+    parallelism the tokens are this rank's slice, and `cu_seqlens` is that of all ranks' tokens.
     """
     index = batch.supervised_index
     return chunked_cross_entropy(hidden[index], weight, batch.labels[index], batch.loss_weights[index], chunk_size)
@@ -667,27 +669,24 @@ class Qwen3VL(nn.Module):
         empties the queue, so that each tensor is freed after its use.
         """
         x = self.model.language_model.embed_tokens(batch.input_ids)
-        visual = self.model.visual
-        if len(batch.grid_thw) == 0:
-            if not self.vision_always:
-                return deque([x])
-            pixel_values, grid_thw = visual.dummy(x.device)
-            pixel_values = visual.patches_of(pixel_values, batch.local_visual_tokens)
-            features = self._visual_features(pixel_values, grid_thw, batch.local_visual_tokens)
-            return deque([x + 0.0 * sum(f.sum() for f in features).to(x.dtype)])
-        features = self._visual_features(batch.pixel_values, batch.grid_thw, batch.local_visual_tokens)
-        features, *deepstack = self.exchange_features(features, batch)
+        visual, tokens = self.model.visual, batch.local_visual_tokens
+        has_media = len(batch.grid_thw) > 0
+        if has_media:
+            features, deepstack = visual(batch.pixel_values, batch.grid_thw, tokens)
+        elif self.vision_always:
+            features, deepstack = visual(*visual.dummy(x.device, tokens), tokens)
+        else:
+            return deque([x])
+        # Fewer text layers than features leave the same ones unused on every rank, with media or without.
+        deepstack = deepstack[: self.config.text.num_hidden_layers]
+        if not has_media:
+            return deque([x + 0.0 * sum(f.sum() for f in (features, *deepstack)).to(x.dtype)])
+        features, *deepstack = self.exchange_features([features, *deepstack], batch)
         if len(features) != len(batch.visual_index):
             raise InputError(f"the row has {len(batch.visual_index)} media tokens, its images and videos make "
                              f"{len(features)}")
         deepstack = [torch.zeros_like(x).index_copy(0, batch.visual_index, f.to(x.dtype)) for f in deepstack]
         return deque([x.index_copy(0, batch.visual_index, features.to(x.dtype)), *deepstack])
-
-    def _visual_features(self, pixel_values: Tensor, grid_thw: Tensor, tokens: slice) -> list[Tensor]:
-        """Return the vision encoder's token embeddings, then the DeepStack features that the text layers use."""
-        features, deepstack = self.model.visual(pixel_values, grid_thw, tokens)
-        # A model cut to fewer text layers leaves the others unused on every rank, a dummy pass included.
-        return [features, *deepstack[: self.config.text.num_hidden_layers]]
 
     def hidden_states(self, batch) -> tuple[Tensor, list[Tensor]]:
         """Return the hidden states [T, D] after the last norm, and the router statistics of the layers."""

@@ -236,7 +236,7 @@ def local_batch(batch, state: ParallelState):
     patches_per_token = len(batch.pixel_values) // max(1, num_visual)
     changes["pixel_values"] = batch.pixel_values[patches_per_token * encoded[0] : patches_per_token * encoded[1]]
     changes["local_visual_tokens"] = slice(*encoded)
-    changes["feature_splits"] = overlaps(*encoded, token_bounds), overlaps(*held, patch_bounds)
+    changes["feature_splits"] = overlaps(encoded[0], encoded[1], token_bounds), overlaps(held[0], held[1], patch_bounds)
     return dataclasses.replace(batch, **changes).to(state.device)
 
 

@@ -605,8 +605,8 @@ def test_verify_refuses_damaged_checksums(tmp_path, capfd):
         ({"a": {"bytes": 1, "sha256": 1}}, "its entry 'a' is damaged"),
         ({"a": 1}, "its entry 'a' is damaged"),
         ({"../a": records["__0_0.distcp"]}, "its entry '../a' is damaged"),
-        ({}, f"__0_0.distcp is not in {convert.CHECKSUMS}"),
-        ({k: v for k, v in records.items() if k != ".metadata"}, f".metadata is not in {convert.CHECKSUMS}"),
+        ({}, f"is not in {convert.CHECKSUMS}"),
+        ({k: v for k, v in records.items() if k != ".metadata"}, f".metadata: is not in {convert.CHECKSUMS}"),
     ):
         path.write_text(json.dumps(changed))
         status, error = run_convert(capfd, "verify", saved)

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
+from torch.utils.data._utils.pin_memory import pin_memory
 
 import data
 from common import InputError
@@ -105,26 +107,22 @@ def test_dataset_missing_files(tmp_path):
         RowDataset([path, ""])
 
 
-@pytest.mark.parametrize("row", [b'{"a": "\xff"}', b'{"a": "\0"}', b'{"a": "\xe2\x82"}', b"1" * 5000])
+BAD_TEXTS = [b'{"a": "\xff"}', b'{"a": "\0"}', b'{"a": "\xe2\x82"}']
+
+
+@pytest.mark.parametrize(("layout", "bad"), [
+    *((b'[{"id": 1}, %s, {"id": "\xc3\xa4"}]', bad) for bad in [*BAD_TEXTS, b"1" * 5000]),
+    *((b'{"id": 1}\n\n%s\n{"id": "\xc3\xa4"}', bad) for bad in [*BAD_TEXTS, b'{"a": ', b"{}{}"]),
+])
 @pytest.mark.parametrize("kind", DATASETS)
-def test_read_bad_row_of_array(row, kind, tmp_path):
-    path = tmp_path / "rows.json"
-    path.write_bytes(b'[{"id": 1}, ' + row + ', {"id": "ä"}]'.encode())
+def test_read_bad_row(kind, layout, bad, tmp_path):
+    path = tmp_path / "rows"
+    path.write_bytes(layout % bad)
     dataset = kind([str(path)])
-    first, bad, last = (span for span, _ in itertools.islice(dataset.stream({}, None), 3))
-    assert [dataset.read(span)[0]["id"] for span in (first, last)] == [1, "ä"]
-    with pytest.raises(InputError, match="rows.json row 2 cannot be read: it is not JSON in UTF-8"):
-        dataset.read(bad)
-
-
-@pytest.mark.parametrize("line", [b'{"a": ', b'{"a": "\xff"}', b'{"a": "\0"}', b"{}{}"])
-def test_read_bad_line(line, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"id": 1}\n\n' + line + b"\n" + b'{"id": 3}')
-    dataset = RowDataset([str(path)])
-    assert [dataset[0][0], dataset[2][0]] == [{"id": 1}, {"id": 3}]
+    spans = [span for span, _ in itertools.islice(dataset.stream({}, None), 3)]
+    assert [dataset.read(span)[0]["id"] for span in (spans[0], spans[2])] == [1, "ä"]
     with pytest.raises(InputError, match=f"{path} row 2 cannot be read: it is not JSON in UTF-8"):
-        dataset[1]
+        dataset.read(spans[1])
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -392,17 +390,26 @@ def test_workers_leave_the_process_group(files, processor):
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory'")  # there is no accelerator
+def test_loader_pin_memory(files, processor, monkeypatch):
+    """DataLoader calls Batch.pin_memory, also within the loader's pairs of a batch and its failures."""
+    data_loader = Mock(wraps=DataLoader)
+    monkeypatch.setattr(data, "DataLoader", data_loader)
+    (batch,) = take(make_loader(RowDataset(files), processor, pin_memory=True), 1)
+    assert data_loader.call_args.kwargs["pin_memory"]
+    monkeypatch.setattr(data.Batch, "pin_memory", lambda batch: "pinned")
+    assert pin_memory((batch, ["a failure"])) == ("pinned", ["a failure"])
+
+
 def test_loader_indivisible_batch(files, processor):
     with pytest.raises(InputError, match="global batch of 8 .* micro-batches of 3 on 2"):
         make_loader(RowDataset(files), processor, micro_batch_size=3, global_batch_size=8, dp_size=2)
 
 
-def test_collate(processor, tmp_path):
-    for name, size in (("small.png", (47, 31)), ("exact.png", (256, 256))):
-        Image.effect_noise(size, 50).convert("RGB").save(tmp_path / name)
+def test_collate(processor, images):
     rows = [chat("<image>a", "b", images=["small.png"]), chat("text", "only")]
     rows.append(chat("<image><image>", "c", images=["exact.png"] * 2))
-    samples = [processor.encode(row, media_dir=tmp_path, source=f"s{i}") for i, row in enumerate(rows)]
+    samples = [processor.encode(row, media_dir=images, source=f"s{i}") for i, row in enumerate(rows)]
     batch = collate(samples, {"consumed": 3}, [4, 0], [1, 0])
     lengths = [len(s.input_ids) for s in samples]
     assert batch.cu_seqlens == [0, lengths[0], lengths[0] + lengths[1], sum(lengths)]

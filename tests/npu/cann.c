@@ -1,7 +1,7 @@
-/* The part of CANN's runtime that torch_npu needs to start and to move bytes, on a machine without CANN.
+/* The part of CANN's runtime that torch_npu needs to start and to copy memory, on a machine without CANN.
 
-Device memory is host memory, a copy is memcpy, streams and events are numbers and everything on them has happened.
-Whatever is not here fails (see stub.py), so that no kernel seems to work. Signatures: those that torch_npu calls. */
+Device memory is host memory, and a copy is memcpy. Streams and events are numbers, and all their work counts as done.
+Every other function fails (see stub.py), so that no kernel seems to work. Signatures are those that torch_npu calls. */
 #define _DEFAULT_SOURCE
 #include <stdint.h>
 #include <stdlib.h>
@@ -26,10 +26,10 @@ int aclrtGetCurrentContext(void **context) { *context = (void *)16; return 0; }
 int aclrtDeviceCanAccessPeer(int *can, int device, int peer) { *can = 0; return 0; }
 int aclrtGetSysParamOpt(int option, long *value) { *value = 0; return 0; }
 const char *aclrtGetSocName(void) { return "Ascend910B1"; }
-const char *aclGetRecentErrMsg(void) { return "no CANN on this machine: tests/npu/cann.c stands in for it"; }
+const char *aclGetRecentErrMsg(void) { return "no CANN on this machine: tests/npu/cann.c replaces it"; }
 void aclAppLog(void) {}
 
-/* memory: 64 GiB, free as a whole */
+/* memory: 64 GiB, all free */
 int aclrtGetMemInfo(int kind, size_t *free_bytes, size_t *total) { *free_bytes = *total = (size_t)64 << 30; return 0; }
 int aclrtMalloc(void **p, size_t n, int policy) { return allocate(p, n); }
 int aclrtMallocAlign32(void **p, size_t n, int policy) { return allocate(p, n); }
@@ -43,7 +43,7 @@ int aclrtMemcpyAsync(void *to, size_t room, const void *from, size_t n, int kind
     return 0;
 }
 
-/* expandable segments: an address range is memory from the start, what is mapped into it is a number */
+/* expandable segments: a reserved address range is usable memory, and a mapped physical block is only a number */
 int aclrtReserveMemAddress(void **p, size_t n, size_t alignment, void *wish, uint64_t flags) {
     *p = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     return *p == MAP_FAILED ? 207001 : 0;
@@ -60,7 +60,7 @@ int aclrtQueryEventWaitStatus(void *event, int *status) { *status = 0; return 0;
 int aclrtStreamQuery(void *stream, int *status) { *status = 0; return 0; }         /* complete */
 int aclrtEventElapsedTime(float *ms, void *start, void *end) { *ms = 0; return 0; }
 
-/* what may succeed without doing anything */
+/* functions that succeed without doing anything */
 #define NOTHING(name) int name(void) { return 0; }
 NOTHING(aclInit) NOTHING(aclFinalize) NOTHING(aclmdlInitDump) NOTHING(aclmdlFinalizeDump)
 NOTHING(aclrtReleaseMemAddress) NOTHING(aclrtFreePhysical) NOTHING(aclrtMapMem) NOTHING(aclrtUnmapMem)

@@ -1,15 +1,15 @@
-"""An NPU emulated on the CPU, under the real torch_npu: runs a program unchanged with `--device npu`.
+"""Emulate an NPU on the CPU, under the real torch_npu: run a program unchanged with `--device npu`.
 
     python tests/npu/emulate.py train.py --device npu ...
     torchrun --nproc-per-node 2 tests/npu/emulate.py train.py --device npu ...
 
-With stub.py's stand-ins, memory of the device is memory of the host, and only kernels are missing. `Emulation` catches
-every operation on its way to one and runs PyTorch's CPU kernel over the same bytes; for an operation of Ascend's own, a
-reference written here from its documentation (gitcode.com/Ascend/op-plugin, docs/context), with the constraints that
-are documented; hccl is gloo. Everything above the kernels is the real thing: torch_npu's Python and C++ API, schemas,
-autograd formulas, allocator and streams, FSDP2, DTensor, distributed checkpoints.
+With stub.py's libraries, device memory is host memory, and only kernels are missing. `Emulation` intercepts every
+operation before its kernel and runs PyTorch's CPU kernel on the same bytes. Ascend's own operations have references
+here, written from their documentation (gitcode.com/Ascend/op-plugin, docs/context) with the documented constraints.
+hccl is gloo. Everything above the kernels is real: torch_npu's Python and C++ API, schemas, autograd formulas,
+allocator and streams, FSDP2, DTensor and distributed checkpoints.
 
-What agrees here agrees with our reading of the documentation. No kernel of an NPU has run.
+A test that passes here agrees with our reading of the documentation. No kernel of an NPU has run.
 """
 from __future__ import annotations
 
@@ -31,15 +31,17 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-REFERENCES: dict[str, Callable] = {}  # operation of Ascend's own, overload left out -> the same on CPU tensors
+REFERENCES: dict[str, Callable] = {}  # Ascend's operation, without overload -> reference on CPU tensors
 
 
 def reference(*names: str) -> Callable:
-    def keep(function: Callable) -> Callable:
+    """Register the decorated function as the reference of these operations."""
+
+    def register(function: Callable) -> Callable:
         REFERENCES.update(dict.fromkeys(names, function))
         return function
 
-    return keep
+    return register
 
 
 def require(condition: bool, message: str) -> None:
@@ -51,7 +53,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def attention_blocks(a: dict) -> list[tuple[slice, slice]]:
-    """Packed layout: the rows of q, and of k and v, of each sequence, from cumulative lengths without a leading 0."""
+    """Return the rows of q, and those of k and v, of each packed sequence."""
     bounds = []
     for name, tensor in (("actual_seq_qlen", a["query"]), ("actual_seq_kvlen", a["key"])):
         ends = a[name]
@@ -67,7 +69,7 @@ def attention_blocks(a: dict) -> list[tuple[slice, slice]]:
 
 
 def masked(a: dict, rows: int, columns: int) -> Tensor | None:
-    """Which scores [rows, columns] (or with leading dimensions) are left out."""
+    """Return the mask of the scores [..., rows, columns]; True is masked. None masks no score."""
     mask, mode = a["atten_mask"], a["sparse_mode"]
     require(max(rows, columns) <= 2**20, "sequences are 1M long at most")
     if mask is None:  # "sparse_mode, pre_tockens and next_tockens have no effect: attention is full"
@@ -88,7 +90,7 @@ def masked(a: dict, rows: int, columns: int) -> Tensor | None:
 
 
 def softmax_of(a: dict, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q and k [..., H, S, D] -> probabilities, and the row's largest score and sum, [..., H, S, 8] as documented."""
+    """q and k [..., H, S, D] -> probabilities, and each row's largest score and sum, [..., H, S, 8] as documented."""
     scores = q @ k.transpose(-1, -2) * a["scale"]
     mask = masked(a, *scores.shape[-2:])
     if mask is not None:
@@ -100,7 +102,7 @@ def softmax_of(a: dict, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def attend(a: dict, q: Tensor, k: Tensor, v: Tensor, grad: Tensor | None = None) -> tuple[Tensor, ...]:
-    """q [..., H, S, D], k and v [..., K, S, D] -> output, largest score, sum; with grad: gradients of q, k and v."""
+    """q [..., H, S, D], k and v [..., K, S, D] -> output, largest score and sum; with grad: gradients of q, k and v."""
     groups = q.shape[-3] // k.shape[-3]
     wide_k, wide_v = (t.repeat_interleave(groups, dim=-3) for t in (k, v))
     probs, top, total = softmax_of(a, q, wide_k)
@@ -116,7 +118,7 @@ TO_BNSD = {"BNSD": (0, 1, 2, 3), "BSND": (0, 2, 1, 3)}
 
 
 def attention(a: dict, grad: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """`attend` on whatever layout, in float32, its inputs checked."""
+    """Check the inputs and call `attend` in float32 for any layout."""
     q, k, v, heads, layout = a["query"], a["key"], a["value"], a["head_num"], a["input_layout"]
     require(q.dtype in (torch.float16, torch.bfloat16, torch.float32), f"query is {q.dtype}")
     require(q.dtype == k.dtype == v.dtype, f"query, key and value are {q.dtype}, {k.dtype}, {v.dtype}")
@@ -176,7 +178,7 @@ def rms_norm_backward(*, dy, input, gamma, rstd, **_):
     return dx.to(input.dtype), (dy.float() * normed).flatten(0, -2).sum(0)
 
 
-def quarter_turn(x: Tensor) -> Tensor:
+def rotate_half(x: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
 
@@ -186,7 +188,7 @@ def check_rotary(x: Tensor, r1: Tensor, r2: Tensor, mode: str) -> None:
     require(x.dtype == r1.dtype == r2.dtype, f"input, r1 and r2 are {x.dtype}, {r1.dtype}, {r2.dtype}")
     require(x.ndim == r1.ndim == r2.ndim == 4 and r1.shape == r2.shape, "input, r1 and r2 have four dimensions")
     require(x.shape[-1] % 2 == 0 and x.shape[-1] < 896 and x.shape[-1] == r1.shape[-1], "D is even and below 896")
-    layouts = {"BNSD": (0, 1, 2), "BSND": (0, 2, 1), "SBND": (1, 2, 0)}  # where B, N and S stand
+    layouts = {"BNSD": (0, 1, 2), "BSND": (0, 2, 1), "SBND": (1, 2, 0)}  # positions of B, N and S
     for b, n, s in layouts.values():
         fits = r1.shape[s] == x.shape[s] and r1.shape[b] in (1, x.shape[b]) and r1.shape[n] == 1
         if fits and x.shape[b] < 1000 and x.shape[n] < 1000:
@@ -200,15 +202,15 @@ def rotary_mul(*, input, r1, r2, rotary_mode, rotate=None, **_):
     check_rotary(input, r1, r2, rotary_mode)
     require(rotate is None, "rotate is not emulated")
     x = input.float()
-    return (x * r1.float() + quarter_turn(x) * r2.float()).to(input.dtype)
+    return (x * r1.float() + rotate_half(x) * r2.float()).to(input.dtype)
 
 
 @reference("npu_rotary_mul_backward")
 def rotary_mul_backward(*, grad, input, r1, r2, rotary_mode, **_):
     check_rotary(input, r1, r2, rotary_mode)
     grad, x = grad.float(), input.float()
-    grads = (grad * r1.float() - quarter_turn(grad * r2.float()), (grad * x).sum_to_size(r1.shape),
-             (grad * quarter_turn(x)).sum_to_size(r2.shape))  # the turn's transpose is the turn back
+    grads = (grad * r1.float() - rotate_half(grad * r2.float()), (grad * x).sum_to_size(r1.shape),
+             (grad * rotate_half(x)).sum_to_size(r2.shape))  # the transpose of a rotation is its inverse
     return tuple(g.to(input.dtype) for g in grads)
 
 
@@ -252,10 +254,10 @@ def moe_token_permute(*, tokens, indices, num_out_tokens, padded_mode, **_):
     require(indices.ndim in (1, 2) and len(indices) == len(tokens), "indices must be [T] or [T, k]")
     top_k = indices.numel() // len(tokens)
     require(top_k <= 512, "topK is 512 at most")
-    order = indices.flatten().argsort(stable=True)  # row of the result -> (token, choice)
-    where = torch.empty_like(order)
-    where[order] = torch.arange(len(order))  # (token, choice) -> row of the result
-    return tokens[order // top_k], where.int()
+    order = indices.flatten().argsort(stable=True)  # row -> slot t*k + i
+    slot_to_row = torch.empty_like(order)
+    slot_to_row[order] = torch.arange(len(order))
+    return tokens[order // top_k], slot_to_row.int()
 
 
 @reference("npu_moe_token_permute_grad")
@@ -274,7 +276,7 @@ def moe_token_permute_grad_v2(*, grad_permuted_tokens, sorted_indices, tokens_si
 def check_unpermute(permuted_tokens, sorted_indices, probs, padded_mode, restore_shape) -> Tensor:
     check_moe(permuted_tokens, sorted_indices, padded_mode)
     require(sorted_indices.dtype == torch.int32 and sorted_indices.ndim == 1, "sorted_indices must be int32 [T * k]")
-    require(len(permuted_tokens) == len(sorted_indices), "a row for each of sorted_indices")
+    require(len(permuted_tokens) == len(sorted_indices), "sorted_indices has another length than permuted_tokens")
     require(restore_shape is None, "restore_shape goes with padded_mode")
     if probs is None:
         return torch.ones(len(sorted_indices), 1)
@@ -290,7 +292,7 @@ def moe_token_unpermute(*, permuted_tokens, sorted_indices, probs, padded_mode, 
     return (chosen * weights[..., None]).sum(1).to(permuted_tokens.dtype)
 
 
-@reference("_npu_moe_token_unpermute")  # what the one above becomes where gradients are wanted
+@reference("_npu_moe_token_unpermute")  # replaces the operation above if gradients are needed
 def moe_token_unpermute_for_backward(*, permuted_tokens, **a):
     return moe_token_unpermute(permuted_tokens=permuted_tokens, **a), permuted_tokens.clone()
 
@@ -331,7 +333,8 @@ def grouped_matmul(*, x, weight, group_list, split_item, group_type, group_list_
     require(x.dtype == w.dtype and x.dtype in (torch.float16, torch.bfloat16, torch.float32),
             f"x and weight are {x.dtype} and {w.dtype}")
     require(x.numel() > 0 and w.numel() > 0, f"x {list(x.shape)} or weight {list(w.shape)} is empty")
-    inner = max(t.shape[-1] if t.is_contiguous() else t.shape[-2] for t in (x, w))  # a transposed view's lies before
+    # the inner dimension in memory is the first one of a transposed view
+    inner = max(t.shape[-1] if t.is_contiguous() else t.shape[-2] for t in (x, w))
     require(inner < 65536, "the inner dimension is 65535 at most")
     require(isinstance(group_list, Tensor) and group_list.dtype == torch.int64 and group_list.ndim == 1,
             "group_list must be a tensor [E] of int64")
@@ -361,21 +364,21 @@ def grouped_matmul(*, x, weight, group_list, split_item, group_type, group_list_
     return [torch.stack([a.float() @ b.float() for a, b in pairs]).to(x.dtype)]
 
 
-# ---- torch_npu's kernels for what the CPU has no kernel for ---------------------------------------------------------
+# ---- operations that have a kernel in torch_npu and none on the CPU --------------------------------------------------
 
 
 @reference("matmul_backward")
 def matmul_backward(*, grad, self, other, mask, **_):
     require(self.ndim > 1 and other.ndim > 1, "matmul with a vector is not emulated")
-    made = (lambda: (grad @ other.mT).sum_to_size(self.shape), lambda: (self.mT @ grad).sum_to_size(other.shape))
-    return tuple(make() if wanted else None for make, wanted in zip(made, mask, strict=True))
+    gradients = (lambda: (grad @ other.mT).sum_to_size(self.shape), lambda: (self.mT @ grad).sum_to_size(other.shape))
+    return tuple(compute() if needed else None for compute, needed in zip(gradients, mask, strict=True))
 
 
 @reference("linear_backward")
 def linear_backward(*, self, grad_output, weight, output_mask, **_):
     rows, grads = self.flatten(0, -2), grad_output.flatten(0, -2)
-    made = (lambda: (grads @ weight).view_as(self), lambda: grads.T @ rows, lambda: grads.sum(0))
-    return tuple(make() if wanted else None for make, wanted in zip(made, output_mask, strict=True))
+    gradients = (lambda: (grads @ weight).view_as(self), lambda: grads.T @ rows, lambda: grads.sum(0))
+    return tuple(compute() if needed else None for compute, needed in zip(gradients, output_mask, strict=True))
 
 
 @reference("repeat_interleave_backward_int")
@@ -397,8 +400,8 @@ def histc(*, self, bins, min, max, **_):
 
 # ---- the device ----------------------------------------------------------------------------------------------------
 
-# What needs no kernel, or what torch_npu does on the host: it goes through.
-THROUGH = {"aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::new_empty_strided",
+# Operations that need no kernel, or that torch_npu runs on the host.
+PASS_THROUGH = {"aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::new_empty_strided",
            "aten::set_", "aten::resize_", "aten::record_stream", "aten::is_pinned", "aten::_pin_memory"}
 MAY_MIX_DEVICES = {"aten::copy_", "aten::_to_copy", "aten::_copy_from", "aten::index", "aten::index_put_",
                    "aten::index_put", "aten::_index_put_impl_"}
@@ -409,7 +412,7 @@ def is_npu(x) -> bool:
 
 
 def on_host(x):
-    """A CPU tensor over an NPU tensor's bytes; anything else as it is."""
+    """Return a CPU tensor over an NPU tensor's bytes; return anything else unchanged."""
     if isinstance(x, torch.device) and x.type == "npu":
         return torch.device("cpu")
     if not is_npu(x):
@@ -423,7 +426,7 @@ def on_host(x):
 
 
 class Emulation(TorchDispatchMode):
-    """While it is active, operations on `npu` tensors run on the CPU. `ran` counts Ascend's own by name."""
+    """Run operations on `npu` tensors on the CPU while active. `ran` counts Ascend's operations by name."""
 
     def __init__(self):
         super().__init__()
@@ -433,33 +436,33 @@ class Emulation(TorchDispatchMode):
         kwargs = kwargs or {}
         flat, _ = tree_flatten((args, kwargs))
         tensors = [x for x in flat if isinstance(x, Tensor)]
-        # of a subclass, such as DTensor: what it makes of the operation comes here again
+        # A subclass such as DTensor dispatches its inner operations here again.
         if any(type(t) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor) for t in tensors):
             return NotImplemented
         devices = [x for x in flat if isinstance(x, torch.device)]
         touched = any(map(is_npu, tensors)) or any(d.type == "npu" for d in devices)
         schema = func._schema
-        if not touched or schema.name in THROUGH or any(isinstance(t, FakeTensor) for t in tensors):
+        if not touched or schema.name in PASS_THROUGH or any(isinstance(t, FakeTensor) for t in tensors):
             return spoiled(func(*args, **kwargs)) if touched and "empty" in schema.name else func(*args, **kwargs)
         if schema.name.startswith("c10d::"):
             return collective(func, args, kwargs)
         aliases = [r.alias_info for r in schema.returns]
-        if any(a is not None and not a.is_write for a in aliases):  # a view or detach; or what may be one, or a copy
+        if any(a is not None and not a.is_write for a in aliases):  # may return a view
             if not func._can_decompose():
                 return func(*args, **kwargs)
-            with self:  # such as `to`, which comes in one piece under inference_mode only
+            with self:  # e.g. `to`, which is only dispatched undecomposed in inference mode
                 return func.decompose(*args, **kwargs)
 
         if schema.name not in MAY_MIX_DEVICES:
-            strangers = [t for t in tensors if t.device.type == "cpu" and t.ndim]
-            require(not any(map(is_npu, tensors)) or not strangers,
-                    f"{schema.name} got tensors on npu and a tensor {[list(t.shape) for t in strangers]} on the CPU")
+            on_cpu = [t for t in tensors if t.device.type == "cpu" and t.ndim]
+            require(not any(map(is_npu, tensors)) or not on_cpu,
+                    f"{schema.name} got tensors on npu and a tensor {[list(t.shape) for t in on_cpu]} on the CPU")
         require(not any(isinstance(x, torch.Generator) and x.device.type == "npu" for x in flat),
                 f"{schema.name} with the device's generator: random numbers of the device are not emulated")
         host_args, host_kwargs = tree_map(on_host, (args, kwargs))
         results = self.run(func, host_args, host_kwargs)
 
-        # what was written to is there already: the same tensor goes back; everything else moves to the device
+        # Return a tensor that was written in place itself; copy every other result to the device.
         inputs = {i.name: v for i, v in zip(schema.arguments, args, strict=False)} | kwargs
         written = {frozenset(i.alias_info.before_set): inputs.get(i.name) for i in schema.arguments
                    if i.alias_info is not None and i.alias_info.is_write}
@@ -479,7 +482,7 @@ class Emulation(TorchDispatchMode):
         namespace, name = func._schema.name.split("::")
         if name not in REFERENCES:
             if namespace == "npu":
-                raise NotImplementedError(f"emulated NPU: npu::{name} has no reference in {__file__}: write it")
+                raise NotImplementedError(f"emulated NPU: npu::{name} has no reference: add one to {__file__}")
             return func(*args, **kwargs)
         if namespace == "npu":
             self.ran[name] = self.ran.get(name, 0) + 1
@@ -490,7 +493,7 @@ class Emulation(TorchDispatchMode):
 
 
 def spoiled(x: Tensor) -> Tensor:
-    """New memory holds anything: here what shows wherever it is read."""
+    """Fill uninitialised memory with values that show if they are read."""
     if is_npu(x) and not isinstance(x, FakeTensor) and x.dtype != torch.bool:
         on_host(x).fill_(torch.nan if x.is_floating_point() else 127)
     return x
@@ -508,18 +511,18 @@ def to_npu(x):
 
 
 def collective(func, args: tuple, kwargs: dict):
-    """A collective of gloo over the same bytes, waited for at once, under HCCL's limits."""
+    """Run a collective with gloo on the same bytes, and wait for it. Check HCCL's limits."""
     if "reduce" in func._schema.name:
         reduced = [x for x in tree_flatten((args, kwargs))[0] if is_npu(x)]
         require(all(t.dtype != torch.float64 for t in reduced), "HCCL reduces no float64")
     results = func(*tree_map(on_host, args), **tree_map(on_host, kwargs))
     work = results[-1] if isinstance(results, tuple) else results
     work.wait()
-    return (args[0], work) if isinstance(results, tuple) else work  # the first argument is what was written to
+    return (args[0], work) if isinstance(results, tuple) else work  # the first argument is the output
 
 
 def gloo_as_hccl() -> None:
-    """Makes `hccl` gloo; of CPU tensors too, since that is what it will be handed."""
+    """Register gloo as `hccl`, for CPU tensors too, as `collective` passes these."""
 
     def create(store, rank: int, size: int, timeout):
         return dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
@@ -528,7 +531,7 @@ def gloo_as_hccl() -> None:
 
 
 def main() -> None:
-    """Runs the program that the command line names, with the rest as its arguments."""
+    """Run the program that the command line names, with the remaining arguments."""
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
     gloo_as_hccl()

@@ -1,8 +1,8 @@
-"""Writes schemas.json: the signature of every torch_npu operation that kernels_npu.py calls, in released wheels.
+"""Write schemas.json: the signature of every torch_npu operation that kernels_npu.py calls, in released wheels.
 
-    python tests/npu/extract_schemas.py [VERSION ...]     # downloads some 100 MB a version with pip
+    python tests/npu/extract_schemas.py [VERSION ...]     # downloads about 100 MB per version with pip
 
-A schema stands in libtorch_npu.so as the text that registers it with PyTorch: nothing has to be installed or run.
+libtorch_npu.so contains each schema as the text that registers it with PyTorch, so that no wheel is installed or run.
 """
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import zipfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# the oldest with a torch that we take; its post-release, the oldest we recommend; the one of our torch; the newest
+# the oldest supported; its post-release, the oldest recommended; that of our torch; the newest
 VERSIONS = ("2.7.1", "2.7.1.post11", "2.13.0", "2.14.0")
 
 
 def operations() -> set[str]:
-    """Names of the operations in kernels_npu.py."""
+    """Return the names of the operations in kernels_npu.py."""
     return set(re.findall(r"torch_npu\.(npu_\w+)\(", (HERE.parents[1] / "kernels_npu.py").read_text()))
 
 
 def schemas(version: str, wanted: set[str]) -> dict[str, str]:
-    """Operation, with its overload if that has a name -> schema, in the wheel of a version."""
+    """Return {operation with its overload: schema} in the wheel of a version."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
                         "--dest", folder, f"torch_npu=={version}"], check=True)
@@ -41,5 +41,5 @@ def schemas(version: str, wanted: set[str]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    made = {version: schemas(version, operations()) for version in sys.argv[1:] or VERSIONS}
-    (HERE / "schemas.json").write_text(json.dumps(made, indent=1) + "\n")
+    extracted = {version: schemas(version, operations()) for version in sys.argv[1:] or VERSIONS}
+    (HERE / "schemas.json").write_text(json.dumps(extracted, indent=1) + "\n")

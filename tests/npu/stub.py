@@ -1,13 +1,13 @@
-"""Makes the real torch_npu importable on a machine without CANN.
+"""Make the real torch_npu importable on a machine without CANN.
 
-    python tests/npu/stub.py        # prints the environment that a process then needs
+    python tests/npu/stub.py        # prints the environment that a process needs
     env $(python tests/npu/stub.py) python -c "import torch_npu"
 
-The wheel goes to a folder of its own under .npu/ (a torch_npu in the environment of torch would make `import torch`
-itself fail without CANN), with stand-ins for CANN's libraries built beside it by gcc: cann.c where torch_npu needs
-something to happen, a function that fails for all else, and a libopapi.so whose every kernel fails to launch. So
-torch_npu's schemas, shape functions, argument checks, autograd, allocator and Python API are the real ones, and a call
-that would reach a device ends in an error that names the kernel.
+The wheel is installed in its own folder under .npu/, because torch_npu in torch's environment would make `import torch`
+fail without CANN. gcc builds replacements of CANN's libraries beside it. cann.c holds the functions that must work;
+every other function fails, and every kernel of libopapi.so fails to launch. So torch_npu's schemas, shape functions,
+argument checks, autograd, allocator and Python API are real. A call that would reach a device raises an error that
+names the kernel.
 """
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ FAILED, LAUNCH_FAILED = 507899, 561103  # CANN's codes: runtime internal error; 
 
 
 def version_for_this_torch() -> str:
-    """torch_npu has the number of the torch that it belongs to; to the oldest, a later release is the one to take."""
+    """Return torch's version, which is also torch_npu's; the oldest supported version needs a post-release."""
     version = importlib.metadata.version("torch").split("+")[0]
     return {"2.7.1": "2.7.1.post11"}.get(version, version)
 
 
 def environment(version: str | None = None) -> dict[str, str]:
-    """Installs and builds what is not there yet, and returns the variables that let a process import torch_npu."""
+    """Install and build what is missing. Return the environment variables with which a process can import torch_npu."""
     version = version or version_for_this_torch()
     root = HERE.parents[1] / ".npu" / f"{version}-py{sys.version_info[0]}{sys.version_info[1]}"
     wheel, libraries = root / "site", root / "cann"
     installed, built = root / "installed", libraries / "built"
     root.mkdir(parents=True, exist_ok=True)
-    with open(root / "lock", "w") as lock:  # several ranks may come at once
+    with open(root / "lock", "w") as lock:  # several ranks may run this at once
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not installed.exists():
             shutil.rmtree(wheel, ignore_errors=True)
@@ -54,13 +54,13 @@ def environment(version: str | None = None) -> dict[str, str]:
             built.touch()
     return {
         "PYTHONPATH": str(wheel), "LD_LIBRARY_PATH": str(libraries),
-        "TASK_QUEUE_ENABLE": "0",  # errors at the call that makes them, not later from another thread
+        "TASK_QUEUE_ENABLE": "0",  # raise errors in the call, not later from another thread
         "ASCEND_GLOBAL_LOG_LEVEL": "4", "TORCH_DEVICE_BACKEND_AUTOLOAD": "1",
     }
 
 
 def build(package: Path, out: Path) -> None:
-    """Builds the libraries that torch_npu in `package` links to or opens, in `out`."""
+    """Build in `out` the libraries that torch_npu in `package` links to or opens."""
     out.mkdir(parents=True)
     (torch_npu,) = package.glob("lib/libtorch_npu.so")
     needed = set()
@@ -70,7 +70,7 @@ def build(package: Path, out: Path) -> None:
     kernels = {name.decode().removesuffix("GetWorkspaceSize")
                for name in re.findall(rb"\0(aclnn[A-Z]\w+)(?=\0)", torch_npu.read_bytes())}
 
-    # weak: cann.c has the last word
+    # weak, so that the functions of cann.c replace them
     failing = "".join(f"__attribute__((weak)) int {name}(void) {{ return {FAILED}; }}\n" for name in sorted(needed))
     (out / "failing.c").write_text(failing)
     (out / "kernels.c").write_text("".join(
@@ -79,7 +79,7 @@ def build(package: Path, out: Path) -> None:
     (out / "empty.c").write_text("")
     link(out, "libascendcl.so", HERE / "cann.c", out / "failing.c")
     link(out, "libopapi.so", out / "kernels.c")
-    for name in ASCEND_LIBRARIES:  # whichever of them is asked for a name, the one above answers
+    for name in ASCEND_LIBRARIES:  # each finds its functions in libascendcl.so
         link(out, f"{name}.so", out / "empty.c", "-Wl,--no-as-needed", f"-L{out}", "-lascendcl")
 
 
@@ -89,8 +89,7 @@ def link(out: Path, name: str, *arguments) -> None:
 
 
 def activate() -> None:
-    """Starts this program again with torch_npu within reach, unless it is: the dynamic loader reads LD_LIBRARY_PATH
-    before Python does."""
+    """Restart this program with torch_npu importable, unless it is: the dynamic loader reads LD_LIBRARY_PATH first."""
     wanted = environment()
     if wanted["LD_LIBRARY_PATH"] not in os.environ.get("LD_LIBRARY_PATH", "").split(":"):
         for name in ("PYTHONPATH", "LD_LIBRARY_PATH"):
@@ -100,5 +99,5 @@ def activate() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--version", help="of torch_npu (default: the one that belongs to the torch at hand)")
+    parser.add_argument("--version", help="torch_npu version (default: that of the installed torch)")
     print(*(f"{name}={value}" for name, value in environment(parser.parse_args().version).items()))
