@@ -187,9 +187,9 @@ def leave_process_group(worker: int) -> None:
 
 @contextlib.contextmanager
 def explain_errors(state) -> Iterator[None]:
-    """Turn an exhausted memory, a killed worker or a collective's timeout into an InputError that names the rank.
+    """Turn out-of-memory errors, killed workers and collective timeouts into InputErrors that name the rank.
 
-    state: the `parallel.ParallelState`. Other exceptions pass; for a bug, this rank and its current rows are logged.
+    `state` is the `parallel.ParallelState`. Other exceptions pass. For a bug, the rank and its current rows are logged.
     """
     try:
         yield
@@ -197,7 +197,9 @@ def explain_errors(state) -> Iterator[None]:
         raise
     except Exception as e:
         if is_peer_failure(e):
-            state.report_alive()
+            if not isinstance(e, PeerError):
+                with contextlib.suppress(RuntimeError):  # the store that keeps the answers may have died with rank 0
+                    state.report_alive()
             raise
         text = str(e).strip().partition("\n")[0] or type(e).__name__
         rows = "; ".join(state.current_sources[:8])

@@ -45,6 +45,7 @@ log = logging.getLogger("train")
 
 
 def make_parser() -> Parser:
+    """Return the parser of all flags, by group."""
     p = Parser(prog="train.py", description=__doc__.split("\n\n")[0])
     positive_int, non_negative_int = number(int, 1), number(int, 0)
     positive, non_negative = number(float, 0, above=True), number(float, 0)
@@ -723,15 +724,15 @@ def train_loop(
     # `closing` ends the loader's worker processes, whatever happens here
     with writer, profiler as profile, contextlib.closing(iter(loader)) as stream:
         for iteration in iterations:
-            began = time.perf_counter()
+            start = time.perf_counter()
             batches, error = fetch_batches(stream, accumulation, len(loader.dataset.paths))
-            data_time = time.perf_counter() - began
+            data_time = time.perf_counter() - start
             schedule(iteration - 1)
             step = train_step(
                 model, optimizer, batches, state, loss_type=loss_type, clip_grad=clip_grad, error=bad_rows or error,
                 read_flags=lambda: (*signals.poll(), writer.failed()),
             )
-            step_time = time.perf_counter() - began
+            step_time = time.perf_counter() - start
             stop, save_requested, save_failed = step.flags
             stats, resume_state = step.stats, batches[-1].resume_state
             if iteration == iterations.start and state.rank == 0:
@@ -793,10 +794,8 @@ def raise_together(error: Exception | None, state: ParallelState) -> None:
     state.run_synced(raise_error)
 
 
-def fetch_batches(
-    stream: Iterator[data.Batch], count: int, num_files: int
-) -> tuple[list[data.Batch], Exception | None]:
-    """Return (the next micro-batches, None), or (an empty one, the error): with it this rank can join the exchange."""
+def fetch_batches(stream: Iterator, count: int, num_files: int) -> tuple[list[data.Batch], Exception | None]:
+    """Return (the next micro-batches, None), or (an empty one, the error), with which this rank joins the exchange."""
     batches, error = attempt(lambda: [next(stream) for _ in range(count)])
     if error is not None:
         batches = [data.collate([], rows_read=[0] * num_files, rows_bad=[0] * num_files)]
@@ -863,9 +862,7 @@ def setup_data(args: argparse.Namespace, state: ParallelState) -> tuple[data.Loa
     return loader, eval_loader
 
 
-def setup_model(
-    args: argparse.Namespace, config: Qwen3VLConfig, state: ParallelState
-) -> tuple[Qwen3VL, Source | None]:
+def setup_model(args: argparse.Namespace, config: Qwen3VLConfig, state: ParallelState) -> tuple[Qwen3VL, Source | None]:
     """Return the model, sharded and allocated but not yet filled, and the weights to fill it with (None: random)."""
     model = build_model(config, freezing_predicate(args))
     if args.save:
@@ -885,8 +882,10 @@ def setup_model(
     return model, source
 
 
-def setup(args: argparse.Namespace, state: ParallelState, accumulation: int, start_time: float) -> dict | None:
-    """Make everything that training needs: `train_loop`'s arguments, or None if the run that --load names has ended."""
+def setup(
+    args: argparse.Namespace, state: ParallelState, accumulation: int, start_time: float
+) -> Callable[[], None] | None:
+    """Make everything that training needs; return `train_loop` with its arguments, or None if nothing is left to do."""
     ops, log_rank0 = kernels_npu.ops, log.info if state.rank == 0 else (lambda *_: None)
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -918,8 +917,8 @@ def setup(args: argparse.Namespace, state: ParallelState, accumulation: int, sta
         log_rank0(f"{args.load} is at iteration {start} of {train_iters}: nothing to do")
         return None
     if start and args.save and state.rank == 0 and (Path(args.save) / f"iter_{start:07d}").exists():
-        # The run may resume from an earlier iteration than its latest. If it dies before its next save, the one after
-        # it must resume from the same iteration.
+        # The run may resume from an earlier iteration than its latest. If it dies before it saves, the next resume must
+        # not continue from the abandoned iterations.
         convert.write_tracker(Path(args.save), str(start))
 
     warmup_iters = args.lr_warmup_iters
@@ -942,19 +941,20 @@ def setup(args: argparse.Namespace, state: ParallelState, accumulation: int, sta
     )
     log_rank0(f"{train_iters} iterations of {args.global_batch_size} {'packed rows' if args.packing else 'samples'}, "
               f"{accumulation} micro-batch(es) per rank, loss {args.loss_type}")
-    return {
-        "model": model, "optimizer": optimizer, "loader": loader, "state": state, "metrics_log": metrics_log,
-        "writer": writer, "iterations": range(start + 1, train_iters + 1), "accumulation": accumulation,
-        "loss_type": args.loss_type, "clip_grad": args.clip_grad, "save_fn": save_fn, "eval_fn": eval_fn,
-        "save_interval": args.save_interval, "eval_interval": args.eval_interval, "start_time": start_time,
-        "schedule": functools.partial(
-            set_learning_rates, optimizer, train_iters=train_iters, warmup_iters=warmup_iters,
-            decay_style=args.lr_decay_style, min_lr=args.min_lr,
-        ),
-        "profiler": make_profiler(args.profile_dir if state.rank == 0 else None, args.profile_step_start,
-                                  args.profile_step_end),
-        "signals": common.StopSignals(start_time + 60 * (args.exit_duration_in_mins or math.inf)),
-    }
+    schedule = functools.partial(
+        set_learning_rates, optimizer, train_iters=train_iters, warmup_iters=warmup_iters,
+        decay_style=args.lr_decay_style, min_lr=args.min_lr,
+    )
+    profiler = make_profiler(
+        args.profile_dir if state.rank == 0 else None, args.profile_step_start, args.profile_step_end
+    )
+    return functools.partial(
+        train_loop, model, optimizer, loader, state, metrics_log, writer, iterations=range(start + 1, train_iters + 1),
+        accumulation=accumulation, loss_type=args.loss_type, clip_grad=args.clip_grad, schedule=schedule,
+        save_fn=save_fn, save_interval=args.save_interval, eval_fn=eval_fn, eval_interval=args.eval_interval,
+        profiler=profiler, start_time=start_time,
+        signals=common.StopSignals(start_time + 60 * (args.exit_duration_in_mins or math.inf)),
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -983,9 +983,9 @@ def main(argv: list[str]) -> None:
 
     with common.explain_errors(state), contextlib.ExitStack() as stack:
         state.run_synced(prepare_directories)
-        settings = setup(args, state, accumulation, start_time)
-        if settings is not None:
-            train_loop(**settings)
+        train = setup(args, state, accumulation, start_time)
+        if train is not None:
+            train()
     state.close()
 
 

@@ -40,7 +40,7 @@ import common
 import convert
 import data
 import train
-from model import COMPONENTS, component_of
+from model import COMPONENTS, component_of, weighted_cross_entropy
 
 MODELS = {"dense": tiny.config_dict(), "moe": tiny.config_dict(moe=True), "tied": tiny.config_dict(tied=True)}
 
@@ -367,6 +367,14 @@ def test_metrics_log_eval_loss(folder, tmp_path, capsys):
     logged = {int(re.search(r"iteration +(\d+)/", line)[1]): float(re.search(r"eval loss: (\S+)", line)[1])
               for line in lines}
     assert logged == {m["iteration"]: pytest.approx(m["eval_loss"]) for m in metrics if m["eval_loss"]}
+
+
+def test_metrics_log_loss_name(folder, tmp_path, monkeypatch, capsys):
+    """The log line names another loss function by its `log_name`."""
+    monkeypatch.setattr(weighted_cross_entropy, "log_name", "dpo loss", raising=False)
+    run(folder, tmp_path, iters=1)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(" iteration"))
+    assert " | dpo loss: " in line and "lm loss" not in line
 
 
 def test_train_loop_writes_metrics_before_saving(folder, tmp_path, monkeypatch):
