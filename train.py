@@ -498,7 +498,8 @@ def set_loss_weights(
         batch.loss_weights = weights.repeat_interleave(torch.tensor(batch.cu_seqlens).diff())
         batch.aux_weight = scale / micro_batches
     return StepStats(
-        tokens, samples, int(supervised_tokens), media, truncated, file_counts[:files], file_counts[files:], flops
+        tokens=tokens, samples=samples, supervised_tokens=int(supervised_tokens), media=media, truncated=truncated,
+        rows_read=file_counts[:files], rows_bad=file_counts[files:], flops=flops,
     )
 
 
