@@ -711,11 +711,6 @@ class Qwen3VL(nn.Module):
         """Return whether a checkpoint may lack this parameter or buffer, which then keeps its initial value."""
         return False
 
-    def drop_vision_gradients(self) -> None:
-        """Remove the zero gradients of dummy passes, with which AdamW would still move the vision encoder."""
-        for p in self.model.visual.parameters():
-            p.grad = None
-
     @torch.no_grad()
     def init_weights(
         self, seed: int, local_shard_and_offset: Callable = full_tensor_and_offset, names: Collection[str] | None = None

@@ -113,8 +113,9 @@ def test_script_flags_fit_train(folder, name):
     nodes, per_node = (int(command[command.index(flag) + 1]) for flag in ("--nnodes", "--nproc-per-node"))
     devices = nodes * per_node
     assert devices == DEVICES[name]
-    data_parallel_size = devices // args.context_parallel_size
-    assert args.global_batch_size == devices == args.micro_batch_size * data_parallel_size  # no accumulation
+    dp_size = devices // args.context_parallel_size
+    samples, accumulation = train.batch_sizes(args.micro_batch_size, args.global_batch_size, dp_size)
+    assert (samples, accumulation) == (devices, 1)
     # 128 experts are divided over the ranks that share them, their inner sizes (768 and 1536) over the rest
     assert devices % args.expert_parallel_size == 0 and 128 % args.expert_parallel_size == 0
     assert 768 % (devices // args.expert_parallel_size) == 0
