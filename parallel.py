@@ -128,7 +128,7 @@ class ParallelState:
 
     @functools.cached_property
     def backend_averages(self) -> bool:
-        """Whether the backend supports ReduceOp.AVG: gloo in torch 2.7.1 silently sums. Every rank must ask."""
+        """Return whether the backend supports ReduceOp.AVG: gloo in torch 2.7.1 silently sums. Every rank must ask."""
         one = torch.empty(1, device=self.device)
         reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in 2.13
         reduce_scatter(one, torch.ones(self.world_size, device=self.device), op=dist.ReduceOp.AVG)
