@@ -1507,6 +1507,8 @@ class Loader:
         own = [state for state in states if state.get("rank_layout", layout) == layout]
         if own:
             return [Span(*span) for span in own[0].get("buffer", [])], own[0]
+        # Context-parallel ranks read the same rows and saved the same position.
+        states = list({tuple(state["rank_layout"]): state for state in states}.values())
         spans = [Span(*span) for state in states for span in state["buffer"]]
         consumed = {state["rank_layout"][0]: state["consumed"] for state in states}
         states = sorted(states, key=lambda state: state["consumed"])
