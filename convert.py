@@ -449,7 +449,10 @@ class CheckpointWeights:
                 ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
             if sum(sizes.numel() for _, sizes, _ in chunks) != tensor.size.numel():
                 raise ValueError(f"{name} {list(tensor.size)} is incomplete")
-            self.tensors[name] = tensor.properties.dtype, tensor.size
+            dtype = tensor.properties.dtype
+            if not isinstance(dtype, torch.dtype):
+                raise TypeError(f"the type of {name} is {shorten(dtype)}")
+            self.tensors[name] = dtype, tensor.size
             self._chunks[name] = chunks
         return ends
 
