@@ -217,8 +217,8 @@ def load_checkpoint(directory: str | Path, model: nn.Module, optimizer: Optimize
 
 
 def _is_file_name(name: object) -> bool:
-    """Return whether `name` names a file of the same directory, and is no path out of it."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\\0]", name)
+    """Return whether `name` is a plain file name, which cannot lead to another directory."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not re.search("[/\0]", name)
 
 
 _LAYER = re.compile(r"model\.(?:language_model\.layers|visual\.blocks|visual\.deepstack_merger_list)\.\d+")
@@ -319,7 +319,7 @@ class HuggingFaceWeights:
             if name not in self.tensors or not name.endswith(EXPERTS) or self._is_published_layout:
                 continue
             dtype, stored_shape = self.tensors[name]
-            transposed_shape = tensor.mT.shape
+            transposed_shape = torch.Size(tensor.shape[i] for i in (0, 2, 1))
             if stored_shape == tensor.shape == transposed_shape:
                 raise InputError(
                     f"{self.path}: {name} is square, {list(stored_shape)}: its shape cannot tell the published layout "
@@ -371,7 +371,7 @@ class _MetadataUnpickler(pickle._Unpickler):  # the one in Python, because the C
 
 
 def _torch_load(content: bytes) -> object:
-    """Return the tensors in plain containers that `torch.save` wrote. Runs no code; damaged bytes raise many types."""
+    """Return what `torch.save` wrote: tensors in plain containers. Runs no code; damaged bytes raise many types."""
     file = io.BytesIO(content)
     if zipfile.ZipFile(file).testzip() is not None:
         raise ValueError("a checksum in it is wrong")  # torch.load does not compare them
@@ -599,7 +599,9 @@ def atomic_directory(
     Yields (staging directory, records). The block writes its files into the staging directory through `_HashedFile`,
     which flushes them and fills `records`. When the block has ended, rank 0 checks the files' sizes, writes the
     checksums, renames the directory to `final` and, last, writes `tracker`. If anything fails, the staging directory is
-    removed and an older `final` stays. `stale` is a pattern of names whose killed writers are cleaned up after.
+    removed and an older `final` stays.
+
+    `stale` is a pattern of names: what killed writers of such directories left is removed first.
     """
     staging = final.with_name(f".tmp_{final.name}")
     records: dict[str, dict] = {}
@@ -717,7 +719,7 @@ def _save(
 class CheckpointWriter:
     """Save a run's checkpoints one at a time. The `with` block ends when the last one is written.
 
-    In the background: training waits only while this rank's chunks are copied to host memory, which is allocated once.
+    In the background, training waits only while this rank's chunks are copied to host memory, which is allocated once.
     A thread then does what `save_checkpoint` does. It has its own process group, so that its collectives never mix with
     those of training. A failure raises in `wait` or in the next `save`.
     """
@@ -797,9 +799,10 @@ def find_checkpoint(load_dir: str | Path) -> Path:
     if (path / ".metadata").exists():
         return path
     if not (path / TRACKER).is_file():
+        problem = f"has no {TRACKER}" if path.is_dir() else "does not exist"
         advice = ("convert it first (convert.py hf_to_dcp)" if hf_has_weights(path) else
                   "give a save directory, one of its iter_XXXXXXX, or an output of hf_to_dcp")
-        raise InputError(f"{path}: is not a checkpoint (it has no {TRACKER}): {advice}")
+        raise InputError(f"{path}: is not a checkpoint (it {problem}): {advice}")
     tracker = (path / TRACKER).read_text(errors="replace").strip()
     if not re.fullmatch(r"release|[0-9]{1,12}", tracker):
         raise InputError(f"{path / TRACKER}: holds {shorten(tracker)} instead of an iteration's number or 'release'; "

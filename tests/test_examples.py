@@ -201,7 +201,7 @@ def test_script_missing_files(folder):
 
 @pytest.mark.parametrize("home", [".", "latest"])
 def test_script_sources_cann(folder, home, tmp_path):
-    """As CANN's own, this set_env.sh reads variables that are not set and ends with a status other than 0."""
+    """Source a set_env.sh that, like CANN's own, reads unset variables and ends with a status other than 0."""
     (tmp_path / "latest").mkdir()
     (tmp_path / "set_env.sh").write_text('export LD_LIBRARY_PATH=/cann:$NOT_SET_AT_ALL\necho sourced >&2\nfalse\n')
     result = run_script(folder, "finetune_8b", ASCEND_TOOLKIT_HOME=tmp_path / home)
