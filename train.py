@@ -524,13 +524,13 @@ class MetricsLog:
         self.save, self.log_interval, self.train_iters = save, log_interval, train_iters
         self.global_batch_size, self.packed_length, self.loss_name = global_batch_size, packed_length, loss_name
         self.metrics: dict[str, Any] = {}  # of the latest iteration
+        self.line_start = 0  # of that iteration in metrics.jsonl
         self.sums = Counter()  # over the iterations since the last log line
         self.file = self.board = None
         if not self.is_main:
             return
         if save:
             self.file = open_metrics(Path(save) / "metrics.jsonl", start)
-            self.line_start = self.file.tell()
         if tensorboard_dir:
             try:
                 from torch.utils.tensorboard import SummaryWriter
