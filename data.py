@@ -35,6 +35,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -128,13 +129,11 @@ class Batch:
         return self._convert(Tensor.pin_memory)
 
 
-def collate(
-    samples: list[Sample],
-    resume_state: dict | None = None,
-    rows_read: list[int] | None = None,
-    rows_bad: list[int] | None = None,
-) -> Batch:
-    """Pack samples end to end. An empty list (every row was bad) gives a batch of one unsupervised token."""
+def collate(samples: list[Sample], **stream_fields) -> Batch:
+    """Pack samples end to end. An empty list (every row was bad) gives a batch of one unsupervised token.
+
+    `stream_fields` are `rows_read`, `rows_bad` and `resume_state` of the batch.
+    """
     sources = [sample.source for sample in samples]
     if not samples:
         empty, zero = torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
@@ -158,9 +157,7 @@ def collate(
         supervised_index=torch.nonzero(packed["labels"] != IGNORE).flatten(),
         sources=sources,
         cu_seqlens=cu_seqlens,
-        rows_read=rows_read or [],
-        rows_bad=rows_bad or [],
-        resume_state=resume_state or {},
+        **stream_fields,
     )
 
 
@@ -351,8 +348,8 @@ def _fill_placeholders(turns: list[Turn], images: list[Media], videos: list[Medi
 
 # ---- images and videos -------------------------------------------------------------------------------------------
 
-# A file's name may lie about its content. Without these lists Pillow starts Ghostscript for PostScript, and FFmpeg
-# follows the addresses in a playlist to other folders and onto the network.
+# A file's content may differ from its suffix. Without these lists Pillow would start Ghostscript for PostScript, and
+# FFmpeg would open the addresses in a playlist, in other folders or on the network.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 VIDEO_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": "asf,avi,flv,gif,matroska,webm,mov,mp4,m4a,3gp,3g2,"
                  "mj2,mpeg,mpegts,mpegvideo,mpegtsraw,mxf,ogg,wtv,h264,hevc,ivf,m4v,nut,yuv4mpegpipe,apng"}
@@ -408,13 +405,6 @@ def _decoding(path: Path, kind: str) -> Iterator[None]:
 
 
 @dataclass
-class _Header:
-    """The size of a frame that is not decoded."""
-
-    size: tuple[int, int]  # width, height
-
-
-@dataclass
 class Video:
     """A video whose frames are not read yet."""
 
@@ -423,8 +413,9 @@ class Video:
     # If the rate varies: each frame's time and the end of the last, in seconds from the first, [num_frames + 1].
     # None if the rate is constant: frame i is shown at i / fps.
     times: np.ndarray | None
-    # read(numbers, decode) yields the frames with these rising numbers, decoded or with their size only.
-    read: Callable[[list[int], bool], Iterator[Image.Image | _Header]]
+    # Decodes the frames with these rising numbers one at a time, as a full-size frame takes much memory.
+    read: Callable[[list[int]], Iterator[Image.Image]]
+    header: Callable[[int], Image.Image]  # returns a frame that is not decoded: only its `size` is valid
 
 
 def open_video(spec: str | list | dict, media_dir: str | Path, confine: bool, default_fps: float) -> Video:
@@ -451,7 +442,8 @@ def open_video(spec: str | list | dict, media_dir: str | Path, confine: bool, de
         num_frames=len(paths),
         fps=float(fps or default_fps),
         times=None,
-        read=lambda numbers, decode: (load_image(paths[i], decode) for i in numbers),
+        read=lambda numbers: (load_image(paths[i]) for i in numbers),
+        header=lambda i: load_image(paths[i], decode=False),
     )
 
 
@@ -465,23 +457,20 @@ def _open_animation(path: Path, fps: float | None) -> Video:
                 image.load()  # Pillow knows the duration of a WebP's frame only after this
                 yield image
 
-    def read(numbers: list[int], decode: bool) -> Iterator[Image.Image | _Header]:
-        if not decode:
-            yield from [_Header(size)] * len(numbers)
-            return
+    def read(numbers: list[int]) -> Iterator[Image.Image]:
         with _decoding(path, "an animation"):
             for number, image in enumerate(itertools.islice(frames(), numbers[-1] + 1)):
                 if number in numbers:
                     yield _on_white(image) if image.has_transparency_data else image.convert("RGB")
 
     with _decoding(path, "an animation"), Image.open(path, formats=IMAGE_FORMATS) as image:
-        count, size, times = getattr(image, "n_frames", 1), image.size, None
+        count, times = getattr(image, "n_frames", 1), None
     if fps is None:
-        durations = [image.info.get("duration") or 100 for image in frames()]  # ms; browsers show 0 as 100, too
+        durations = [frame.info.get("duration") or 100 for frame in frames()]  # ms; browsers show 0 as 100, too
         times = np.cumsum([0, *durations]) / 1000
         fps = count / times[-1]
         times = None if _is_steady(times, fps) else times
-    return Video(count, float(fps), times, read)
+    return Video(count, float(fps), times, read, header=lambda _: image)
 
 
 MIN_COMPLETE = 0.9  # a file with a smaller share of its frames was cut off; headers and old codecs miscount a few
@@ -506,8 +495,8 @@ def _open_video_file(path: Path, fps: float | None) -> Video:
         if not container.streams.video:
             raise ValueError("it holds no video")
         stream = container.streams.video[0]
-        size = stream.width, stream.height
-        if not all(size):
+        header = SimpleNamespace(size=(stream.width, stream.height))
+        if not all(header.size):
             raise ValueError("its frames have no size")
         stated_count, stated_fps = stream.frames, float(stream.average_rate or 0)
         packets = [(packet.pts, packet.duration, packet.is_keyframe, packet.is_discard)
@@ -534,14 +523,11 @@ def _open_video_file(path: Path, fps: float | None) -> Video:
     if not fps:
         raise InputError(f"{path} states no frame rate: give it as {{'path': ..., 'fps': ...}}")
 
-    def read(numbers: list[int], decode: bool) -> Iterator[Image.Image | _Header]:
-        if not decode:
-            yield from [_Header(size)] * len(numbers)
-            return
+    def read(numbers: list[int]) -> Iterator[Image.Image]:
         with _decoding(path, "a video"):
             yield from _decode_frames(path, numbers, ticks, keys)
 
-    return Video(count, float(fps), times, read)
+    return Video(count, float(fps), times, read, header=lambda _: header)
 
 
 def _decode_frames(path: Path, numbers: list[int], ticks: np.ndarray, keys: np.ndarray) -> Iterator[Image.Image]:
@@ -723,7 +709,7 @@ class Processor:
         if video.num_frames < 2:
             raise InputError(f"a video needs two frames, this has {video.num_frames}")
         numbers = self._choose_frames(video)
-        frames = video.read(numbers, decode)  # lazily, to hold one full-size frame in memory at a time
+        frames = video.read(numbers) if decode else map(video.header, numbers)
         first = next(frames)
         width, height = first.size
         factor = self.patch_size * self.merge_size
@@ -733,7 +719,7 @@ class Processor:
         pairs = -(-len(numbers) // self.temporal_patch_size)
         grid = pairs, height // self.patch_size, width // self.patch_size
 
-        def checked_frames() -> Iterator[Image.Image | _Header]:
+        def checked_frames() -> Iterator[Image.Image]:
             yield first
             for i, frame in zip(numbers[1:], frames, strict=True):
                 is_rotated = not decode and frame.size == first.size[::-1]  # headers give the size before rotation
@@ -771,8 +757,9 @@ class Processor:
     ) -> np.ndarray:
         """Resize `count` images to the grid and cut them into patches [t * h * w, channel * temporal * patch * patch].
 
-        Patches are in the order of merge blocks. The last image is repeated to fill a temporal patch. `_pair_tables`
-        normalises two neighbouring pixels at a time, one row of blocks at a time, which fits in a processor's cache.
+        Patches are in the order of merge blocks. The last image is repeated to fill a temporal patch. A table look-up
+        normalises two neighbouring pixels at a time. The loop handles one row of merge blocks at a time, because a row
+        fits in a processor's cache.
         """
         (t, h, w), m, p = grid, self.merge_size, self.patch_size
         tables = _pair_tables(settings["rescale_factor"], tuple(settings["image_mean"]), tuple(settings["image_std"]))
@@ -1169,7 +1156,7 @@ class RowSource:
         """
         if state:
             self._check_position(state)
-        layout = {"sizes": self.sizes, "shuffle_buffer": self.buffer}
+        settings = {"sizes": self.sizes, "shuffle_buffer": self.buffer}
         consumed, epoch, done = (state.get(name, 0) for name in ("consumed", "epoch", "done"))
         block = state.get("block")
         while True:
@@ -1180,7 +1167,7 @@ class RowSource:
                 for i in range(done, size):
                     consumed += 1
                     position = {"consumed": consumed, "epoch": epoch, "block": start, "done": i + 1}
-                    yield span_at(int(order[i])), position | layout
+                    yield span_at(int(order[i])), position | settings
                 done = 0
             block, epoch, done = None, epoch + 1, 0
 
@@ -1334,9 +1321,9 @@ class Loader:
     The main process decides the order: it iterates `dataset.stream`, assigns rows to data-parallel ranks, and sends the
     rows' locations to stateless workers. Each Batch carries the position after it, `resume_state`.
 
-    The stream is cut into micro-batches of `micro_batch_size` rows, which go to the ranks in turn. Global batch k
-    starts at row k * global_batch_size in every layout. With `packing`, single rows go to the ranks in turn, and a
-    micro-batch has `micro_batch_size` packed rows of up to `seq_length` tokens each (see `_packed_rows`).
+    The stream is cut into micro-batches of `micro_batch_size` rows, which go to the ranks in turn. So a global batch
+    has the same rows in every layout. With `packing`, single rows go to the ranks in turn, and a micro-batch has
+    `micro_batch_size` packed rows of up to `seq_length` tokens each (see `_packed_rows`).
 
     With `on_bad_sample` "error", the main process raises a bad row's InputError. With "skip", the row is left out and
     logged once; `check_bad_row_rate` raises if there are too many.
@@ -1346,11 +1333,9 @@ class Loader:
     processor: Processor
     _: KW_ONLY
     micro_batch_size: int
-    global_batch_size: int
     dp_rank: int
     dp_size: int
-    seed: int
-    shuffle: bool
+    seed: int | None  # of the shuffling; None keeps the files' order
     num_workers: int
     on_bad_sample: str  # "error" or "skip"
     options: EncodeOptions
@@ -1360,13 +1345,6 @@ class Loader:
     num_samples: int | None = None  # ends the stream after so many rows; the last batches of some ranks may be empty
 
     def __post_init__(self):
-        self._rows_per_micro_step = self.micro_batch_size * self.dp_size  # of all ranks
-        if self.global_batch_size % self._rows_per_micro_step:
-            raise InputError(
-                f"a global batch of {self.global_batch_size} cannot be divided into micro-batches of "
-                f"{self.micro_batch_size} on {self.dp_size} data-parallel ranks"
-            )
-        self._order_seed = self.seed if self.shuffle else None
         self._rows_read, self._rows_bad = np.zeros((2, len(self.dataset.paths)), np.int64)
         self._first_epoch = 0
 
@@ -1412,7 +1390,7 @@ class Loader:
         rows = self.dataset.count()
         if not self.packing:
             return rows
-        measured = itertools.islice(self.dataset.stream({}, self._order_seed), min(rows, 1000))
+        measured = itertools.islice(self.dataset.stream({}, self.seed), min(rows, 1000))
         lengths = [self._measure(item)[2] for item in measured]
         return rows * sum(lengths) / len(lengths) / self.options.seq_length
 
@@ -1442,13 +1420,13 @@ class Loader:
             except InputError as error:
                 rows_bad[span.file] += 1
                 failures.append(str(error))
-        return collate(samples, state, rows_read, rows_bad), failures
+        return collate(samples, resume_state=state, rows_read=rows_read, rows_bad=rows_bad), failures
 
     def _micro_batches(self, state: dict) -> Iterator[tuple[list[Span], dict]]:
         """Yield this rank's rows of each micro-batch, and the position after the rows of all ranks."""
-        rows = itertools.islice(self.dataset.stream(state, self._order_seed), self.num_samples)
+        rows = itertools.islice(self.dataset.stream(state, self.seed), self.num_samples)
         first = self.dp_rank * self.micro_batch_size
-        while step := list(itertools.islice(rows, self._rows_per_micro_step)):
+        while step := list(itertools.islice(rows, self.micro_batch_size * self.dp_size)):
             yield [span for span, _ in step[first : first + self.micro_batch_size]], step[-1][1]
 
     def _packed(self, states: list[dict]) -> Iterator[tuple[list[Span], dict]]:
@@ -1465,7 +1443,7 @@ class Loader:
         """
         undelivered, state = self._undelivered_rows(states)
         rows_of_this_rank = (
-            (span, next_state) for span, next_state in self.dataset.stream(state, self._order_seed)
+            (span, next_state) for span, next_state in self.dataset.stream(state, self.seed)
             if (next_state["consumed"] - 1) % self.dp_size == self.dp_rank
         )
         rows = itertools.chain(((span, state) for span in undelivered), rows_of_this_rank)
@@ -1484,7 +1462,7 @@ class Loader:
             state = next_state
 
     def _measure(self, item: tuple[Span, dict]) -> tuple[Span, dict, int]:
-        """Add the number of tokens to a row's location and position.
+        """Return a row's location, the position after it (both as given), and its number of tokens.
 
         A bad row counts as one token, so that it is still packed and reported. If it ends the run, it counts as a full
         row, so that it is reported soon.
@@ -1501,7 +1479,8 @@ class Loader:
         """Return the rows before the checkpoint that this rank still has to pack, and the position to continue from.
 
         Ranks pack at different speeds, so that each saves its own position. If the layout of ranks has changed, all
-        ranks continue from the furthest position. The rows before it that no rank has packed are divided anew.
+        ranks continue from the furthest position, and the rows before it that no rank has packed are divided among the
+        new ranks.
         """
         layout = [self.dp_rank, self.dp_size]
         own = [state for state in states if state.get("rank_layout", layout) == layout]
@@ -1513,7 +1492,7 @@ class Loader:
         consumed = {state["rank_layout"][0]: state["consumed"] for state in states}
         states = sorted(states, key=lambda state: state["consumed"])
         newest, number = states[-1], states[-1]["consumed"] - states[0]["consumed"]
-        for span, state in itertools.islice(self.dataset.stream(states[0], self._order_seed), number):
+        for span, state in itertools.islice(self.dataset.stream(states[0], self.seed), number):
             rank = (state["consumed"] - 1) % newest["rank_layout"][1]
             if state["consumed"] > consumed[rank]:
                 spans.append(span)

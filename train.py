@@ -845,22 +845,19 @@ def setup_data(args: argparse.Namespace, state: ParallelState) -> tuple[data.Loa
     processor = data.Processor(args.init_from_hf_path, **data.media_limits(args))
     settings = {
         "micro_batch_size": args.micro_batch_size, "dp_rank": state.dp_rank, "dp_size": state.dp_size,
-        "seed": args.seed, "num_workers": args.num_workers, "on_bad_sample": args.on_bad_sample,
-        "options": data.encode_options(args), "pin_memory": kernels_npu.ops.is_accelerator,
+        "num_workers": args.num_workers, "on_bad_sample": args.on_bad_sample, "options": data.encode_options(args),
+        "pin_memory": kernels_npu.ops.is_accelerator,
     }
     paths = args.dataset.split(",")
     if args.streaming:
         dataset = data.RowStream(paths, args.dataset_dir, args.max_samples, args.shuffle_buffer or 1000)
     else:
         dataset = data.RowDataset(paths, args.dataset_dir, args.cache_dir, args.max_samples)
-    loader = data.Loader(dataset, processor, shuffle=args.shuffle, global_batch_size=args.global_batch_size,
-                         packing=args.packing, **settings)
+    loader = data.Loader(dataset, processor, seed=args.seed if args.shuffle else None, packing=args.packing, **settings)
     if not args.eval_dataset:
         return loader, None
     held_out = data.RowDataset(args.eval_dataset.split(","), args.dataset_dir, args.cache_dir)
-    eval_loader = data.Loader(held_out, processor, shuffle=False, num_samples=len(held_out),
-                              global_batch_size=args.micro_batch_size * state.dp_size, **settings)
-    return loader, eval_loader
+    return loader, data.Loader(held_out, processor, seed=None, num_samples=len(held_out), **settings)
 
 
 def setup_model(args: argparse.Namespace, config: Qwen3VLConfig, state: ParallelState) -> tuple[Qwen3VL, Source | None]:

@@ -260,7 +260,7 @@ def test_video_seeking_decodes_little(tmp_path, monkeypatch):
 
     open_, decoded = av.open, []
     monkeypatch.setattr(av, "open", open_and_count)
-    assert len(list(data.open_video("a.mp4", tmp_path, False, 2.0).read([199], True))) == 1
+    assert len(list(data.open_video("a.mp4", tmp_path, False, 2.0).read([199]))) == 1
     assert len(decoded) <= 25
 
 
@@ -276,7 +276,7 @@ def test_video_seeking(tmp_path):
         frames = write_video(tmp_path / name, 200, 25, codec, **options)
         video = data.open_video(name, tmp_path, False, 2.0)
         for numbers in ([0, 50, 100, 150, 199], [77], list(range(200)), [1, 22, 23, 90, 91, 198]):
-            images = list(video.read(numbers, True))
+            images = list(video.read(numbers))
             assert [np.asarray(image).tobytes() for image in images] == [
                 np.asarray(frames[number].to_image()).tobytes() for number in numbers
             ], (name, numbers)
@@ -329,13 +329,13 @@ def test_animation_frames(processor, tmp_path):
         second = Image.alpha_composite(first, part) if name == "a.webp" else part  # Pillow's WebP is not blended
         first.save(tmp_path / name, save_all=True, append_images=[second], duration=[500, 250], **options)
         video = data.open_video(name, tmp_path, False, 2.0)
-        shown = [[image.getpixel((x, 5)) for x in (5, 40)] for image in video.read([0, 1], True)]
+        shown = [[image.getpixel((x, 5)) for x in (5, 40)] for image in video.read([0, 1])]
         assert shown == [[red, red], [blue, red]], name
         assert (video.num_frames, video.fps, video.times) == (2, 2 / 0.75, None)
         assert np.array_equal(np.asarray(data.load_image(tmp_path / name)), np.asarray(first.convert("RGB")))
         holes.save(tmp_path / name, save_all=True, append_images=[part], duration=0, **options)
         video = data.open_video(name, tmp_path, False, 2.0)
-        assert [image.getpixel((40, 5)) for image in video.read([0], True)] == [white], name
+        assert [image.getpixel((40, 5)) for image in video.read([0])] == [white], name
         assert video.fps == 10  # browsers, too, take 0 for a tenth of a second
         holes.save(tmp_path / name, **{key: value for key, value in options.items() if key == "format"})
         with pytest.raises(InputError, match="a video needs two frames, this has 1"):

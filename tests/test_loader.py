@@ -43,8 +43,8 @@ def as_saved(state: dict) -> dict:
 
 
 def make_loader(dataset, processor, **settings) -> Loader:
-    defaults = {"micro_batch_size": 1, "global_batch_size": 1, "dp_rank": 0, "dp_size": 1, "seed": 3, "shuffle": True,
-                "num_workers": 0, "on_bad_sample": "error", "options": EncodeOptions()}
+    defaults = {"micro_batch_size": 1, "dp_rank": 0, "dp_size": 1, "seed": 3, "num_workers": 0,
+                "on_bad_sample": "error", "options": EncodeOptions()}
     return Loader(dataset, processor, **(defaults | settings))
 
 
@@ -347,7 +347,7 @@ def test_loader_order_in_every_layout(micro_batch_size, dp_size, files, processo
     """Global batch k is rows kG to (k+1)G-1 of the stream, and its micro-batches go to the ranks in turn."""
     stream = flat(take(make_loader(RowDataset(files), processor), 48))
     assert stream == walk(RowDataset(files), 48)[0]
-    settings = {"micro_batch_size": micro_batch_size, "global_batch_size": 12, "dp_size": dp_size}
+    settings = {"micro_batch_size": micro_batch_size, "dp_size": dp_size}
     loaders = [make_loader(RowDataset(files), processor, dp_rank=rank, **settings) for rank in range(dp_size)]
     ranks = [ids(take(loader, 48 // (micro_batch_size * dp_size))) for loader in loaders]
     assert [x for step in zip(*ranks, strict=True) for batch in step for x in batch] == stream
@@ -357,7 +357,7 @@ def test_loader_order_in_every_layout(micro_batch_size, dp_size, files, processo
 @pytest.mark.parametrize("kind", [RowDataset, partial(RowStream, buffer=6)])
 def test_loader_resume(kind, workers, files, processor):
     def ranks(size: int, count: int, workers: int = workers, **settings) -> list:
-        settings = {"micro_batch_size": 2, "global_batch_size": 2 * size, "dp_size": size} | settings
+        settings = {"micro_batch_size": 2, "dp_size": size} | settings
         return [take(make_loader(kind(files), processor, num_workers=workers, dp_rank=rank, **settings), count)
                 for rank in range(size)]
 
@@ -374,7 +374,7 @@ def test_loader_resume(kind, workers, files, processor):
 
 def test_loader_num_samples(files, processor):
     """Each held-out row comes once in every layout. A rank may receive an empty batch."""
-    settings = {"micro_batch_size": 2, "global_batch_size": 6, "dp_size": 3, "shuffle": False, "num_samples": 15}
+    settings = {"micro_batch_size": 2, "dp_size": 3, "seed": None, "num_samples": 15}
     ranks = [ids(make_loader(RowDataset(files), processor, dp_rank=rank, **settings)) for rank in range(3)]
     assert [x for step in zip(*ranks, strict=True) for batch in step for x in batch] == EVERYTHING[:15]
     assert [len(batch) for batch in ranks[2]] == [2, 2, 0]
@@ -401,16 +401,11 @@ def test_loader_pin_memory(files, processor, monkeypatch):
     assert pin_memory((batch, ["a failure"])) == ("pinned", ["a failure"])
 
 
-def test_loader_indivisible_batch(files, processor):
-    with pytest.raises(InputError, match="global batch of 8 .* micro-batches of 3 on 2"):
-        make_loader(RowDataset(files), processor, micro_batch_size=3, global_batch_size=8, dp_size=2)
-
-
 def test_collate(processor, images):
     rows = [chat("<image>a", "b", images=["small.png"]), chat("text", "only")]
     rows.append(chat("<image><image>", "c", images=["exact.png"] * 2))
     samples = [processor.encode(row, media_dir=images, source=f"s{i}") for i, row in enumerate(rows)]
-    batch = collate(samples, {"consumed": 3}, [4, 0], [1, 0])
+    batch = collate(samples, resume_state={"consumed": 3}, rows_read=[4, 0], rows_bad=[1, 0])
     lengths = [len(s.input_ids) for s in samples]
     assert batch.cu_seqlens == [0, lengths[0], lengths[0] + lengths[1], sum(lengths)]
     assert (batch.sources, batch.rows_bad, batch.truncated, batch.loss_weights) == (["s0", "s1", "s2"], [1, 0], 0, None)
@@ -445,7 +440,7 @@ def test_bad_rows(workers, tmp_path, processor, caplog):
     rows[5] = {"id": 5} | chat("q", "a", images=["none.png"])
     rows[9]["messages"] = []
     dataset = RowDataset([write(tmp_path / "a.json", rows)])
-    settings = {"shuffle": False, "micro_batch_size": 2, "global_batch_size": 2, "num_workers": workers}
+    settings = {"seed": None, "micro_batch_size": 2, "num_workers": workers}
     batches = take(make_loader(dataset, processor, on_bad_sample="skip", **settings), 50)  # two and a half epochs
     assert [i for i, batch in enumerate(batches) if sum(batch.rows_bad)] == [2, 4, 22, 24, 42, 44]
     assert ids(batches[2:3]) == [["4"]] and ids(batches[4:5]) == [["8"]]
@@ -470,10 +465,10 @@ def test_check_bad_row_rate_of_few_rows(bad, count, tmp_path, processor):
     """A dataset of fewer than ten rows is checked once all were read, whether or not the last row is bad."""
     rows = [{} if i in bad else chat("q", "a") for i in range(count)]
     dataset = RowDataset([write(tmp_path / "few.json", rows)])
-    loader = make_loader(dataset, processor, on_bad_sample="skip", shuffle=False)
+    loader = make_loader(dataset, processor, on_bad_sample="skip", seed=None)
     with pytest.raises(InputError, match=f"few.json: {len(bad)} of {count} rows read are bad, more than a tenth"):
         check_rates([loader], 50)
-    ranks = [make_loader(dataset, processor, on_bad_sample="skip", dp_rank=rank, dp_size=2, global_batch_size=2)
+    ranks = [make_loader(dataset, processor, on_bad_sample="skip", dp_rank=rank, dp_size=2)
              for rank in (0, 1)]
     if len(bad) > 1:
         with pytest.raises(InputError, match="rows read are bad"):
@@ -483,9 +478,9 @@ def test_check_bad_row_rate_of_few_rows(bad, count, tmp_path, processor):
 def test_check_bad_row_rate_after_resume(tmp_path, processor):
     """A tenth of bad rows is accepted, wherever the stream starts."""
     dataset = RowDataset([write(tmp_path / "a.json", [{} if i in (0, 1) else chat("q", "a") for i in range(20)])])
-    for shuffle in (False, True):
-        for _, state in itertools.islice(dataset.stream({}, 3 if shuffle else None), 20):
-            settings = {"on_bad_sample": "skip", "shuffle": shuffle, "resume_state": state}
+    for seed in (None, 3):
+        for _, state in itertools.islice(dataset.stream({}, seed), 20):
+            settings = {"on_bad_sample": "skip", "seed": seed, "resume_state": state}
             check_rates([make_loader(dataset, processor, **settings)], 60)
 
 
@@ -505,7 +500,7 @@ def test_check_bad_row_rate_at_the_start_of_a_stream(tmp_path, processor):
     """Many bad rows at the start are few of a large file, whose size is estimated."""
     rows = [{} if i < 40 else chat("q", "a") for i in range(500)]
     stream = RowStream([write(tmp_path / "start.jsonl", rows)], buffer=50)
-    check_rates([make_loader(stream, processor, on_bad_sample="skip", shuffle=False)], 500)
+    check_rates([make_loader(stream, processor, on_bad_sample="skip", seed=None)], 500)
 
 
 # ---- packing ---------------------------------------------------------------------------------------------------------
@@ -575,7 +570,7 @@ def test_packed_bad_rows(workers, tmp_path, processor, caplog):
 def test_packed_resume(workers, kind, tmp_path, processor):
     paths = uneven(tmp_path)
     for rank in range(2):
-        settings = {"dp_rank": rank, "dp_size": 2, "micro_batch_size": 2, "global_batch_size": 4,
+        settings = {"dp_rank": rank, "dp_size": 2, "micro_batch_size": 2,
                     "num_workers": workers}
         batches = take(pack(kind(paths), processor, **settings), 24)
         for at in (1, 10, 13):
@@ -589,7 +584,7 @@ def test_packed_resume_with_a_large_buffer(tmp_path, processor):
     lengths = [*[1] * PACKING_WINDOW, *np.random.default_rng(0).integers(150, 1000, 300).tolist()]
     rows = [chat(f"q{i}", "a " * n, id=i) for i, n in enumerate(lengths)]
     dataset = RowDataset([write(tmp_path / "rows.jsonl", rows)])
-    settings = {"shuffle": False, "seq_length": 2048}
+    settings = {"seed": None, "seq_length": 2048}
     batches = take(pack(dataset, processor, **settings), 12)
     assert max(len(batch.resume_state["buffer"]) for batch in batches) > PACKING_WINDOW
     for at in (0, 2, 5):
@@ -605,7 +600,7 @@ def test_packed_resume_on_other_ranks(layouts, kind, tmp_path, processor):
     for run, size in enumerate(layouts):
         positions = []
         for rank in range(size):
-            settings = {"dp_rank": rank, "dp_size": size, "global_batch_size": size, "resume_state": states}
+            settings = {"dp_rank": rank, "dp_size": size, "resume_state": states}
             loader = pack(kind(paths), processor, **settings)
             for batch in itertools.islice(loader, None if run == len(layouts) - 1 else 4):
                 if batch.resume_state["epoch"] > 0:

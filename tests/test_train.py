@@ -195,7 +195,7 @@ def test_train_packed_rows_equal_transformers(folder, tmp_path, loss_type):
     metrics = run(folder, tmp_path, *flags, model=model, dataset=dataset)
     loader = data.Loader(
         data.RowDataset([str(folder / dataset)]), data.Processor(folder / model), micro_batch_size=1,
-        global_batch_size=1, dp_rank=0, dp_size=1, seed=0, shuffle=False, num_workers=0, on_bad_sample="error",
+        dp_rank=0, dp_size=1, seed=None, num_workers=0, on_bad_sample="error",
         options=data.EncodeOptions(seq_length=300), packing=True)
     packed = [[int(re.search(r"row (\d+)", source)[1]) - 1 for source in batch.sources]
               for batch in itertools.islice(loader, 12)]
