@@ -181,7 +181,10 @@ class StopSignals:
 
 
 def leave_process_group(worker: int) -> None:
-    """Let the main process handle signals to its process group (Ctrl-C, torchrun's SIGTERM): a `worker_init_fn`."""
+    """Put a DataLoader worker in a process group of its own: only the main process gets Ctrl-C and torchrun's SIGTERM.
+
+    This is a `worker_init_fn`.
+    """
     os.setpgid(0, 0)
 
 

@@ -55,7 +55,7 @@ CHECKSUMS = "checksums.json"
 INDEX = "model.safetensors.index.json"
 SAFETENSORS_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
-LAYOUT = {"expert_layout": "published"}  # written to our safetensors headers, because square experts look the same
+LAYOUT = {"expert_layout": "published"}  # in our safetensors headers, because square experts do not show their layout
 
 TensorInfo = tuple[torch.dtype, torch.Size]
 TensorChunk = tuple[str, torch.Size, tuple[int, ...], Tensor]  # name, shape of the full tensor, offset in it, values
@@ -200,19 +200,6 @@ def _read_trainer_state(path: Path) -> dict:
         raise InputError(f"{path}: is damaged or not a trainer state; use another checkpoint") from e
 
 
-def load_checkpoint(directory: str | Path, model: nn.Module, optimizer: Optimizer | None = None) -> dict | None:
-    """Load one checkpoint's weights, its optimizer state if wanted and stored, and its trainer state.
-
-    Any number of ranks may have saved it. Returns this rank's trainer state, or None for a converted checkpoint. Raises
-    InputError for damaged files, missing tensors and other shapes.
-    """
-    source = CheckpointWeights(directory).check_compatible(model)
-    load_weights(model, source)
-    if optimizer is not None:
-        load_optimizer(source, model, optimizer)
-    return load_trainer_state(source.path, _rank())
-
-
 # ---- sources -------------------------------------------------------------------------------------------------------
 
 
@@ -268,7 +255,7 @@ class HuggingFaceWeights:
             self._open(file)
 
     def _list_files(self) -> dict[str, list[str]]:
-        """Return the files that the index lists; a single file stands without its tensors' names."""
+        """Return {file: names of its tensors} from the index. For a single file the list of names is empty."""
         if (self.path / "model.safetensors").exists():
             return {"model.safetensors": []}
         index = self.path / INDEX
@@ -311,9 +298,10 @@ class HuggingFaceWeights:
         """Compare names and shapes with the model's, find the layout of the experts, and return self.
 
         Published checkpoints and transformers 4 store [E, D, 2I] and [E, I, D]; transformers 5 writes [E, 2I, D] and
-        [E, D, I] under the same names. A square tensor (2I == D or I == D) cannot tell, and neither can its neighbour:
-        transformers 5 transposes a published checkpoint's other experts on loading, but never square ones, and then
-        saves both (huggingface/transformers#47031). The headers that `dcp_to_hf` writes name the layout.
+        [E, D, I] under the same names. The shape of a square tensor (2I == D or I == D) does not show the layout, and
+        neither does the other tensor's. On loading a published checkpoint, transformers 5 transposes the other tensor
+        but never a square one, and then saves both (huggingface/transformers#47031). The headers that `dcp_to_hf`
+        writes name the layout.
         """
         for name, tensor in stored_tensors(model).items():
             if name not in self.tensors or not name.endswith(EXPERTS) or self._is_published_layout:
@@ -322,8 +310,8 @@ class HuggingFaceWeights:
             transposed_shape = torch.Size(tensor.shape[i] for i in (0, 2, 1))
             if stored_shape == tensor.shape == transposed_shape:
                 raise InputError(
-                    f"{self.path}: {name} is square, {list(stored_shape)}: its shape cannot tell the published layout "
-                    "from transformers 5's transposed one; change moe_intermediate_size or hidden_size")
+                    f"{self.path}: {name} is square, {list(stored_shape)}: its shape does not show whether its layout "
+                    "is the published one or transformers 5's; change moe_intermediate_size or hidden_size")
             if stored_shape == transposed_shape:
                 self._transposed.add(name)
                 self.tensors[name] = dtype, tensor.shape
@@ -351,7 +339,7 @@ _DCP_INSTANCES = (_StorageInfo, *(getattr(dcp_metadata, name) for name in _DCP_C
                                   if name != "_MEM_FORMAT_ENCODING"))
 
 
-class _MetadataUnpickler(pickle._Unpickler):  # the one in Python, because the C one's operations cannot be overridden
+class _MetadataUnpickler(pickle._Unpickler):  # in Python; the operations of pickle's C version cannot be overridden
     """Read a pickle that may use the classes in _DCP_CLASSES and nothing else."""
 
     dispatch = dict(pickle._Unpickler.dispatch)
@@ -417,7 +405,7 @@ class CheckpointWeights:
     def __init__(self, directory: str | Path):
         self.path = Path(directory)
         self.tensors: dict[str, TensorInfo] = {}
-        self._chunks: dict[str, list[tuple[torch.Size, torch.Size, _StorageInfo]]] = {}  # (offset, sizes, place)
+        self._chunks: dict[str, list[tuple[torch.Size, torch.Size, _StorageInfo]]] = {}  # (offset, sizes, location)
         self._recent: dict[tuple[str, int], Tensor] = {}  # the chunks of the latest read, which the next often needs
         if not (self.path / ".metadata").exists():
             raise InputError(f"{self.path}: is not a checkpoint (it has no .metadata)")
@@ -432,21 +420,22 @@ class CheckpointWeights:
         _check_sizes(self.path, ends)
 
     def _read_metadata(self, metadata: dcp_metadata.Metadata) -> dict[str, int]:
-        """Fill `tensors` and `_chunks`. Returns for each file where its last chunk ends."""
+        """Fill `tensors` and `_chunks`. Returns the byte at which the last chunk of each file ends."""
         ends: dict[str, int] = {}
         for name, tensor in metadata.state_dict_metadata.items():
             if not isinstance(tensor, dcp_metadata.TensorStorageMetadata):
                 continue  # an object that another tool stored is a pickle, and is never read
             chunks = []
             for chunk in tensor.chunks:
-                place = metadata.storage_data[dcp_metadata.MetadataIndex(name, chunk.offsets)]
-                if not _is_file_name(place.relative_path):
-                    raise ValueError(f"{place.relative_path!r} is not a file of this directory")
+                location = metadata.storage_data[dcp_metadata.MetadataIndex(name, chunk.offsets)]
+                file, end = location.relative_path, location.offset + location.length
+                if not _is_file_name(file):
+                    raise ValueError(f"{file!r} is not a file of this directory")
                 axes = zip(chunk.offsets, chunk.sizes, tensor.size, strict=True)
                 if not all(0 <= offset <= offset + size <= full_size for offset, size, full_size in axes):
                     raise ValueError(f"{name} {list(tensor.size)} has a chunk outside it")
-                chunks.append((chunk.offsets, chunk.sizes, place))
-                ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+                chunks.append((chunk.offsets, chunk.sizes, location))
+                ends[file] = max(ends.get(file, 0), end)
             if sum(sizes.numel() for _, sizes, _ in chunks) != tensor.size.numel():
                 raise ValueError(f"{name} {list(tensor.size)} is incomplete")
             dtype = tensor.properties.dtype
@@ -466,31 +455,31 @@ class CheckpointWeights:
         """Return a slice of a tensor, assembled from the chunks that overlap it."""
         result = torch.empty(sizes, dtype=self.tensors[name][0])
         used = {}
-        for chunk_offset, chunk_sizes, place in self._chunks[name]:
+        for chunk_offset, chunk_sizes, location in self._chunks[name]:
             overlap = _overlap(offset, sizes, chunk_offset, chunk_sizes)
             if overlap is None:
                 continue
             in_result, in_chunk = overlap
-            key = place.relative_path, place.offset
+            key = location.relative_path, location.offset
             chunk = self._recent.get(key)
             if chunk is None:
-                chunk = self._read_chunk(name, chunk_sizes, place)
+                chunk = self._read_chunk(name, chunk_sizes, location)
             used[key] = chunk
             result[in_result] = chunk[in_chunk]
         self._recent = used
         return result
 
-    def _read_chunk(self, name: str, sizes: torch.Size, place: _StorageInfo) -> Tensor:
-        path = self.path / place.relative_path
+    def _read_chunk(self, name: str, sizes: torch.Size, location: _StorageInfo) -> Tensor:
+        path = self.path / location.relative_path
         try:
             with open(path, "rb") as file:
-                file.seek(place.offset)
-                chunk = _torch_load(file.read(place.length))
+                file.seek(location.offset)
+                chunk = _torch_load(file.read(location.length))
             if (chunk.dtype, chunk.shape) != (self.tensors[name][0], sizes):
                 raise ValueError(f"it holds {chunk.dtype} {list(chunk.shape)}")
             return chunk
         except Exception as e:  # nearly anything; torch's own message would advise to run the file's code
-            raise InputError(f"{path}: the chunk of {name} at byte {place.offset} is damaged; use another checkpoint"
+            raise InputError(f"{path}: the chunk of {name} at byte {location.offset} is damaged; use another checkpoint"
                              ) from e
 
 
@@ -530,10 +519,11 @@ def _write_shard(path: Path, chunks: Iterable[TensorChunk], records: dict[str, d
         for name, shape, offset, values in chunks:
             start = file.size
             buffer = io.BytesIO()  # if torch.save wrote to the file itself, it would hide why a write failed
-            torch.save(values.cpu().clone(memory_format=torch.contiguous_format), buffer)  # without the storage around
+            # A view would be saved with all of its storage.
+            torch.save(values.cpu().clone(memory_format=torch.contiguous_format), buffer)
             file.write(buffer.getbuffer())
-            place = _StorageInfo(path.name, start, file.size - start)
-            entries.append((name, values.dtype, shape, torch.Size(offset), values.shape, place))
+            location = _StorageInfo(path.name, start, file.size - start)
+            entries.append((name, values.dtype, shape, torch.Size(offset), values.shape, location))
     return entries
 
 
@@ -541,10 +531,10 @@ def _write_metadata(directory: Path, entries: Iterable[tuple], records: dict[str
     """Write the `.metadata` that makes a DCP checkpoint of written shards."""
     tensors: dict[str, dcp_metadata.TensorStorageMetadata] = {}
     storage = {}
-    for name, dtype, shape, offset, sizes, place in entries:
+    for name, dtype, shape, offset, sizes, location in entries:
         empty = dcp_metadata.TensorStorageMetadata(dcp_metadata.TensorProperties(dtype=dtype), shape, [])
         chunks = tensors.setdefault(name, empty).chunks
-        storage[dcp_metadata.MetadataIndex(name, offset, len(chunks))] = place
+        storage[dcp_metadata.MetadataIndex(name, offset, len(chunks))] = location
         chunks.append(dcp_metadata.ChunkStorageMetadata(offset, sizes))
     _write_bytes(directory / ".metadata", pickle.dumps(dcp_metadata.Metadata(tensors, storage_data=storage)), records)
 
@@ -575,7 +565,7 @@ def _rank() -> int:
 
 
 def _synced(action: Callable, group: dist.ProcessGroup | None):
-    """`run_synced` over a gloo group of the background's own, or over the default group of the accelerator."""
+    """Call `run_synced` on the background's gloo group; None is the default group, whose device is `ops.device`."""
     return run_synced(action, group, "cpu" if group is not None else kernels_npu.ops.device)
 
 
@@ -604,7 +594,7 @@ def atomic_directory(
     checksums, renames the directory to `final` and, last, writes `tracker`. If anything fails, the staging directory is
     removed and an older `final` stays.
 
-    `stale` is a pattern of names: what killed writers of such directories left is removed first.
+    First, what killed writers left behind is removed, for every name that matches the pattern `stale` (None: `final`).
     """
     staging = final.with_name(f".tmp_{final.name}")
     records: dict[str, dict] = {}
@@ -633,9 +623,10 @@ def _begin(staging: Path, final: Path, stale: str) -> None:
 
 
 def _commit(staging: Path, final: Path, records: dict[str, dict], tracker: str | None) -> None:
+    """Complete the staging directory and rename it to `final`. `records` are those of all ranks."""
     for name, record in records.items():
         if not (staging / name).is_file() or (staging / name).stat().st_size != record["bytes"]:
-            raise InputError(f"{staging / name}: rank 0 does not see all of it; use storage that every node shares")
+            raise InputError(f"{staging / name}: rank 0 sees only a part of it; use storage that every node shares")
     _write_bytes(staging / CHECKSUMS, json.dumps(records, indent=1, sort_keys=True).encode(), {})
     _flush_directory(staging)
     replaced = final.with_name(f".old_{final.name}")
@@ -670,26 +661,15 @@ def _chunks_to_save(model: nn.Module, optimizer: Optimizer | None) -> Iterator[T
                 yield name, tensor.shape, offset, values
 
 
-def save_checkpoint(
-    save_dir: str | Path, iteration: int, model: nn.Module, optimizer: Optimizer | None = None,
-    trainer_state: dict | None = None, retain: int | None = None,
-) -> Path:
-    """Write `save_dir/iter_XXXXXXX`, point the tracker to it, and return it; every rank calls this.
-
-    `trainer_state` is this rank's: plain types and tensors, with "iteration" (int) and "data" (dict). `retain` is the
-    number of iterations to keep, among those up to this one. If a rank fails, it raises InputError, the others
-    PeerError, and the earlier iterations are unchanged (see `atomic_directory`).
-    """
-    final = Path(save_dir) / f"iter_{iteration:07d}"
-    _save(final, _chunks_to_save(model, optimizer), trainer_state, retain, None)
-    return final
-
-
 def _save(
     final: Path, chunks: Iterable[TensorChunk], trainer_state: dict | None, retain: int | None,
     group: dist.ProcessGroup | None,
 ) -> None:
-    """Do a full save in the foreground (`group` is None) or background. `chunks` are this rank's."""
+    """Write the iteration directory `final` and point the tracker to it; every rank of `group` calls this.
+
+    `chunks` and `trainer_state` are this rank's. If a rank fails, it raises InputError, the others PeerError, and the
+    earlier iterations are unchanged (see `atomic_directory`).
+    """
     iteration, rank = int(final.name.removeprefix("iter_")), _rank()
 
     def write() -> list[tuple]:
@@ -697,7 +677,7 @@ def _save(
         if trainer_state is not None:
             buffer = io.BytesIO()
             torch.save(trainer_state, buffer)
-            _torch_load(buffer.getvalue())  # a state that cannot be loaded is not saved
+            _torch_load(buffer.getvalue())  # refuse to save a state that cannot be loaded
             _write_bytes(staging / f"trainer_state_rank_{rank:05d}.pt", buffer.getvalue(), records)
         return entries
 
@@ -723,30 +703,35 @@ class CheckpointWriter:
     """Save a run's checkpoints one at a time. The `with` block ends when the last one is written.
 
     In the background, training waits only while this rank's chunks are copied to host memory, which is allocated once.
-    A thread then does what `save_checkpoint` does. It has its own process group, so that its collectives never mix with
-    those of training. A failure raises in `wait` or in the next `save`.
+    A thread then writes the checkpoint. It has its own process group, so that its collectives never mix with those of
+    training. A failure raises in `wait` or in the next `save`.
     """
 
-    def __init__(self, background: bool, timeout: timedelta):
+    def __init__(self, background: bool = False, timeout: timedelta | None = None):
         self._thread = ThreadPoolExecutor(1, "save") if background else None
         self._group = dist.new_group(backend="gloo", timeout=timeout) if background else None
         self._saving: Future | None = None
         self._copies: dict[tuple, Tensor] = {}
 
     def save(
-        self, save_dir: str | Path, iteration: int, model: nn.Module, optimizer: Optimizer | None, trainer_state: dict,
-        retain: int | None,
-    ) -> None:
-        """Do what `save_checkpoint` does, or start it in the background."""
+        self, save_dir: str | Path, iteration: int, model: nn.Module, optimizer: Optimizer | None = None,
+        trainer_state: dict | None = None, retain: int | None = None,
+    ) -> Path:
+        """Write `save_dir/iter_XXXXXXX`, or start to write it in the background, and return it; every rank calls this.
+
+        `trainer_state` is this rank's: plain types and tensors, with "iteration" (int) and "data" (dict). `retain` is
+        the number of iterations to keep, among those up to this one. Raises the errors of `_save`.
+        """
         self.wait()  # the previous save still reads the copies
+        final, chunks = Path(save_dir) / f"iter_{iteration:07d}", _chunks_to_save(model, optimizer)
         if self._thread is None:
-            save_checkpoint(save_dir, iteration, model, optimizer, trainer_state, retain)
-            return
-        chunks = [(name, shape, offset, self._copy((name, offset), values))
-                  for name, shape, offset, values in _chunks_to_save(model, optimizer)]
-        kernels_npu.ops.synchronize()
-        final = Path(save_dir) / f"iter_{iteration:07d}"
-        self._saving = self._thread.submit(_save, final, chunks, copy.deepcopy(trainer_state), retain, self._group)
+            _save(final, chunks, trainer_state, retain, None)
+        else:
+            copies = [(name, shape, offset, self._copy((name, offset), values))
+                      for name, shape, offset, values in chunks]
+            kernels_npu.ops.synchronize()
+            self._saving = self._thread.submit(_save, final, copies, copy.deepcopy(trainer_state), retain, self._group)
+        return final
 
     def _copy(self, key: tuple, values: Tensor) -> Tensor:
         on_accelerator = not values.is_cpu
@@ -814,7 +799,7 @@ def find_checkpoint(load_dir: str | Path) -> Path:
     for directory in (path / name, path / f".old_{name}"):  # the second if a save that replaced the first was killed
         if (directory / ".metadata").exists():
             return directory
-    raise InputError(f"{path / TRACKER}: names {name}, which is not there or incomplete; name another iteration")
+    raise InputError(f"{path / TRACKER}: names {name}, which is missing or incomplete; name another iteration")
 
 
 # ---- conversions ---------------------------------------------------------------------------------------------------
@@ -973,10 +958,10 @@ def _config_with_dtype(data: bytes, dtype: str) -> bytes:
     """Return config.json with the type of the weights; unchanged bytes if it names that type already."""
     config = json.loads(data)
     parts = (config, config["text_config"], config["vision_config"])
-    places = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if key in part] or [(config, "dtype")]
-    if all(part.get(key) == dtype for part, key in places):
+    entries = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if key in part] or [(config, "dtype")]
+    if all(part.get(key) == dtype for part, key in entries):
         return data
-    for part, key in places:
+    for part, key in entries:
         part[key] = dtype
     return json.dumps(config, indent=2, ensure_ascii=False).encode()
 

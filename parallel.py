@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable
@@ -64,8 +65,13 @@ def run_synced(action: Callable, group: dist.ProcessGroup | None = None, device:
     return result
 
 
+def _divisors(total: int, fits: Callable[[int], bool] = lambda size: True) -> str:
+    """List the divisors of a number of ranks that fit, for an error message."""
+    return ", ".join(str(n) for n in range(1, total + 1) if total % n == 0 and fits(n))
+
+
 class ParallelState:
-    """This rank's place among all ranks, and the process groups and meshes that it belongs to.
+    """This rank's position among all ranks, and the process groups and meshes that it belongs to.
 
     `dp_rank` and `dp_size` say which share of the rows this rank reads. The `cp_size` ranks of one share split each of
     its batches among them.
@@ -98,8 +104,7 @@ class ParallelState:
             ("expert-parallel-size", ep, fsdp, "the ranks that parameters are sharded over"),
         ):
             if total % size:
-                raise UsageError(f"--{flag} {size} does not divide {total}, {ranks}: give one of "
-                                 + ", ".join(str(n) for n in range(1, total + 1) if total % n == 0))
+                raise UsageError(f"--{flag} {size} does not divide {total}, {ranks}: give one of {_divisors(total)}")
         self.cp_size, self.cp_rank = cp, self.rank % cp
         self.dp_size, self.dp_rank = self.world_size // cp, self.rank // cp
         self.ep_size, self.fsdp_size, self.dp_replicate = ep, fsdp, self.world_size // fsdp
@@ -128,16 +133,16 @@ class ParallelState:
 
     @functools.cached_property
     def backend_averages(self) -> bool:
-        """Return whether the backend supports ReduceOp.AVG: gloo in torch 2.7.1 silently sums. Every rank must ask."""
+        """Return whether the backend supports ReduceOp.AVG: gloo in torch 2.7.1 silently sums. This is a collective."""
         one = torch.empty(1, device=self.device)
         reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in 2.13
         reduce_scatter(one, torch.ones(self.world_size, device=self.device), op=dist.ReduceOp.AVG)
         return one.item() == 1
 
     def sum(self, *values: float | Tensor) -> list[float]:
-        """Sum each number over all ranks, in float64: one wait for the device, one all-gather.
+        """Sum each number over all ranks, in float64. The host waits for the device once.
 
-        HCCL cannot reduce float64, so the ranks gather and each adds up.
+        HCCL cannot reduce float64, so one all-gather collects the numbers and each rank adds them up.
         """
         on_device = [v.float() for v in values if isinstance(v, Tensor)]
         copied = iter(torch.stack(on_device).tolist() if on_device else ())
@@ -296,10 +301,9 @@ def _context_parallel(model: Qwen3VL, state: ParallelState) -> None:
         return text.num_attention_heads % ranks == 0 and vision.num_heads % ranks == 0 and even_kv_heads
 
     if not fits(state.cp_size):
-        sizes = [str(n) for n in range(1, state.world_size + 1) if state.world_size % n == 0 and fits(n)]
         raise UsageError(f"--context-parallel-size {state.cp_size} cannot share {text.num_attention_heads} heads, "
                          f"{text.num_key_value_heads} key-value heads and {vision.num_heads} vision heads: give one of "
-                         f"{', '.join(sizes)}")
+                         f"{_divisors(state.world_size, fits)}")
     for module in model.modules():
         if isinstance(module, TextAttention):
             module.attention = ulysses(module.attention, 1, state)
@@ -341,9 +345,8 @@ def _expert_parallel(model: Qwen3VL, state: ParallelState) -> None:
     if not num_experts:
         raise UsageError(f"--expert-parallel-size {size}: the model has no experts: leave the flag out")
     if num_experts % size:
-        sizes = [str(n) for n in range(1, state.world_size + 1) if state.world_size % n == 0 and num_experts % n == 0]
         raise UsageError(f"--expert-parallel-size {size}: the model has {num_experts} experts: give one of "
-                         f"{', '.join(sizes)}")
+                         f"{_divisors(math.gcd(state.world_size, num_experts))}")
     for experts in (module for module in model.modules() if isinstance(module, Experts)):
         for name, p in list(experts.named_parameters()):
             local = p.detach().chunk(size)[state.ep_mesh.get_local_rank()].clone()
@@ -380,9 +383,9 @@ class _BlockInput:
 class Offload:
     """Recompute blocks and keep each block's input on the host: the `block_fn` seam.
 
-    Copies run on a separate stream, to the host while the block computes and back while the following block's backward
-    does. The device holds two inputs at most: in forward the current block's and the one that it produces, in backward
-    the current block's and the next one needed.
+    Copies run on a separate stream: to the host while the block computes, and back while the following block runs
+    backward. The device holds two inputs at most: in forward the current block's and the one that it produces, in
+    backward the current block's and the next one needed.
     """
 
     def __init__(self, ops: Torch):
@@ -440,9 +443,9 @@ def parallelize(
 ) -> None:
     """Apply expert and context parallelism, recompute or offload, compilation and FSDP2 to a model, in place.
 
-    The model is on the meta device or the CPU, and already frozen where it shall be. Parameters stay float32 shards.
-    Each group is gathered in `compute_dtype` when its module runs, and its gradients are reduced in float32. A single
-    rank that computes in float32 does without FSDP2. Raises UsageError for sizes that the model does not allow.
+    The model is on the meta device or the CPU, and each parameter's `requires_grad` is final. Parameters stay float32
+    shards. Each group is gathered in `compute_dtype` when its module runs, and its gradients are reduced in float32. A
+    single rank that computes in float32 does not use FSDP2. Raises UsageError for sizes that the model does not allow.
     """
     visual, text = model.model.visual, model.model.language_model
     if state.ep_size > 1:

@@ -21,7 +21,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -36,7 +36,16 @@ import kernels_npu
 import parallel
 from common import InputError, Parser, UsageError, number
 from convert import CheckpointWeights, HuggingFaceWeights, Source
-from model import COMPONENTS, Qwen3VL, Qwen3VLConfig, build_model, component_of, parameter_table, step_flops
+from model import (
+    COMPONENTS,
+    Qwen3VL,
+    Qwen3VLConfig,
+    build_model,
+    component_of,
+    parameter_table,
+    step_flops,
+    trainable_components,
+)
 from parallel import ParallelState
 
 log = logging.getLogger("train")
@@ -300,8 +309,7 @@ def make_optimizer(
 ) -> Optimizer:
     """Return AdamW over the trainable parameters. To train with another optimizer, change this function.
 
-    A parameter group's `name` is its component. `set_learning_rates` scales its peak learning rate, `max_lr`. The
-    learning rate of the last group is logged.
+    `set_learning_rates` scales a group's peak learning rate, `max_lr`. The learning rate of the last group is logged.
     """
     groups = []
     for component in COMPONENTS:
@@ -311,7 +319,7 @@ def make_optimizer(
                 params_of_mesh.setdefault(getattr(p, "device_mesh", None), []).append(p)
         component_lr = component_lrs.get(component)
         max_lr = lr if component_lr is None else component_lr
-        groups += [{"params": params, "name": component, "max_lr": max_lr} for params in params_of_mesh.values()]
+        groups += [{"params": params, "max_lr": max_lr} for params in params_of_mesh.values()]
     if not groups:
         raise UsageError("every component is frozen: leave out one of the --freeze flags")
     return kernels_npu.ops.adamw(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
@@ -385,7 +393,7 @@ def load_initial_state(
 
 @contextlib.contextmanager
 def claim_save_directory(save: Path, load: str | None, settings: dict) -> Iterator[None]:
-    """Create --save, lock it and write args.json. Raises UsageError if it holds another run than --load names."""
+    """Create --save, lock it and write args.json. Raises UsageError if it holds a run that --load does not name."""
     load = Path(load).resolve() if load else None
     loaded_run = load.parent if load and (load / ".metadata").exists() else load
     is_resume = save.resolve() == loaded_run
@@ -454,8 +462,7 @@ class StepStats(NamedTuple):
 
 
 def set_loss_weights(
-    batches: list[data.Batch], loss_type: str, config: Qwen3VLConfig, state: ParallelState,
-    trained: Collection[str] = COMPONENTS, error: Exception | None = None,
+    batches: list[data.Batch], loss_type: str, model: Qwen3VL, state: ParallelState, error: Exception | None = None
 ) -> StepStats:
     """Set the weight of every token in loss = sum_i weight_i * nll_i, over all micro-batches of all ranks of one step.
 
@@ -464,9 +471,10 @@ def set_loss_weights(
     per_token   1 / (supervised tokens of the global batch)
 
     A sample without supervised tokens does not count. The weights also carry the factor that
-    `parallel._sum_gradients` explains. `error` is what kept this rank from fetching its batches: if any rank has one,
-    every rank raises.
+    `parallel._sum_gradients` explains. `error` is this rank's reason for not taking the step, such as a bad row: if any
+    rank has one, every rank raises.
     """
+    trainable = trainable_components(model)
     # supervised tokens of each sample of each micro-batch
     counts = [torch.searchsorted(b.supervised_index, torch.tensor(b.cu_seqlens)).diff().tolist() for b in batches]
     file_counts = [sum(each) for each in zip(*(b.rows_read + b.rows_bad for b in batches), strict=True)]
@@ -475,7 +483,7 @@ def set_loss_weights(
         len(batches),
         sum(n > 0 for sample_counts in counts for n in sample_counts),
         sum(sum(sample_counts) for sample_counts in counts),
-        sum(step_flops(config, b.cu_seqlens, b.grid_thw, len(b.supervised_index), trained) for b in batches),
+        sum(step_flops(model.config, b.cu_seqlens, b.grid_thw, len(b.supervised_index), trainable) for b in batches),
         sum(b.cu_seqlens[-1] for b in batches),
         sum(len(b.sources) for b in batches),
         sum(len(b.grid_thw) for b in batches),
@@ -524,7 +532,7 @@ class MetricsLog:
         self.save, self.log_interval, self.train_iters = save, log_interval, train_iters
         self.global_batch_size, self.packed_length, self.loss_name = global_batch_size, packed_length, loss_name
         self.metrics: dict[str, Any] = {}  # of the latest iteration
-        self.line_start = 0  # of that iteration in metrics.jsonl
+        self.line_start = 0  # byte offset of that iteration's line in metrics.jsonl
         self.sums = Counter()  # over the iterations since the last log line
         self.file = self.board = None
         if not self.is_main:
@@ -539,7 +547,7 @@ class MetricsLog:
             self.board = SummaryWriter(tensorboard_dir, purge_step=start + 1)
 
     def write(self, **metrics) -> None:
-        """Write one iteration's metrics; those of speed and memory are added here. None: does not apply."""
+        """Write one iteration's metrics, and those of speed and memory. None means that a metric does not apply."""
         if not self.is_main:
             return
         device_seconds = metrics["step_time_s"] * self.world_size
@@ -682,8 +690,7 @@ def train_step(
     The ranks exchange host values twice: first the counts for the loss weights, and whether a rank has an `error`;
     then the losses, the gradient norm and the flags that `read_flags` returns on each rank.
     """
-    trained = {group["name"] for group in optimizer.param_groups}
-    stats = set_loss_weights(batches, loss_type, model.config, state, trained, error)
+    stats = set_loss_weights(batches, loss_type, model, state, error)
     losses = []
     for batch in batches:
         loss, aux_loss = model(parallel.local_batch(batch, state))
@@ -721,7 +728,7 @@ def train_loop(
     `start_time` is the time.monotonic() of the program's start.
     """
     bad_rows = None  # this rank's error about the latest step, which the next exchange reports to the other ranks
-    nonfinite_steps = 0  # in a row
+    nonfinite_steps = 0  # consecutive ones
     # `closing` ends the loader's worker processes, whatever happens here
     with writer, profiler as profile, contextlib.closing(iter(loader)) as stream:
         for iteration in iterations:
@@ -761,7 +768,7 @@ def train_loop(
             should_evaluate = is_last or eval_interval and iteration % eval_interval == 0
             if save_fn and should_save:
                 save_fn(iteration, resume_state)
-                signals.save = False  # a signal that reached this rank later than the others is answered, too
+                signals.save = False  # this save also answers a signal that came after the exchange
             eval_loss = None
             if eval_fn and should_evaluate and not stop:
                 try:
@@ -796,7 +803,10 @@ def raise_together(error: Exception | None, state: ParallelState) -> None:
 
 
 def fetch_batches(stream: Iterator, count: int, num_files: int) -> tuple[list[data.Batch], Exception | None]:
-    """Return (the next micro-batches, None), or (an empty one, the error), with which this rank joins the exchange."""
+    """Return (the next micro-batches, None), or (an empty micro-batch, the error).
+
+    The empty one lets this rank join the exchange of `set_loss_weights`, which reports the error to the other ranks.
+    """
     batches, error = attempt(lambda: [next(stream) for _ in range(count)])
     if error is not None:
         batches = [data.collate([], rows_read=[0] * num_files, rows_bad=[0] * num_files)]

@@ -173,5 +173,25 @@ def assert_same_weights(a: Path, b: Path) -> None:
     assert not [name for name in a if not torch.equal(a[name], b[name])]
 
 
+def load_checkpoint(
+    directory: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> dict | None:
+    """Load one checkpoint's weights, its optimizer state if wanted and stored, and its trainer state.
+
+    Any number of ranks may have saved it. Returns this rank's trainer state, or None for a converted checkpoint. Raises
+    InputError for damaged files, missing tensors and other shapes.
+    """
+    source = convert.CheckpointWeights(directory).check_compatible(model)
+    convert.load_weights(model, source)
+    if optimizer is not None:
+        convert.load_optimizer(source, model, optimizer)
+    return convert.load_trainer_state(source.path, convert._rank())
+
+
+def save_checkpoint(*args, **kwargs) -> Path:
+    """Save a checkpoint in the foreground, with the arguments of `CheckpointWriter.save`."""
+    return convert.CheckpointWriter().save(*args, **kwargs)
+
+
 def error_lines(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("error: ")]

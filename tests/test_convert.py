@@ -19,13 +19,13 @@ import tiny
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from helpers import shell
+from helpers import load_checkpoint, save_checkpoint, shell
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import convert
 from common import InputError, PeerError, run_program
-from convert import CheckpointWeights, HuggingFaceWeights, find_checkpoint, load_checkpoint, save_checkpoint
+from convert import CheckpointWeights, HuggingFaceWeights, find_checkpoint
 from model import Qwen3VL, Qwen3VLConfig, build_model
 
 ROOT = Path(__file__).parents[1]

@@ -30,7 +30,17 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from helpers import Job, assert_same_weights, error_lines, read_metrics, run_job, train_argv, without_timings
+from helpers import (
+    Job,
+    assert_same_weights,
+    error_lines,
+    load_checkpoint,
+    read_metrics,
+    run_job,
+    save_checkpoint,
+    train_argv,
+    without_timings,
+)
 
 import common
 import convert
@@ -38,7 +48,7 @@ import kernels_npu
 import parallel
 import train
 from common import InputError
-from convert import CheckpointWriter, find_checkpoint, load_checkpoint, save_checkpoint
+from convert import CheckpointWriter, find_checkpoint
 from model import Qwen3VL, Qwen3VLConfig
 
 ITERATIONS = 12

@@ -70,7 +70,7 @@ def make_valid(root: Path) -> None:
     model.init_weights(0)
     save_file({name: p.detach().bfloat16() for name, p in model.named_parameters()}, hf / "model.safetensors")
     state = {"iteration": 3, "world": 1, "data": {"consumed": 12}, "rng": {"torch": torch.get_rng_state()}}
-    convert.save_checkpoint(root / "run", 3, model, None, state)
+    convert.CheckpointWriter().save(root / "run", 3, model, None, state)
 
 
 @pytest.fixture(scope="module")

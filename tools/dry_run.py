@@ -24,7 +24,7 @@ import data
 import kernels_npu
 import parallel
 from common import InputError, UsageError
-from model import Qwen3VL, Qwen3VLConfig, build_model, plain_block, trainable_components
+from model import Qwen3VL, Qwen3VLConfig, build_model, plain_block
 from train import (
     batch_sizes,
     configure_model,
@@ -296,8 +296,7 @@ def dry_run(args: argparse.Namespace) -> None:
     settings = model_settings(args)
     configure_model(model, state, **settings)
     batch = fake_batch(config, args.seq_length, args.micro_batch_size)
-    trained = trainable_components(model)
-    flops = set_loss_weights([batch] * accumulation, args.loss_type, config, state, trained).flops
+    flops = set_loss_weights([batch] * accumulation, args.loss_type, model, state).flops
     report = {
         "rank": state.rank, "world_size": state.world_size, "context_parallel_size": state.cp_size,
         "expert_parallel_size": state.ep_size, "fsdp_size": state.fsdp_size,
