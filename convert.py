@@ -173,10 +173,10 @@ def load_optimizer(source: Source, model: nn.Module, optimizer: Optimizer) -> No
             else:
                 value = source.read(stored, (0,) * len(shape), shape).to(p.device if on_device else "cpu")
             optimizer.state[p][key] = value
-    without = [name for name in parameters if name not in keys]
-    if without:
+    missing = [name for name in parameters if name not in keys]
+    if missing:
         logger.warning("%s: no optimizer state for %d of %d trainable parameters (%s, ...), which start without it",
-                       source.path, len(without), len(parameters), without[0])
+                       source.path, len(missing), len(parameters), missing[0])
 
 
 def load_trainer_state(directory: Path, rank: int) -> dict | None:

@@ -1120,7 +1120,7 @@ class RowSource:
     """
 
     sizes: list[int]  # of the files, to notice that they have changed
-    buffer: int | None = None  # number of rows in a block of a stream
+    shuffle_buffer: int | None = None  # number of rows in a block of a stream
 
     def __init__(self, paths: list[str], dataset_dir: str | None = None, max_samples: int | None = None):
         if dataset_dir is not None and not os.path.isdir(dataset_dir):
@@ -1156,7 +1156,7 @@ class RowSource:
         """
         if state:
             self._check_position(state)
-        settings = {"sizes": self.sizes, "shuffle_buffer": self.buffer}
+        settings = {"sizes": self.sizes, "shuffle_buffer": self.shuffle_buffer}
         consumed, epoch, done = (state.get(name, 0) for name in ("consumed", "epoch", "done"))
         block = state.get("block")
         while True:
@@ -1182,7 +1182,7 @@ class RowSource:
     def _check_position(self, state: dict) -> None:
         """Compare a position with these datasets. Raises InputError if only one of them was streamed."""
         was_streamed = state["shuffle_buffer"] is not None
-        if was_streamed != (self.buffer is not None):
+        if was_streamed != (self.shuffle_buffer is not None):
             raise InputError(
                 f"the checkpoint's data was read with{'' if was_streamed else 'out'} --streaming: "
                 f"{'give' if was_streamed else 'omit'} --streaming, or give --finetune to restart the data"
@@ -1192,9 +1192,9 @@ class RowSource:
                 "the datasets have sizes %s, but had %s when saved: the order is new, rows may be lost or repeated",
                 self.sizes, state["sizes"],
             )
-        if state["shuffle_buffer"] != self.buffer:  # other blocks would lose rows
-            self.buffer = state["shuffle_buffer"]
-            logger.warning("the stream keeps the shuffle buffer of %d rows that it was saved with", self.buffer)
+        if state["shuffle_buffer"] != self.shuffle_buffer:  # other blocks would lose rows
+            self.shuffle_buffer = state["shuffle_buffer"]
+            logger.warning("the stream keeps the shuffle buffer of %d rows that it was saved with", self.shuffle_buffer)
 
 
 class RowDataset(RowSource):
@@ -1241,15 +1241,16 @@ class RowDataset(RowSource):
 class RowStream(RowSource):
     """Rows of unknown number, found by reading the files once an epoch.
 
-    Each block of `buffer` successive rows is shuffled on its own. A position is therefore the start of a block and a
-    number below `buffer`, and all ranks find the same order without communication.
+    Each block of `shuffle_buffer` successive rows is shuffled on its own. So a position is the start of a block and a
+    number of rows in it, and all ranks find the same order without communication.
     """
 
     def __init__(
-        self, paths: list[str], dataset_dir: str | None = None, max_samples: int | None = None, buffer: int = 1000
+        self, paths: list[str], dataset_dir: str | None = None, max_samples: int | None = None,
+        shuffle_buffer: int = 1000,
     ):
         super().__init__(paths, dataset_dir, max_samples)
-        self.buffer = buffer
+        self.shuffle_buffer = shuffle_buffer
         self.sizes = [file.size() for file in self.files]
         self._found = [(1, 1)] * len(paths)  # for each file: the number of rows found so far, and the end of the last
 
@@ -1265,7 +1266,7 @@ class RowStream(RowSource):
     def _blocks(self, first: list[int] | None) -> Iterator[tuple[list[int], int, Callable[[int], Span]]]:
         start = first or [0, 0, 0]  # number of the file, number of the row in it, start of the row's range
         spans = self._spans(*start)
-        while block := list(itertools.islice(spans, self.buffer)):
+        while block := list(itertools.islice(spans, self.shuffle_buffer)):
             yield start, len(block), block.__getitem__
             start = [block[-1].file, block[-1].number + 1, block[-1].end]
 

@@ -250,8 +250,10 @@ class Cuda(Accelerator):
              "L40S": 362e12}
 
     def attention_implementations(self) -> dict[str, Callable[..., Tensor]]:
-        half = self.compute_dtype in (torch.bfloat16, torch.float16)  # the kernel has no float32
-        return {**super().attention_implementations(), **({"flash_attention_2": self.attention_flash} if half else {})}
+        available = super().attention_implementations()
+        if self.compute_dtype != torch.float32:  # which the kernel lacks
+            available["flash_attention_2"] = self.attention_flash
+        return available
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return weight * F.rms_norm(x, weight.shape, eps=eps)  # computes in float32; one kernel in newer PyTorch
@@ -293,7 +295,7 @@ class Npu(Accelerator):
                          "allocator": allocator}
 
     def attention_implementations(self) -> dict[str, Callable[..., Tensor]]:
-        return {**super().attention_implementations(), "flash_attention_2": self.attention_flash}
+        return super().attention_implementations() | {"flash_attention_2": self.attention_flash}
 
     @functools.cached_property
     def causal_mask(self) -> Tensor:
@@ -351,20 +353,24 @@ class NpuWithoutFusedMoe(Npu):
     moe_permute, grouped_matmul, moe_unpermute = Torch.moe_permute, Torch.grouped_matmul_loop, Torch.moe_unpermute
 
 
-class _NpuGroupedMatmul(torch.autograd.Function):
-    """Add a backward to npu_grouped_matmul, which has none: gradients would be None, with only a warning.
+def _npu_grouped_product(x: Tensor, weight: Tensor, counts: Tensor, axis: int) -> Tensor:
+    """Call npu_grouped_matmul. The groups divide `axis`: 0 is the rows of x and of the result, 2 the inner axis.
 
-    group_type is the axis that the groups divide: 0 the rows of x and of the result, 2 the inner axis.
     group_list_type 1 means that the list has counts, not cumulative sums. split_item 2 returns one tensor.
     """
+    return torch_npu.npu_grouped_matmul(
+        [x], [weight], group_list=counts, split_item=2, group_type=axis, group_list_type=1
+    )[0]
+
+
+class _NpuGroupedMatmul(torch.autograd.Function):
+    """Add a backward to npu_grouped_matmul, which has none: gradients would be None, with only a warning."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         ctx.save_for_backward(x, weight, counts)
-        return torch_npu.npu_grouped_matmul(
-            [x], [weight], group_list=counts, split_item=2, group_type=0, group_list_type=1
-        )[0]
+        return _npu_grouped_product(x, weight, counts, axis=0)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -372,13 +378,9 @@ class _NpuGroupedMatmul(torch.autograd.Function):
         grad = grad.contiguous()
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch_npu.npu_grouped_matmul(
-                [grad], [weight.transpose(1, 2)], group_list=counts, split_item=2, group_type=0, group_list_type=1
-            )[0]
+            grad_x = _npu_grouped_product(grad, weight.transpose(1, 2), counts, axis=0)
         if ctx.needs_input_grad[1]:
-            grad_weight = torch_npu.npu_grouped_matmul(
-                [x.T], [grad], group_list=counts, split_item=2, group_type=2, group_list_type=1
-            )[0]
+            grad_weight = _npu_grouped_product(x.T, grad, counts, axis=2)
         return grad_x, grad_weight, None
 
 

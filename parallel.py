@@ -218,7 +218,6 @@ def local_batch(batch, state: ParallelState):
     large slice of the patches. `exchange_features` then sends visual features to the ranks that hold their tokens.
     `cu_seqlens` and `grid_thw` still describe the full batch.
     """
-    state.current_sources = batch.sources
     if state.cp_size == 1:
         return batch.to(state.device)
     bounds = even_bounds(len(batch.input_ids), state.cp_size)
@@ -473,12 +472,12 @@ def parallelize(
     blocks = [*visual.blocks, *visual.deepstack_merger_list, visual.merger, *text.layers]
     gathers = []  # in forward order: the modules whose parameters are gathered for the same block
     for block in blocks:
-        keep = block is text.layers[-1]  # backward needs the last block at once
+        is_last = block is text.layers[-1]  # backward needs its parameters at once
         experts = [m for m in block.modules() if isinstance(m, Experts)] if state.ep_size > 1 else []
         for module in experts:
-            fully_shard(module, mesh=state.expert_mesh, mp_policy=policy, reshard_after_forward=not keep,
+            fully_shard(module, mesh=state.expert_mesh, mp_policy=policy, reshard_after_forward=not is_last,
                         shard_placement_fn=place_experts)
-        shard(block, reshard_after_forward=not keep, shard_placement_fn=place_experts)
+        shard(block, reshard_after_forward=not is_last, shard_placement_fn=place_experts)
         gathers.append([block, *experts])
     if model.config.tie_word_embeddings:
         shard([text.embed_tokens, model.lm_head], reshard_after_forward=False)  # separate groups would untie them

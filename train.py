@@ -693,6 +693,7 @@ def train_step(
     stats = set_loss_weights(batches, loss_type, model, state, error)
     losses = []
     for batch in batches:
+        state.current_sources = batch.sources
         loss, aux_loss = model(parallel.local_batch(batch, state))
         if loss.requires_grad:  # false for a batch of text alone when the text decoder is frozen
             loss.backward()
@@ -839,6 +840,7 @@ def evaluate(model: Qwen3VL, loader: data.Loader, state: ParallelState, max_batc
         if ended or stop:
             break
         batch.loss_weights = torch.ones(len(batch.input_ids))  # and its aux_weight is 0
+        state.current_sources = batch.sources
         batch = parallel.local_batch(batch, state)
         total += model(batch)[0]
         count += len(batch.supervised_index)

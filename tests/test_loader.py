@@ -279,7 +279,7 @@ def walk(dataset, count, state=None, seed=3) -> tuple[list[str], list[dict]]:
     return [dataset.read(span)[0]["id"] for span, _ in rows], [as_saved(state) for _, state in rows]
 
 
-@pytest.mark.parametrize("kind", [RowDataset, partial(RowStream, buffer=4)])
+@pytest.mark.parametrize("kind", [RowDataset, partial(RowStream, shuffle_buffer=4)])
 def test_stream_epochs_and_resume(kind, files):
     dataset = kind(files)
     rows, states = walk(dataset, 78)
@@ -303,22 +303,22 @@ def test_stream_and_dataset_find_the_same_rows(files):
 
 
 def test_stream_shuffle_buffer(files, caplog):
-    rows, states = walk(RowStream(files, buffer=5), 26)
+    rows, states = walk(RowStream(files, shuffle_buffer=5), 26)
     for block in range(0, 26, 5):
         assert sorted(rows[block : block + 5]) == sorted(EVERYTHING[block : block + 5])
     # A resumed stream keeps its buffer, because other blocks would lose rows.
-    resumed, _ = walk(RowStream(files, buffer=100), 49, states[6])
+    resumed, _ = walk(RowStream(files, shuffle_buffer=100), 49, states[6])
     assert sorted(rows[:7] + resumed[:19]) == sorted(EVERYTHING) and resumed[:3] == rows[7:10]
-    assert resumed == walk(RowStream(files, buffer=5), 56)[0][7:] and "buffer of 5 rows" in caplog.text
+    assert resumed == walk(RowStream(files, shuffle_buffer=5), 56)[0][7:] and "buffer of 5 rows" in caplog.text
 
 
 def test_stream_damaged_file(tmp_path):
     path, message = tmp_path / "rows.json", r"rows.json is not a JSON array: .* \(byte 333\)"
     path.write_text("[\n" + ",\n".join(['{"id": 1}'] * 30) + "\n,{]")
-    _, states = walk(RowStream([str(path)], buffer=4), 20)
+    _, states = walk(RowStream([str(path)], shuffle_buffer=4), 20)
     for state in (None, states[-1]):
         with pytest.raises(InputError, match=message):
-            walk(RowStream([str(path)], buffer=4), 31, state)
+            walk(RowStream([str(path)], shuffle_buffer=4), 31, state)
     with pytest.raises(InputError, match=message):
         RowDataset([str(path)])
 
@@ -354,7 +354,7 @@ def test_loader_order_in_every_layout(micro_batch_size, dp_size, files, processo
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize("kind", [RowDataset, partial(RowStream, buffer=6)])
+@pytest.mark.parametrize("kind", [RowDataset, partial(RowStream, shuffle_buffer=6)])
 def test_loader_resume(kind, workers, files, processor):
     def ranks(size: int, count: int, workers: int = workers, **settings) -> list:
         settings = {"micro_batch_size": 2, "dp_size": size} | settings
@@ -499,7 +499,7 @@ def test_check_bad_row_rate_of_one_dataset(kind, tmp_path, processor):
 def test_check_bad_row_rate_at_the_start_of_a_stream(tmp_path, processor):
     """Many bad rows at the start are few of a large file, whose size is estimated."""
     rows = [{} if i < 40 else chat("q", "a") for i in range(500)]
-    stream = RowStream([write(tmp_path / "start.jsonl", rows)], buffer=50)
+    stream = RowStream([write(tmp_path / "start.jsonl", rows)], shuffle_buffer=50)
     check_rates([make_loader(stream, processor, on_bad_sample="skip", seed=None)], 500)
 
 
@@ -566,7 +566,7 @@ def test_packed_bad_rows(workers, tmp_path, processor, caplog):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kind", [RowDataset, partial(RowStream, buffer=50)])
+@pytest.mark.parametrize("kind", [RowDataset, partial(RowStream, shuffle_buffer=50)])
 def test_packed_resume(workers, kind, tmp_path, processor):
     paths = uneven(tmp_path)
     for rank in range(2):
@@ -593,7 +593,7 @@ def test_packed_resume_with_a_large_buffer(tmp_path, processor):
 
 
 @pytest.mark.parametrize("layouts", [(1, 2), (2, 1), (3, 2, 3), (2, 2, 5), (4, 1, 2)])
-@pytest.mark.parametrize("kind", [RowDataset, partial(RowStream, buffer=50)])
+@pytest.mark.parametrize("kind", [RowDataset, partial(RowStream, shuffle_buffer=50)])
 def test_packed_resume_on_other_ranks(layouts, kind, tmp_path, processor):
     """The ranks divide what any rank had buffered, and what it had not reached when the furthest one had."""
     paths, rows, states = uneven(tmp_path), [], None
