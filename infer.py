@@ -37,7 +37,7 @@ from model import Qwen3VL, Qwen3VLConfig, TextModel, build_model
 
 
 class KVCache:
-    """Keys and values [B, K, L, d] of every text layer. In a `with` block it replaces the layers' `attention` seam.
+    """Hold the keys and values [B, K, L, d] of every text layer. A `with` block replaces the layers' `attention` seam.
 
     All sequences end in the same column, and shorter sequences begin later. So the next tokens of all sequences fill
     one column, and one mask hides the columns before each sequence's start.
@@ -241,7 +241,7 @@ class TextStream:
 
 
 class Answerer:
-    """The processor and the model of the command line. The model is loaded for the first answer."""
+    """Hold the processor and the model of the command line. The first answer loads the model."""
 
     def __init__(self, args: argparse.Namespace):
         Qwen3VLConfig.from_json(args.model)  # report its errors first

@@ -210,7 +210,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel, stride=kernel)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """[P, 1536], each patch flattened as (channel, time, row, column) -> [P, C]."""
+        """Embed patches [P, 1536], each flattened as (channel, time, row, column), as [P, C]."""
         weight = self.proj.weight.flatten(1)
         return F.linear(pixel_values.to(weight.dtype), weight, self.proj.bias)
 
@@ -267,7 +267,7 @@ class PatchMerger(nn.Module):
         self.linear_fc2 = nn.Linear(self.merged_size, config.out_hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[P, C] in merge-block order -> [P/4, D]."""
+        """Merge patches [P, C], in merge-block order, into tokens [P/4, D]."""
         x = self.norm(x.view(-1, self.merged_size) if self.norm_after_merge else x).view(-1, self.merged_size)
         return self.linear_fc2(F.gelu(self.linear_fc1(x)))
 
@@ -437,7 +437,7 @@ class SparseMLP(nn.Module):
         self.experts = Experts(config)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, D] -> ([T, D], router statistics [2, E]).
+        """Return the experts' outputs [T, D] for x [T, D], and the router statistics [2, E].
 
         The statistics of an expert are the number of tokens assigned to it and the sum of its probabilities.
         """
@@ -455,7 +455,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: list[int]) -> tuple[Tensor, Tensor | None]:
-        """[T, D] -> ([T, D], router statistics or None)."""
+        """Return the hidden states [T, D] for x [T, D], and the router statistics of a `SparseMLP`, else None."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens)
         out, router_stats = self.mlp(self.post_attention_layernorm(x))
         return x + out, router_stats
@@ -677,7 +677,7 @@ class Qwen3VL(nn.Module):
             features, deepstack = visual(*visual.dummy(x.device, tokens), tokens)
         else:
             return deque([x])
-        # Fewer text layers than features leave the same ones unused on every rank, with media or without.
+        # If there are fewer text layers than features, the last features are unused, on ranks without media too.
         deepstack = deepstack[: self.config.text.num_hidden_layers]
         if not has_media:
             return deque([x + 0.0 * sum(f.sum() for f in (features, *deepstack)).to(x.dtype)])

@@ -230,8 +230,8 @@ def local_batch(batch, state: ParallelState):
         elif kind == "index":
             changes[field.name] = value[(value >= start) & (value < stop)] - start
 
-    # Visual tokens by the rank that holds the token, and by the rank that encodes its patches. A batch without media
-    # has one dummy token, see Qwen3VL.embed.
+    # token_bounds divides the visual tokens by the rank that holds the token, patch_bounds by the rank that encodes its
+    # patches. A batch without media has one dummy token, see Qwen3VL.embed.
     num_visual = len(batch.visual_index)
     token_bounds = torch.searchsorted(batch.visual_index, torch.tensor(bounds)).tolist()
     patch_bounds = even_bounds(max(1, num_visual), state.cp_size)
