@@ -487,7 +487,8 @@ def large(folder) -> tuple[int, int]:
 def test_load_memory_is_shards_and_a_layer(folder, tmp_path, large, kind):
     """Four ranks read their own slices: never the full model, and never another rank's part of it.
 
-    A model of 2 MB shows what the program itself needs; that is subtracted. 4 MB are left for the allocator. A tensor
+    A model of 2 MB shows what the program itself needs; that is subtracted. 4 MB are left for the allocator, 8 MB
+    for a checkpoint, whose chunks (up to 8 MB here) are in memory twice while they are read. A tensor
     read in full and kept, or one layer too many, exceeds the limit: the model has 253 MB, a rank 63 MB (127 MB with
     hybrid sharding), a layer 16 MB.
     """
@@ -508,7 +509,8 @@ def test_load_memory_is_shards_and_a_layer(folder, tmp_path, large, kind):
         for rank, overhead in zip(measure("large", *flags), overheads, strict=True):
             assert rank["shards"] == pytest.approx(share, rel=0.02)
             loading = rank["peak"] - overhead
-            assert 0.9 * rank["shards"] < loading < rank["shards"] + layer + 4e6, (overhead, layer)
+            spare = 4e6 if kind == "safetensors" else 8e6
+            assert 0.9 * rank["shards"] < loading < rank["shards"] + layer + spare, (overhead, layer)
 
 
 class StorageLifetimes(TorchDispatchMode):
