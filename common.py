@@ -1,20 +1,26 @@
-"""What every program of the project shares: error classes, JSON files, flags, signals, and how a program ends."""
+"""Shared parts of all programs: error classes, JSON files, flags, locks, signals, and how a program ends."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import fcntl
 import json
+import logging
 import os
 import re
 import reprlib
 import shlex
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+log = logging.getLogger("common")
 
 # ---- errors --------------------------------------------------------------------------------------------------------
 
@@ -125,7 +131,31 @@ def number(
     return parse
 
 
-# ---- signals and exit ----------------------------------------------------------------------------------------------
+# ---- locks, signals and exit ---------------------------------------------------------------------------------------
+
+LOCK_FILE = "run.lock"  # names the process that holds the lock
+
+
+@contextlib.contextmanager
+def lock_directory(directory: Path) -> Iterator[None]:
+    """Lock a save directory while the context is active. Raises InputError if another run holds the lock.
+
+    The operating system releases the lock when the process ends, even after kill -9. The file stays.
+    """
+    with open(directory / LOCK_FILE, "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as e:
+            file.seek(0)
+            raise InputError(f"--save {directory}: another run uses it ({file.read()}): end that run, or give another "
+                             "directory") from e
+        except OSError as e:  # some cluster file systems have no locks
+            log.warning("--save %s: cannot be locked (%s): make sure that no other run uses it", directory, e.strerror)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
 
 stop_requested = threading.Event()  # set by SIGTERM or SIGINT once a program handles them (see StopSignals)
 
@@ -153,6 +183,43 @@ class StopSignals:
 def leave_process_group(worker: int) -> None:
     """Let the main process handle signals to its process group (Ctrl-C, torchrun's SIGTERM): a `worker_init_fn`."""
     os.setpgid(0, 0)
+
+
+@contextlib.contextmanager
+def explain_errors(state) -> Iterator[None]:
+    """Turn out-of-memory errors, killed workers and collective timeouts into InputErrors that name the rank.
+
+    `state` is the `parallel.ParallelState`. Other exceptions pass. For a bug, the rank and its current rows are logged.
+    """
+    try:
+        yield
+    except USER_ERRORS:
+        raise
+    except Exception as e:
+        if is_peer_failure(e):
+            if not isinstance(e, PeerError):
+                with contextlib.suppress(RuntimeError):  # the store that keeps the answers may have died with rank 0
+                    state.report_alive()
+            raise
+        text = str(e).strip().partition("\n")[0] or type(e).__name__
+        rows = "; ".join(state.current_sources[:8])
+        all_ranks_fail = False
+        if re.search(r"DataLoader worker.*(is killed|exited unexpectedly)", text):
+            problem = f"{text}: give a smaller --num-workers if the system ran out of memory"
+        elif isinstance(e, MemoryError) or re.search("out of memory|n't allocate", text):
+            problem = (f"out of memory ({text}): give a smaller --micro-batch-size or --seq-length, --recompute full, "
+                       f"--activation-offload or more ranks; current rows: {rows}")
+        elif isinstance(e, RuntimeError) and re.search("[Tt]imed out|[Tt]imeout", text):
+            all_ranks_fail = True
+            unresponsive = ", ".join(map(str, state.unresponsive_ranks())) or "(all answer)"
+            problem = (f"a collective waited for {state.timeout.total_seconds() / 60:g} minutes "
+                       f"(--distributed-timeout-minutes); no answer from rank {unresponsive}")
+        else:
+            log.error("rank %d failed; current rows: %s", state.rank, rows)
+            raise
+        error = InputError(f"rank {state.rank}: {problem}")
+        error.only_on_this_rank = not all_ranks_fail
+        raise error from e
 
 
 def run_program(main: Callable[[list[str]], None], argv: list[str]) -> int:

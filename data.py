@@ -53,7 +53,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 IGNORE = -100  # the label of a token that is not supervised
 
 
-# ---------------------------------------------------------------------------------------------- samples and batches
+# ---- samples and batches -----------------------------------------------------------------------------------------
 
 
 def _declare(kind: str, **options):
@@ -164,7 +164,7 @@ def collate(
     )
 
 
-# ------------------------------------------------------------------------------------------------- options and flags
+# ---- options and flags -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def encode_options(args: argparse.Namespace) -> EncodeOptions:
     )
 
 
-# ----------------------------------------------------------------------------------------------------- row formats
+# ---- row formats -------------------------------------------------------------------------------------------------
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 PLACEHOLDER = re.compile("(<image>|<video>)")
@@ -349,7 +349,7 @@ def _fill_placeholders(turns: list[Turn], images: list[Media], videos: list[Medi
             slot.key, slot.spec = media.key, media.spec
 
 
-# ------------------------------------------------------------------------------------------------ images and videos
+# ---- images and videos -------------------------------------------------------------------------------------------
 
 # A file's name may lie about its content. Without these lists Pillow starts Ghostscript for PostScript, and FFmpeg
 # follows the addresses in a playlist to other folders and onto the network.
@@ -598,7 +598,7 @@ def smart_resize(
     return new_height, new_width
 
 
-# ---------------------------------------------------------------------------------------------------- processing
+# ---- processing --------------------------------------------------------------------------------------------------
 
 # The settings of the released models, for directories without preprocessor files. transformers' class defaults differ.
 DEFAULTS = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "rescale_factor": 1 / 255, "min_frames": 4,
@@ -702,9 +702,9 @@ class Processor:
             raise InputError("a text holds half of a surrogate pair (\\ud800 to \\udfff)") from error
 
     def process_image(self, image: Image.Image, decode: bool = True) -> tuple[np.ndarray | None, tuple[int, int, int]]:
-        """Return patches [P, 1536] float32, bit for bit transformers', and the grid (1, rows, columns) of an RGB image.
+        """Return the patches [P, 1536] float32 and the grid (1, rows, columns) of an RGB image.
 
-        Without `decode` the patches are None, and only the image's size matters.
+        The patches equal transformers' bit for bit. Without `decode` they are None, and only the image's size matters.
         """
         factor = self.patch_size * self.merge_size
         height, width = smart_resize(image.height, image.width, 1, 1, factor, *self.image_pixels)
@@ -716,9 +716,9 @@ class Processor:
     ) -> tuple[np.ndarray | None, tuple[int, int, int], list[float]]:
         """Return a video's patches [P, 1536], grid (frame pairs, rows, columns) and each frame pair's time in seconds.
 
-        Frame numbers, sizes and times equal transformers'. It resizes frames with torchvision; Pillow's results differ
-        by at most 2 of 255 levels, and by 0.02 on average (`make test-slow` measures it). Frames that keep their size
-        are equal. Without `decode` no frame is decoded and the patches are None.
+        Frame numbers, sizes and times equal transformers'. transformers resizes frames with torchvision. Pillow's
+        results differ from those by at most 2 of 255 levels, and by at most 0.02 on average (`make test-slow` measures
+        it); frames that keep their size are equal. Without `decode` no frame is decoded and the patches are None.
         """
         if video.num_frames < 2:
             raise InputError(f"a video needs two frames, this has {video.num_frames}")
@@ -733,7 +733,7 @@ class Processor:
         pairs = -(-len(numbers) // self.temporal_patch_size)
         grid = pairs, height // self.patch_size, width // self.patch_size
 
-        def equal_frames() -> Iterator[Image.Image | _Header]:
+        def checked_frames() -> Iterator[Image.Image | _Header]:
             yield first
             for i, frame in zip(numbers[1:], frames, strict=True):
                 is_rotated = not decode and frame.size == first.size[::-1]  # headers give the size before rotation
@@ -742,10 +742,10 @@ class Processor:
                 yield frame
 
         if decode:
-            patches = self._patchify(equal_frames(), len(numbers), grid, self.video)
+            patches = self._patchify(checked_frames(), len(numbers), grid, self.video)
         else:
             patches = None
-            list(equal_frames())  # check the sizes
+            list(checked_frames())  # check the sizes
         numbers += numbers[-1:] * (-len(numbers) % self.temporal_patch_size)
         times = [i / video.fps for i in numbers] if video.times is None else video.times[numbers].tolist()
         groups = [times[i : i + self.temporal_patch_size] for i in range(0, len(times), self.temporal_patch_size)]
@@ -1507,6 +1507,8 @@ class Loader:
         own = [state for state in states if state.get("rank_layout", layout) == layout]
         if own:
             return [Span(*span) for span in own[0].get("buffer", [])], own[0]
+        # Context-parallel ranks read the same rows and saved the same position.
+        states = list({tuple(state["rank_layout"]): state for state in states}.values())
         spans = [Span(*span) for state in states for span in state["buffer"]]
         consumed = {state["rank_layout"][0]: state["consumed"] for state in states}
         states = sorted(states, key=lambda state: state["consumed"])

@@ -711,12 +711,6 @@ class Qwen3VL(nn.Module):
         """Return whether a checkpoint may lack this parameter or buffer, which then keeps its initial value."""
         return False
 
-    def drop_vision_gradients(self) -> None:
-        """After a step without any picture: what dummy passes left are zeros, with which Adam would still decay the
-        vision encoder, move it on by its momentum, and count a step. Without gradients it leaves it alone."""
-        for p in self.model.visual.parameters():
-            p.grad = None
-
     @torch.no_grad()
     def init_weights(
         self, seed: int, local_shard_and_offset: Callable = full_tensor_and_offset, names: Collection[str] | None = None

@@ -128,7 +128,7 @@ class ParallelState:
 
     @functools.cached_property
     def backend_averages(self) -> bool:
-        """Whether the backend supports ReduceOp.AVG: gloo in torch 2.7.1 silently sums. Every rank must ask."""
+        """Return whether the backend supports ReduceOp.AVG: gloo in torch 2.7.1 silently sums. Every rank must ask."""
         one = torch.empty(1, device=self.device)
         reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in 2.13
         reduce_scatter(one, torch.ones(self.world_size, device=self.device), op=dist.ReduceOp.AVG)
@@ -577,23 +577,3 @@ def clip_gradients(parameters: list[nn.Parameter], norm: float, max_norm: float)
     grads = [to_local(p.grad) for p in parameters if p.grad is not None]
     if grads and 0 < max_norm < norm:
         torch._foreach_mul_(grads, max_norm / (norm + 1e-6))
-
-
-# ---- temporary: the old names, until train.py and tools/dry_run.py have moved ----------------------------------------
-
-ParallelState.world = property(lambda self: self.world_size)
-ParallelState.replicas = property(lambda self: self.dp_replicate)
-ParallelState.take = lambda self, batch: local_batch(batch, self)
-
-
-def freeze(model, components) -> None:
-    from model import component_of
-
-    for name, p in model.named_parameters():
-        p.requires_grad_(component_of(name) not in components)
-
-
-def clip_grad_norm(parameters, max_norm, state) -> float:
-    norm = state.sum(grad_square_sum(parameters, state))[0] ** 0.5
-    clip_gradients(parameters, norm, max_norm)
-    return norm

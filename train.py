@@ -1,33 +1,33 @@
-"""Fine-tunes Qwen3-VL, or trains one from scratch: flags, the loop, its log. `python train.py --help`.
+"""Fine-tune Qwen3-VL, or train it from scratch: `python train.py --help` lists the flags.
 
     torchrun --nproc-per-node 8 train.py --init-from-hf-path DIR --dataset rows.json --save OUT --train-iters 1000
 
-The loop is `train`, the loss's weights are `set_loss_weights`; everything before the loop is made once by `run`.
+`main` parses the flags, `setup` makes everything that training needs, `train_loop` repeats `train_step`.
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
+import functools
 import itertools
 import json
 import logging
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import socket
 import sys
-import threading
 import time
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+from torch.optim import Optimizer
 
 import common
 import convert
@@ -35,326 +35,472 @@ import data
 import kernels_npu
 import parallel
 from common import InputError, Parser, UsageError, number
-from model import COMPONENTS, Qwen3VL, Qwen3VLConfig, component_of, parameter_table, step_flops, trainable_components
+from convert import CheckpointWeights, HuggingFaceWeights, Source
+from model import COMPONENTS, Qwen3VL, Qwen3VLConfig, build_model, component_of, parameter_table, step_flops
+from parallel import ParallelState
 
 log = logging.getLogger("train")
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The command line, checked as far as it can be without reading a file. Raises UsageError."""
+def make_parser() -> Parser:
+    """Return the parser of all flags, by group."""
     p = Parser(prog="train.py", description=__doc__.split("\n\n")[0])
-    count, amount = number(int, 1), number(float, 0)
-    share, positive, decay = number(float, 0, 1), number(float, 0, above=True), number(float, 0, 1, below=True)
+    positive_int, non_negative_int = number(int, 1), number(int, 0)
+    positive, non_negative = number(float, 0, above=True), number(float, 0)
+    fraction, beta = number(float, 0, 1), number(float, 0, 1, below=True)
     switch = argparse.BooleanOptionalAction
 
-    g = p.add_argument_group("model")
-    g.add_argument("--init-from-hf-path", required=True, metavar="DIR", help="Hugging Face directory: configuration, "
-                   "tokenizer, preprocessors and, unless --init random or --load, the weights")
-    g.add_argument("--init", choices=("weights", "random"), default="weights", help="random: train from scratch")
-    g.add_argument("--init-model-with-meta-device", action=switch, default=True,
-                   help="build without memory, then load each rank's slices; off: build on the CPU first (up to 10B "
-                   "parameters)")
-    g.add_argument("--text-attn-implementation", choices=kernels_npu.ATTENTION,
-                   help="attention of the text decoder (default: the device's fastest)")
-    g.add_argument("--vision-attn-implementation", choices=kernels_npu.ATTENTION,
-                   help="attention of the vision encoder (default: the device's fastest)")
-    g.add_argument("--use-npu-fused-moe", action=switch, help="torch_npu's fused mixture of experts (default: where "
-                   "the device has it)")
-    for tower in COMPONENTS:
-        g.add_argument(f"--freeze-{tower.replace(' ', '-')}", action=switch, default=False,
-                       help=f"do not train the {tower}" + " (merger and DeepStack mergers)" * ("projector" in tower))
+    add = p.add_argument_group("model").add_argument
+    add("--init-from-hf-path", required=True, metavar="DIR", help="Hugging Face directory with the configuration, "
+        "tokenizer and preprocessors, and the weights unless --init random or --load is given")
+    add("--init", choices=("weights", "random"), default="weights",
+        help="start from the directory's weights, or from random weights (training from scratch)")
+    add("--init-model-with-meta-device", action=switch, default=True, help="allocate only this rank's shards; "
+        "switched off, the full model is built in host memory first (up to 10B parameters)")
+    add("--text-attn-implementation", choices=kernels_npu.ATTENTION,
+        help="attention implementation of the text decoder (default: the device's fastest)")
+    add("--vision-attn-implementation", choices=kernels_npu.ATTENTION,
+        help="attention implementation of the vision encoder (default: the device's fastest)")
+    add("--use-npu-fused-moe", action=switch,
+        help="use torch_npu's fused mixture-of-experts operations (default: where the device has them)")
+    add("--freeze-vision-encoder", action=switch, default=False, help="do not train the vision encoder")
+    add("--freeze-vision-projector", action=switch, default=False,
+        help="do not train the vision projector (the merger and the DeepStack mergers)")
+    add("--freeze-text-decoder", action=switch, default=False, help="do not train the text decoder")
 
-    g = p.add_argument_group("data")
-    g.add_argument("--dataset", metavar="A.json,B.jsonl", help="files of rows, comma-separated")
-    g.add_argument("--dataset-dir", metavar="DIR", help="media paths are relative to it (default: the file's folder)")
-    g.add_argument("--cache-dir", metavar="DIR", help="keeps the index of each dataset for the next start")
-    g.add_argument("--max-samples", type=count, metavar="N", help="the first N rows of each dataset")
-    g.add_argument("--seq-length", type=count, default=4096, metavar="N", help="the longest sample, in tokens; with "
-                   "--packing, the longest row")
-    g.add_argument("--packing", action=switch, default=False, help="fill each row to --seq-length with as many samples "
-                   "as fit; batch sizes then count such rows")
-    g.add_argument("--streaming", action=switch, default=False, help="read the datasets as training goes on, without "
-                   "an index of their rows")
-    g.add_argument("--shuffle-buffer", type=count, metavar="N", help="with --streaming, how many rows in a row are "
-                   "shuffled among themselves (default: 1000)")
-    g.add_argument("--num-workers", type=number(int, 0, 1024), default=2, metavar="N", help="loader processes per rank")
-    g.add_argument("--shuffle", action=switch, default=True, help="a new order each epoch, from --seed")
-    data.add_media_flags(g)
-    data.add_row_flags(g)
-    g.add_argument("--on-bad-sample", choices=("error", "skip"), default="error", help="skip: log it, count it, go on")
+    group = p.add_argument_group("data")
+    add = group.add_argument
+    add("--dataset", metavar="A.json,B.jsonl", help="files of rows, separated by commas")
+    add("--dataset-dir", metavar="DIR",
+        help="directory that media paths are relative to (default: the dataset file's own)")
+    add("--cache-dir", metavar="DIR",
+        help="directory that keeps the index of each dataset, for a faster start of the next run")
+    add("--max-samples", type=positive_int, metavar="N", help="use only the first N rows of each dataset")
+    add("--seq-length", type=positive_int, default=4096, metavar="N",
+        help="maximum number of tokens of a sample, or of a packed row with --packing; longer samples are cut")
+    add("--packing", action=switch, default=False,
+        help="pack as many samples as fit into each row of --seq-length tokens; the batch sizes then count packed rows")
+    add("--streaming", action=switch, default=False,
+        help="read the datasets while training, without an index of their rows")
+    add("--shuffle-buffer", type=positive_int, metavar="N",
+        help="number of consecutive rows to shuffle among themselves with --streaming (default: 1000)")
+    add("--num-workers", type=number(int, 0, 1024), default=2, metavar="N",
+        help="number of data loader processes per rank; 0 loads in the training process")
+    add("--shuffle", action=switch, default=True, help="shuffle the rows anew in each epoch")
+    data.add_media_flags(group)
+    data.add_row_flags(group)
+    add("--on-bad-sample", choices=("error", "skip"), default="error",
+        help="end the run at a row that cannot be used, or leave the row out, log it and count it")
 
-    g = p.add_argument_group("optimization")
-    length = g.add_mutually_exclusive_group()
-    length.add_argument("--train-iters", type=count, metavar="N", help="optimizer steps")
-    length.add_argument("--train-epochs", type=number(float, 0, 1e6, above=True), metavar="X", help="passes over the "
-                        "data")
-    g.add_argument("--micro-batch-size", type=count, default=1, metavar="N", help="samples (with --packing, packed "
-                   "rows) of one forward on one rank")
-    g.add_argument("--global-batch-size", type=count, metavar="N", help="samples or packed rows of one step "
-                   "(default: micro-batch size times data-parallel size); gradients are accumulated as needed")
-    g.add_argument("--lr", type=amount, default=1e-5, help="peak learning rate")
-    g.add_argument("--min-lr", type=amount, default=0.0, help="where the decay ends")
-    g.add_argument("--vision-lr", type=amount, metavar="LR", help="peak learning rate of the vision encoder")
-    g.add_argument("--projector-lr", type=amount, metavar="LR", help="peak learning rate of the projector")
-    g.add_argument("--lr-decay-style", choices=("constant", "linear", "cosine"), default="cosine", help="after warm-up")
-    warmup = g.add_mutually_exclusive_group()
-    warmup.add_argument("--lr-warmup-iters", type=number(int, 0), default=0, metavar="N",
-                        help="steps of linear warm-up")
-    warmup.add_argument("--lr-warmup-fraction", type=share, metavar="X", help="the same as a share of all steps")
-    g.add_argument("--weight-decay", type=amount, default=0.0, help="of every parameter")
-    g.add_argument("--adam-beta1", type=decay, default=0.9, help="decay of the mean of gradients")
-    g.add_argument("--adam-beta2", type=decay, default=0.999, help="decay of the mean of their squares")
-    g.add_argument("--adam-eps", type=positive, default=1e-8, help="added to the root of the mean of squares")
-    g.add_argument("--clip-grad", type=amount, default=1.0, metavar="X", help="largest gradient norm; 0: any")
-    g.add_argument("--bf16", dest="compute_dtype", action="store_const", const=torch.bfloat16, help="compute in bf16")
-    g.add_argument("--fp32", dest="compute_dtype", action="store_const", const=torch.float32, help="compute in "
-                   "float32 (default: bf16 on an accelerator, float32 on a CPU; parameters are always float32)")
-    g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, help="of weights, order and random state")
+    group = p.add_argument_group("optimization")
+    add = group.add_argument
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--train-iters", type=positive_int, metavar="N", help="number of optimizer steps")
+    length.add_argument("--train-epochs", type=number(float, 0, 1e6, above=True), metavar="X",
+                        help="number of passes over the data, in place of --train-iters")
+    add("--micro-batch-size", type=positive_int, default=1, metavar="N",
+        help="number of samples (packed rows with --packing) in one forward pass")
+    add("--global-batch-size", type=positive_int, metavar="N", help="number of samples or packed rows in one "
+        "optimizer step; gradients are accumulated as needed (default: micro-batch size times data-parallel size)")
+    add("--lr", type=non_negative, default=1e-5, help="peak learning rate")
+    add("--min-lr", type=non_negative, default=0.0, metavar="LR", help="learning rate at the end of the decay")
+    add("--vision-lr", type=non_negative, metavar="LR", help="peak learning rate of the vision encoder (default: --lr)")
+    add("--projector-lr", type=non_negative, metavar="LR",
+        help="peak learning rate of the vision projector (default: --lr)")
+    add("--lr-decay-style", choices=("constant", "linear", "cosine"), default="cosine",
+        help="shape of the learning rate's decay after the warm-up")
+    warmup = group.add_mutually_exclusive_group()
+    warmup.add_argument("--lr-warmup-iters", type=non_negative_int, default=0, metavar="N",
+                        help="number of steps in which the learning rate rises linearly from 0")
+    warmup.add_argument("--lr-warmup-fraction", type=fraction, metavar="X",
+                        help="length of the warm-up as a fraction of all steps")
+    add("--weight-decay", type=non_negative, default=0.0, help="AdamW's weight decay, for all parameters")
+    add("--adam-beta1", type=beta, default=0.9, help="decay rate of AdamW's first moment")
+    add("--adam-beta2", type=beta, default=0.999, help="decay rate of AdamW's second moment")
+    add("--adam-eps", type=positive, default=1e-8, help="term added to the denominator of AdamW's update")
+    add("--clip-grad", type=non_negative, default=1.0, metavar="X", help="maximum gradient norm; 0 disables clipping")
+    add("--bf16", dest="compute_dtype", action="store_const", const=torch.bfloat16,
+        help="compute in bfloat16 (default on an accelerator)")
+    add("--fp32", dest="compute_dtype", action="store_const", const=torch.float32,
+        help="compute in float32 (default on a CPU); parameters are float32 in any case")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=42,
+        help="seed of the random weights, of the order of the data and of all random number generators")
 
-    g = p.add_argument_group("loss")
-    g.add_argument("--loss-type", choices=("default", "per_sample", "per_token"), default="default", help="mean over "
-                   "each micro-batch's tokens, over each sample's, or over the global batch's")
-    g.add_argument("--loss-chunk-size", type=number(int, 0), default=1024, metavar="N", help="tokens whose logits are "
-                   "alive at once; 0: all")
-    g.add_argument("--router-aux-loss-coef", type=amount, default=0.0, metavar="X", help="load balancing of experts")
+    add = p.add_argument_group("loss").add_argument
+    add("--loss-type", choices=("default", "per_sample", "per_token"), default="default",
+        help="average the loss over the tokens of each micro-batch, of each sample, or of the global batch")
+    add("--loss-chunk-size", type=non_negative_int, default=1024, metavar="N",
+        help="number of tokens whose logits are in memory at a time; 0 takes all at once")
+    add("--router-aux-loss-coef", type=non_negative, default=0.0, metavar="X",
+        help="coefficient of the auxiliary loss that balances the load of the experts")
 
-    g = p.add_argument_group("checkpoints")
-    g.add_argument("--load", metavar="DIR", help="DCP checkpoint: a save directory, one iteration, or a converted one")
-    g.add_argument("--save", metavar="DIR", help="where iterations, metrics.jsonl and args.json go")
-    g.add_argument("--save-interval", type=number(int, 0), default=0, metavar="N",
-                   help="save every N iterations; 0: the last only")
-    g.add_argument("--async-save", action=switch, default=False, help="train on while a copy of what is saved, on the "
-                   "host, is written")
-    g.add_argument("--save-retain", type=count, metavar="N", help="keep the newest N iterations (default: all)")
-    for what, text in (("load-optim", "do not load the optimizer"), ("load-rng", "do not load the random state"),
-                       ("save-optim", "do not save the optimizer"), ("save-rng", "do not save the random state")):
-        g.add_argument(f"--no-{what}", action="store_true", help=text)
-    g.add_argument("--finetune", action=switch, default=False, help="load weights only and start at iteration 0")
+    add = p.add_argument_group("checkpoints").add_argument
+    add("--load", metavar="DIR", help="DCP checkpoint to start from: a save directory, one of its iterations, or the "
+        "output of convert.py hf_to_dcp")
+    add("--save", metavar="DIR", help="directory to write checkpoints, metrics.jsonl and args.json to")
+    add("--save-interval", type=non_negative_int, default=0, metavar="N",
+        help="save every N iterations; 0 saves only the last one")
+    add("--async-save", action=switch, default=False,
+        help="write checkpoints in the background, from a copy in host memory")
+    add("--save-retain", type=positive_int, metavar="N", help="keep only the newest N checkpoints (default: all)")
+    add("--no-load-optim", action="store_true", help="do not load the optimizer's state")
+    add("--no-load-rng", action="store_true", help="do not load the state of the random number generators")
+    add("--no-save-optim", action="store_true", help="do not save the optimizer's state")
+    add("--no-save-rng", action="store_true", help="do not save the state of the random number generators")
+    add("--finetune", action=switch, default=False, help="load only the weights and start at iteration 0")
 
-    g = p.add_argument_group("evaluation and logging")
-    g.add_argument("--eval-dataset", metavar="F", help="held-out rows, as --dataset")
-    g.add_argument("--eval-interval", type=count, metavar="N", help="evaluate so often (default: at the end)")
-    g.add_argument("--eval-iters", type=count, metavar="N", help="micro-batches of a rank to evaluate (default: all)")
-    g.add_argument("--log-interval", type=count, default=1, metavar="N", help="iterations between log lines")
-    g.add_argument("--tensorboard-dir", metavar="DIR", help="write scalars for TensorBoard")
-    g.add_argument("--profile-dir", metavar="DIR", help="write a torch.profiler trace of rank 0")
-    g.add_argument("--profile-step-start", type=count, default=3, metavar="N", help="first iteration to profile")
-    g.add_argument("--profile-step-end", type=count, default=5, metavar="N", help="last iteration to profile")
-    g.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    add = p.add_argument_group("evaluation and logging").add_argument
+    add("--eval-dataset", metavar="FILES", help="files of held-out rows, separated by commas")
+    add("--eval-interval", type=positive_int, metavar="N",
+        help="evaluate every N iterations and after the last (default: only after the last)")
+    add("--eval-iters", type=positive_int, metavar="N",
+        help="number of micro-batches per rank in an evaluation (default: all held-out rows)")
+    add("--log-interval", type=positive_int, default=1, metavar="N", help="iterations between log lines")
+    add("--tensorboard-dir", metavar="DIR", help="directory to write TensorBoard scalars to")
+    add("--profile-dir", metavar="DIR", help="directory to write a torch.profiler trace of rank 0 to")
+    add("--profile-step-start", type=positive_int, default=3, metavar="N", help="first profiled iteration")
+    add("--profile-step-end", type=positive_int, default=5, metavar="N", help="last profiled iteration")
+    add("--debug", action="store_true", help="print a traceback with each error")
 
-    g = p.add_argument_group("devices")
-    g.add_argument("--device", choices=kernels_npu.DEVICES, default="auto", help="where to train")
-    g.add_argument("--recompute", choices=("none", "full"), help="full: backward runs each block again instead of "
-                   "keeping its inside (default: full on an accelerator)")
-    g.add_argument("--activation-offload", action=switch, default=False, help="with recompute: each block's input "
-                   "waits on the host for backward")
-    g.add_argument("--context-parallel-size", type=count, default=1, metavar="N", help="ranks that split each sample's "
-                   "tokens (Ulysses)")
-    g.add_argument("--expert-parallel-size", type=count, default=1, metavar="N", help="ranks that split the experts")
-    g.add_argument("--fsdp-size", type=count, metavar="N", help="ranks that parameters are sharded over, replicated "
-                   "over the rest (default: all)")
-    g.add_argument("--compile", action=switch, default=False, help="torch.compile each block")
-    g.add_argument("--distributed-timeout-minutes", type=number(float, 0.05, 1e6), default=10, metavar="N",
-                   help="how long a rank waits for the others")
-    g.add_argument("--exit-duration-in-mins", type=positive, metavar="N", help="save and end so long "
-                   "after the program's start")
+    add = p.add_argument_group("devices").add_argument
+    add("--device", choices=kernels_npu.DEVICES, default="auto",
+        help="device to train on; auto takes the first that is available")
+    add("--recompute", choices=("none", "full"),
+        help="recompute each block in backward instead of keeping its activations (default: full on an accelerator)")
+    add("--activation-offload", action=switch, default=False,
+        help="with recompute, keep each block's input in host memory until backward")
+    add("--context-parallel-size", type=positive_int, default=1, metavar="N",
+        help="number of ranks that share the tokens of each sample (Ulysses)")
+    add("--expert-parallel-size", type=positive_int, default=1, metavar="N",
+        help="number of ranks that share the experts of each layer")
+    add("--fsdp-size", type=positive_int, metavar="N",
+        help="number of ranks that parameters are sharded over; the other ranks hold replicas (default: all)")
+    add("--compile", action=switch, default=False, help="compile each block with torch.compile")
+    add("--distributed-timeout-minutes", type=number(float, 0.05, 1e6), default=10, metavar="N",
+        help="time that a rank waits for the others in a collective")
+    add("--exit-duration-in-mins", type=positive, metavar="N", help="save and exit this many minutes after the start")
 
-    g = p.add_argument_group("dry run")
-    g.add_argument("--dry-run", action=switch, default=False, help="train nothing: predict memory, traffic and FLOPs "
-                   "of a rank, in one process, from config.json alone; --save writes dry_run.json")
-    g.add_argument("--world-size", type=count, metavar="N", help="ranks that a dry run imagines")
-    g.add_argument("--device-memory", type=positive, metavar="GIB", help="exit status 1 if a rank needs more")
+    add = p.add_argument_group("dry run").add_argument
+    add("--dry-run", action=switch, default=False, help="train nothing: predict a rank's memory, traffic and FLOPs in "
+        "one process, from config.json alone; with --save, also write dry_run.json")
+    add("--world-size", type=positive_int, metavar="N", help="number of ranks that a dry run assumes")
+    add("--device-memory", type=positive, metavar="GIB",
+        help="memory of a device; a dry run that needs more exits with status 1")
+    return p
 
-    args = p.parse_args(argv)
-    if args.dry_run and not args.world_size:
-        raise UsageError("--dry-run needs --world-size: give the number of ranks to imagine")
-    if not args.dry_run:
-        for flag in ("--world-size", "--device-memory"):
-            if getattr(args, flag[2:].replace("-", "_")):
-                raise UsageError(f"{flag} belongs to --dry-run: add that, or leave this out")
-        if args.dataset is None or args.train_iters is args.train_epochs is None:
-            missing = "--dataset" if args.dataset is None else "--train-iters or --train-epochs"
-            raise UsageError(f"{missing} is missing: give it, or --dry-run")
-    if args.shuffle_buffer and not (args.streaming and args.shuffle):
-        raise UsageError("--shuffle-buffer shuffles a stream: give --streaming, or leave it out")
-    if args.cache_dir and args.streaming and not args.eval_dataset:
-        raise UsageError("--cache-dir keeps what --streaming does not need: leave one of them out")
-    if args.async_save and not args.save:
-        raise UsageError("--async-save needs --save: give the directory, or leave it out")
-    data.encode_options(args)  # those that exclude each other are told now
-    if args.activation_offload and args.recompute == "none":
-        raise UsageError("--activation-offload goes with recompute: give --recompute full, or leave both out")
-    if args.min_lr > args.lr:
-        raise UsageError(f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}: give a smaller one")
-    if args.profile_step_end < args.profile_step_start:
-        raise UsageError("--profile-step-end is before --profile-step-start: give a later one")
-    if (args.eval_interval or args.eval_iters) and not args.eval_dataset:
-        raise UsageError("--eval-interval and --eval-iters need --eval-dataset: give the held-out rows")
-    if args.finetune and args.load and args.save and Path(args.load).resolve() == Path(args.save).resolve():
-        raise UsageError("--finetune starts a new run: give a --save other than --load")
-    for flag in ("dataset_dir", "cache_dir", "load", "save", "eval_dataset", "tensorboard_dir", "profile_dir"):
-        if getattr(args, flag) == "":
-            raise UsageError(f"--{flag.replace('_', '-')} is empty: give a path, or leave it out")
-    data.media_limits(args)  # and a minimum above its maximum
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line and check all that needs no file. Raises UsageError."""
+    args = make_parser().parse_args(argv)
+    same_directory = args.load and args.save and Path(args.load).resolve() == Path(args.save).resolve()
+    no_length = args.train_iters is None and args.train_epochs is None
+    problems = [
+        (args.dry_run and not args.world_size,
+         "--dry-run needs --world-size: give the number of ranks to assume"),
+        (not args.dry_run and args.world_size, "--world-size belongs to --dry-run: add that, or leave this out"),
+        (not args.dry_run and args.device_memory, "--device-memory belongs to --dry-run: add that, or leave this out"),
+        (not args.dry_run and args.dataset is None, "--dataset is missing: give it, or --dry-run"),
+        (not args.dry_run and no_length, "--train-iters or --train-epochs is missing: give one, or --dry-run"),
+        (args.shuffle_buffer and not (args.streaming and args.shuffle),
+         "--shuffle-buffer shuffles a stream: give --streaming, or leave it out"),
+        (args.cache_dir and args.streaming and not args.eval_dataset,
+         "--cache-dir keeps an index, which --streaming does not use: leave one of them out"),
+        (args.async_save and not args.save, "--async-save needs --save: give the directory, or leave it out"),
+        (args.activation_offload and args.recompute == "none",
+         "--activation-offload needs recompute: give --recompute full, or leave both out"),
+        (args.min_lr > args.lr, f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}: give a smaller one"),
+        (args.profile_step_end < args.profile_step_start,
+         "--profile-step-end is before --profile-step-start: give a later one"),
+        ((args.eval_interval or args.eval_iters) and not args.eval_dataset,
+         "--eval-interval and --eval-iters need --eval-dataset: give the held-out rows"),
+        (args.finetune and same_directory, "--finetune starts a new run: give another --save than --load"),
+    ]
+    for name in ("dataset_dir", "cache_dir", "load", "save", "eval_dataset", "tensorboard_dir", "profile_dir"):
+        flag = "--" + name.replace("_", "-")
+        problems.append((getattr(args, name) == "", f"{flag} is empty: give a path, or leave it out"))
+    for is_wrong, message in problems:
+        if is_wrong:
+            raise UsageError(message)
+    data.encode_options(args)  # raises for flags that exclude each other
+    data.media_limits(args)  # raises for a minimum above its maximum
     return args
 
 
-def batch_sizes(args: argparse.Namespace, dp_size: int) -> tuple[int, int]:
-    """(samples of a step, micro-batches of a step on each rank). Raises UsageError if they do not divide."""
-    unit = args.micro_batch_size * dp_size
-    size = args.global_batch_size or unit
-    if size % unit:
-        near = " or ".join(str(n) for n in (size // unit * unit, (size // unit + 1) * unit) if n)
-        raise UsageError(f"--global-batch-size {size} is not a multiple of --micro-batch-size {args.micro_batch_size} "
-                         f"times data-parallel size {dp_size}: the nearest that are: {near}")
-    return size, size // unit
+def batch_sizes(micro_batch_size: int, global_batch_size: int | None, dp_size: int) -> tuple[int, int]:
+    """Return (samples of a step, micro-batches of a step on each rank). Raises UsageError if they do not divide."""
+    samples = micro_batch_size * dp_size  # in one micro-batch of every rank
+    size = global_batch_size or samples
+    if size % samples:
+        nearest = [n for n in (size // samples * samples, (size // samples + 1) * samples) if n]
+        raise UsageError(f"--global-batch-size {size} is not a multiple of --micro-batch-size {micro_batch_size} times "
+                         f"data-parallel size {dp_size}: the nearest that are: {' or '.join(map(str, nearest))}")
+    return size, size // samples
 
 
-# ---- what is made once ----------------------------------------------------------------------------------------------
+def freezing_predicate(args: argparse.Namespace) -> Callable[[str], bool]:
+    """Return `build_model`'s is_frozen(parameter name), as the --freeze flags describe it."""
+    is_frozen = {
+        "vision encoder": args.freeze_vision_encoder,
+        "vision projector": args.freeze_vision_projector,
+        "text decoder": args.freeze_text_decoder,
+    }
+    return lambda name: is_frozen[component_of(name)]
 
 
-def open_weights(
-    args: argparse.Namespace, model: Qwen3VL
-) -> convert.HuggingFaceWeights | convert.CheckpointWeights | None:
-    """What --load or the directory holds, found to fit the model before memory is taken; None for --init random."""
-    if args.load:
-        source = convert.CheckpointWeights(convert.find_checkpoint(args.load))
-    elif args.init == "random":
-        return None
-    elif convert.hf_has_weights(args.init_from_hf_path):
-        source = convert.HuggingFaceWeights(args.init_from_hf_path)
+def model_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the flags that `configure_model` takes. Some defaults depend on the device."""
+    recompute = kernels_npu.ops.is_accelerator or args.activation_offload
+    if args.recompute:
+        recompute = args.recompute == "full"
+    return {
+        "text_attention": args.text_attn_implementation,
+        "vision_attention": args.vision_attn_implementation,
+        "loss_chunk_size": args.loss_chunk_size,
+        "router_aux_loss_coef": args.router_aux_loss_coef,
+        "compute_dtype": args.compute_dtype or kernels_npu.ops.compute_dtype,
+        "recompute": recompute,
+        "offload": args.activation_offload,
+        "compile": args.compile,
+    }
+
+
+def optimizer_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the flags that `make_optimizer` takes."""
+    return {
+        "lr": args.lr,
+        "component_lrs": {"vision encoder": args.vision_lr, "vision projector": args.projector_lr},
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_eps,
+        "weight_decay": args.weight_decay,
+    }
+
+
+# ---- model, optimizer and initial state -----------------------------------------------------------------------------
+
+
+def configure_model(
+    model: Qwen3VL, state: ParallelState, *, text_attention: str | None, vision_attention: str | None,
+    loss_chunk_size: int, router_aux_loss_coef: float, **parallel_settings,
+) -> None:
+    """Prepare a model that has no memory yet for training. `parallel.parallelize` takes the other settings."""
+    model.set_attention(text_attention, vision_attention)
+    model.loss_chunk_size = loss_chunk_size
+    model.router_aux_loss_coef = router_aux_loss_coef
+    parallel.parallelize(model, state, **parallel_settings)
+
+
+OPTIMIZER_STATES = 2  # float32 tensors per parameter that `make_optimizer`'s optimizer keeps, for the free-space check
+
+
+def make_optimizer(
+    model: Qwen3VL, *, lr: float, component_lrs: dict[str, float | None], betas: tuple[float, float], eps: float,
+    weight_decay: float,
+) -> Optimizer:
+    """Return AdamW over the trainable parameters. To train with another optimizer, change this function.
+
+    A parameter group's `name` is its component. `set_learning_rates` scales its peak learning rate, `max_lr`. The
+    learning rate of the last group is logged.
+    """
+    groups = []
+    for component in COMPONENTS:
+        params_of_mesh: dict[Any, list] = {}  # torch 2.7.1's fused AdamW accepts one device mesh per group
+        for name, p in model.named_parameters():
+            if p.requires_grad and component_of(name) == component:
+                params_of_mesh.setdefault(getattr(p, "device_mesh", None), []).append(p)
+        component_lr = component_lrs.get(component)
+        max_lr = lr if component_lr is None else component_lr
+        groups += [{"params": params, "name": component, "max_lr": max_lr} for params in params_of_mesh.values()]
+    if not groups:
+        raise UsageError("every component is frozen: leave out one of the --freeze flags")
+    return kernels_npu.ops.adamw(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+def set_learning_rates(
+    optimizer: Optimizer, iteration: int, *, train_iters: int, warmup_iters: int, decay_style: str, min_lr: float
+) -> None:
+    """Set the learning rates of an iteration, counted from 0: a linear warm-up from 0, then the decay to `min_lr`."""
+    warmup, decay = 1.0, 1.0
+    if iteration < warmup_iters:
+        warmup = iteration / warmup_iters
     else:
-        raise InputError(f"{args.init_from_hf_path}: holds no safetensors: give a directory with weights, "
-                         "--init random to train from scratch, or --load")
+        progress = (iteration - warmup_iters) / max(1, train_iters - warmup_iters)
+        if decay_style == "linear":
+            decay = 1 - progress
+        elif decay_style == "cosine":
+            decay = 0.5 * (1 + math.cos(math.pi * progress))
+    for group in optimizer.param_groups:
+        low = min(min_lr, group["max_lr"])
+        group["lr"] = warmup * (low + decay * (group["max_lr"] - low))
+
+
+def open_source(hf_dir: str, init: str, load: str | None, model: Qwen3VL) -> Source | None:
+    """Open the weights to start from and check that they fit the model; return None for random weights."""
+    if load:
+        source = CheckpointWeights(convert.find_checkpoint(load))
+    elif init == "random":
+        return None
+    elif convert.hf_has_weights(hf_dir):
+        source = HuggingFaceWeights(hf_dir)
+    else:
+        raise InputError(f"{hf_dir}: holds no safetensors: give a directory with weights, --init random to train from "
+                         "scratch, or --load")
     return source.check_compatible(model)
 
 
-def build_model(
-    args: argparse.Namespace, model: Qwen3VL, ranks: parallel.ParallelState, dtype: torch.dtype,
-    source: convert.HuggingFaceWeights | convert.CheckpointWeights | None,
-) -> Qwen3VL:
-    """Of the model on the meta device the sharded one with its initial weights: random, or the directory's (those of
-    --load come by `resume`)."""
-    size = sum(p.numel() for p in model.parameters())
-    if not args.init_model_with_meta_device:
-        if size > 10e9:
-            raise UsageError(f"--no-init-model-with-meta-device: every process would hold all "
-                             f"{size / 1e9:.0f}B parameters of the model; leave it out above 10B")
-        model.to_empty(device="cpu")
-    prepare(args, model, ranks, dtype)
-    if args.init_model_with_meta_device:
-        model.to_empty(device=ranks.device)
-    else:
-        model.to(ranks.device)
-    ranks.run_synced(lambda: convert.load_weights(model, source, args.seed))
-    return model
+def load_initial_state(
+    model: Qwen3VL, optimizer: Optimizer, source: Source | None, state: ParallelState, *, seed: int, finetune: bool,
+    load_optim: bool, load_rng: bool,
+) -> tuple[int, dict | list[dict] | None]:
+    """Fill the model and, to resume a run, the optimizer and the random number generators: all loading happens here.
+
+    Return (completed iterations, position in the data). If the data was packed for other ranks, the positions of all
+    those ranks are returned. `finetune` loads the weights only.
+    """
+    convert.load_weights(model, source, seed)
+    if finetune or not isinstance(source, CheckpointWeights):
+        return 0, None
+    if load_optim:
+        convert.load_optimizer(source, model, optimizer)
+    trainer_state = convert.load_trainer_state(source.path, state.rank)
+    if trainer_state is None:  # a converted checkpoint
+        return 0, None
+    rng = trainer_state.get("rng")
+    if rng and load_rng and trainer_state.get("world") == state.world_size:
+        torch.set_rng_state(rng["torch"])
+        random.setstate((3, tuple(rng["python"]), None))
+        np.random.set_state(("MT19937", np.array(rng["numpy"], np.uint32), 624))
+        if rng["device"] is not None:
+            kernels_npu.ops.set_rng_state(rng["device"])
+    position = trainer_state["data"]
+    this_rank = [state.dp_rank, state.dp_size]
+    if position.get("rank_layout", this_rank) != this_rank:
+        position = convert.load_data_positions(source.path)
+    return trainer_state["iteration"], position
 
 
-def frozen_components(args: argparse.Namespace) -> set[str]:
-    """The towers whose training flags stop."""
-    return {tower for tower in COMPONENTS if getattr(args, f"freeze_{tower.replace(' ', '_')}")}
+# ---- the save directory ---------------------------------------------------------------------------------------------
 
 
-def prepare(args: argparse.Namespace, model: Qwen3VL, ranks: parallel.ParallelState, dtype: torch.dtype) -> None:
-    """Everything that the flags ask of a model before it has memory: attention, loss, freezing, parallelism."""
-    model.set_attention(args.text_attn_implementation, args.vision_attn_implementation)
-    model.loss_chunk_size, model.router_aux_loss_coef = args.loss_chunk_size, args.router_aux_loss_coef
-    parallel.freeze(model, frozen_components(args))
-    by_default = "full" if kernels_npu.ops.is_accelerator or args.activation_offload else "none"
-    parallel.parallelize(
-        model, ranks, compute_dtype=dtype, recompute=(args.recompute or by_default) == "full",
-        offload=args.activation_offload, compile=args.compile,
-    )
+@contextlib.contextmanager
+def claim_save_directory(save: Path, load: str | None, settings: dict) -> Iterator[None]:
+    """Create --save, lock it and write args.json. Raises UsageError if it holds another run than --load names."""
+    load = Path(load).resolve() if load else None
+    loaded_run = load.parent if load and (load / ".metadata").exists() else load
+    is_resume = save.resolve() == loaded_run
+    with contextlib.ExitStack() as stack:
+        try:
+            save.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(common.lock_directory(save))
+            metrics = save / "metrics.jsonl"
+            has_metrics = metrics.exists() and metrics.stat().st_size > 0
+            has_tracker = (save / convert.TRACKER).exists()
+            is_iteration = (save / ".metadata").exists()
+            if not is_resume and (has_metrics or has_tracker or is_iteration or any(save.glob("iter_*"))):
+                raise UsageError(f"--save {save} holds another run: give --load {save} to resume it, or another "
+                                 "directory")
+            (save / "args.json").write_text(json.dumps(settings, indent=1, default=str) + "\n")
+        except OSError as e:
+            raise InputError(f"--save {save}: {e.filename or save} cannot be written ({e.strerror})") from e
+        yield
 
 
-def make_optimizer(args: argparse.Namespace, model: Qwen3VL) -> torch.optim.Optimizer:
-    """AdamW with groups for each tower that trains, its peak learning rate in `max_lr`."""
-    peaks = dict(zip(COMPONENTS, (args.vision_lr, args.projector_lr, None), strict=True))
-    groups = []
-    for tower in COMPONENTS:
-        params = [p for name, p in model.named_parameters() if component_of(name) == tower and p.requires_grad]
-        meshes = [getattr(p, "device_mesh", None) for p in params]
-        for mesh in dict.fromkeys(meshes):  # torch 2.7.1's fused AdamW takes one mesh at a time
-            same = [p for p, its_mesh in zip(params, meshes, strict=True) if its_mesh == mesh]
-            groups.append({"params": same, "max_lr": args.lr if peaks[tower] is None else peaks[tower]})
-    if not groups:
-        raise UsageError("every tower is frozen: leave out one of the --freeze flags")
-    return kernels_npu.ops.adamw(
-        groups, lr=args.lr, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps, weight_decay=args.weight_decay
-    )
+def check_save_directory(save: Path, model: Qwen3VL, saves_optimizer: bool) -> None:
+    """Raise InputError if this rank cannot write to --save, or its disk has no space for one checkpoint."""
+    if not (save / common.LOCK_FILE).exists() or not os.access(save, os.W_OK):
+        raise InputError(f"--save {save}: {socket.gethostname()} does not see what rank 0 wrote there, or cannot "
+                         "write: give a directory that all nodes share")
+    nbytes = 0
+    for p in model.parameters():
+        states = OPTIMIZER_STATES if saves_optimizer and p.requires_grad else 0
+        nbytes += 4 * p.numel() * (1 + states)
+    free = shutil.disk_usage(save).free
+    if free < nbytes:
+        raise InputError(f"--save {save}: a checkpoint takes {nbytes / 1e9:.3g} GB, but {free / 1e9:.3g} GB are free: "
+                         "free some space, or give another directory")
 
 
-def set_learning_rates(args: argparse.Namespace, optimizer: torch.optim.Optimizer, iteration: int) -> None:
-    """Linear warm-up from 0, then a decay that reaches --min-lr after the last iteration. Iterations count from 0."""
-    warmup = args.lr_warmup_iters
-    if args.lr_warmup_fraction is not None:
-        warmup = round(args.lr_warmup_fraction * args.train_iters)
-    if iteration < warmup:
-        warm, share = iteration / warmup, 1.0
-    else:
-        progress = (iteration - warmup) / max(1, args.train_iters - warmup)
-        decays = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-        warm, share = 1.0, decays[args.lr_decay_style]
-    for group in optimizer.param_groups:
-        low = min(args.min_lr, group["max_lr"])
-        group["lr"] = warm * (low + share * (group["max_lr"] - low))
+def save_iteration(
+    iteration: int, resume_state: dict, *, writer: convert.CheckpointWriter, directory: str, model: Qwen3VL,
+    optimizer: Optimizer | None, state: ParallelState, save_rng: bool, retain: int | None,
+) -> None:
+    """Save all that an exact resume needs: weights, optimizer, random number generators, the position in the data."""
+    trainer_state = {"iteration": iteration, "data": resume_state, "world": state.world_size}
+    if save_rng:
+        trainer_state["rng"] = {
+            "torch": torch.get_rng_state(),
+            "device": kernels_npu.ops.get_rng_state(),
+            "python": list(random.getstate()[1]),
+            "numpy": np.random.get_state()[1].tolist(),
+        }
+    writer.save(directory, iteration, model, optimizer, trainer_state, retain)
 
 
 # ---- the loss's weights ---------------------------------------------------------------------------------------------
 
 
 class StepStats(NamedTuple):
-    """What one step's batches hold, over all ranks."""
+    """Counts of one step's batches, summed over all ranks."""
 
     tokens: int
     samples: int
     supervised_tokens: int
-    media: int  # pictures and videos
+    media: int  # images and videos
     truncated: int  # samples cut to the sequence length
-    rows_read: list[int]  # of each file of the dataset
-    rows_bad: list[int]  # and those of them left out
+    rows_read: list[int]  # for each file of the dataset
+    rows_bad: list[int]  # for each file, how many of them were left out
     flops: float
 
 
 def set_loss_weights(
-    batches: list[data.Batch], loss_type: str, config: Qwen3VLConfig, ranks: parallel.ParallelState,
-    trained: Collection[str] = COMPONENTS,
+    batches: list[data.Batch], loss_type: str, config: Qwen3VLConfig, state: ParallelState,
+    trained: Collection[str] = COMPONENTS, error: Exception | None = None,
 ) -> StepStats:
-    """Gives every token its weight in loss = sum_i weight_i * nll_i, over all micro-batches of all ranks of one step.
+    """Set the weight of every token in loss = sum_i weight_i * nll_i, over all micro-batches of all ranks of one step.
 
     default     1 / (micro-batches x supervised tokens of its micro-batch)
     per_sample  1 / (samples x supervised tokens of its sample)
     per_token   1 / (supervised tokens of the global batch)
 
-    A sample without supervised tokens does not count.
+    A sample without supervised tokens does not count. The weights also carry the factor that
+    `parallel._sum_gradients` explains. `error` is what kept this rank from fetching its batches: if any rank has one,
+    every rank raises.
     """
     # supervised tokens of each sample of each micro-batch
     counts = [torch.searchsorted(b.supervised_index, torch.tensor(b.cu_seqlens)).diff().tolist() for b in batches]
-    files = len(batches[0].rows_read)
-    micro_batches, with_answer, supervised, flops, *others = ranks.sum_over_dp(
-        len(batches), sum(n > 0 for each in counts for n in each), sum(map(sum, counts)),
+    file_counts = [sum(each) for each in zip(*(b.rows_read + b.rows_bad for b in batches), strict=True)]
+    failed, micro_batches, supervised_samples, supervised_tokens, flops, *others = state.sum_over_dp(
+        error is not None,
+        len(batches),
+        sum(n > 0 for sample_counts in counts for n in sample_counts),
+        sum(sum(sample_counts) for sample_counts in counts),
         sum(step_flops(config, b.cu_seqlens, b.grid_thw, len(b.supervised_index), trained) for b in batches),
-        sum(b.cu_seqlens[-1] for b in batches), sum(len(b.sources) for b in batches),
+        sum(b.cu_seqlens[-1] for b in batches),
+        sum(len(b.sources) for b in batches),
         sum(len(b.grid_thw) for b in batches),
         sum(b.truncated for b in batches),
-        *map(sum, zip(*(b.rows_read + b.rows_bad for b in batches), strict=True)),
+        *file_counts,
     )
-    tokens, samples, media, truncated, *rows = map(int, others)
-    # FSDP2 averages gradients over its ranks; the formula wants their sum, so the weights carry the factor.
-    scale = float(ranks.world)
-    for batch, each in zip(batches, counts, strict=True):
+    if failed:
+        raise_together(error, state)
+    tokens, samples, media, truncated, *file_counts = map(int, others)
+    files = len(file_counts) // 2
+    scale = float(state.world_size)
+    for batch, sample_counts in zip(batches, counts, strict=True):
         if loss_type == "default":
-            shares = [micro_batches * sum(each)] * len(each)
+            denominators = [micro_batches * sum(sample_counts)] * len(sample_counts)
         elif loss_type == "per_sample":
-            shares = [with_answer * n for n in each]
+            denominators = [supervised_samples * n for n in sample_counts]
         else:
-            shares = [supervised] * len(each)
-        weights = torch.tensor([scale / max(1, n) for n in shares], dtype=torch.float32)
+            denominators = [supervised_tokens] * len(sample_counts)
+        weights = torch.tensor([scale / max(1, n) for n in denominators], dtype=torch.float32)
         batch.loss_weights = weights.repeat_interleave(torch.tensor(batch.cu_seqlens).diff())
         batch.aux_weight = scale / micro_batches
-    return StepStats(tokens, samples, int(supervised), media, truncated, rows[:files], rows[files:], flops)
+    return StepStats(
+        tokens=tokens, samples=samples, supervised_tokens=int(supervised_tokens), media=media, truncated=truncated,
+        rows_read=file_counts[:files], rows_bad=file_counts[files:], flops=flops,
+    )
 
 
 # ---- logging --------------------------------------------------------------------------------------------------------
@@ -367,542 +513,486 @@ METRICS = (
 
 
 class MetricsLog:
-    """Rank 0's records: the log line, metrics.jsonl and TensorBoard. On other ranks it does nothing."""
+    """Write rank 0's log lines, metrics.jsonl and TensorBoard scalars; on other ranks do nothing."""
 
-    def __init__(self, args: argparse.Namespace, ranks: parallel.ParallelState, start: int):
-        self.args, self.world = args, ranks.world
-        self.main = ranks.rank == 0
+    def __init__(
+        self, state: ParallelState, start: int, *, save: str | None, tensorboard_dir: str | None, log_interval: int,
+        train_iters: int, global_batch_size: int, packed_length: int | None, loss_name: str,
+    ):
+        """start: completed iterations of a resumed run; packed_length: tokens of a packed row, None without packing."""
+        self.is_main, self.world_size = state.rank == 0, state.world_size
+        self.save, self.log_interval, self.train_iters = save, log_interval, train_iters
+        self.global_batch_size, self.packed_length, self.loss_name = global_batch_size, packed_length, loss_name
+        self.metrics: dict[str, Any] = {}  # of the latest iteration
+        self.line_start = 0  # of that iteration in metrics.jsonl
+        self.sums = Counter()  # over the iterations since the last log line
         self.file = self.board = None
-        self.window: list[dict] = []  # since the last log line
-        if not self.main:
+        if not self.is_main:
             return
-        if args.save:
-            path = Path(args.save) / "metrics.jsonl"
-            if start and (path.parent / f"iter_{start:07d}").exists():
-                # else a run that went back, and died, would go on from a later iteration that it has not made
-                convert.write_tracker(path.parent, str(start))
-            # After a crash the file may be ahead of the checkpoint: those iterations are about to be run again.
-            kept = path.read_text(errors="replace").splitlines(keepends=True) if start and path.exists() else []
-            try:
-                kept = [line for line in kept if line.endswith("\n") and json.loads(line)["iteration"] <= start]
-            except (KeyError, TypeError, ValueError) as e:
-                raise InputError(f"{path}: is damaged ({e!r}): move it away, and the run starts a new one") from e
-            shorter = path.with_name(".tmp_metrics.jsonl")
-            shorter.write_text("".join(kept))
-            os.replace(shorter, path)
-            self.file = open(path, "a")
-        if args.tensorboard_dir:
+        if save:
+            self.file = open_metrics(Path(save) / "metrics.jsonl", start)
+        if tensorboard_dir:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as e:
                 raise InputError("--tensorboard-dir needs TensorBoard: pip install tensorboard") from e
-            self.board = SummaryWriter(args.tensorboard_dir, purge_step=start + 1)
+            self.board = SummaryWriter(tensorboard_dir, purge_step=start + 1)
 
     def write(self, **metrics) -> None:
-        """One iteration's metrics (METRICS; None where one does not apply), those of time and memory added here."""
-        if not self.main:
+        """Write one iteration's metrics; those of speed and memory are added here. None: does not apply."""
+        if not self.is_main:
             return
-        peak_flops, seconds = kernels_npu.ops.peak_flops(), metrics["step_time_s"] * self.world
+        device_seconds = metrics["step_time_s"] * self.world_size
+        peak_flops = kernels_npu.ops.peak_flops()
         metrics["tokens_per_s"] = metrics["tokens"] / metrics["step_time_s"]
-        metrics["mfu"] = metrics["model_flops"] / (seconds * peak_flops) if peak_flops else None
+        metrics["mfu"] = metrics["model_flops"] / (device_seconds * peak_flops) if peak_flops else None
         metrics["memory_allocated"], metrics["memory_reserved"] = kernels_npu.ops.memory()
+        metrics["eval_loss"] = None
+        self.metrics = metrics
+        self.sums.update(
+            iterations=1, loss=metrics["loss"], aux_loss=metrics["aux_loss"] or 0.0, seconds=metrics["step_time_s"],
+            tokens=metrics["tokens"], flops=metrics["model_flops"],
+        )
         if self.file:
-            try:
-                self.file.write(json.dumps({key: _finite(metrics[key]) for key in METRICS}) + "\n")
-                self.file.flush()
-            except OSError as e:
-                raise InputError(f"{self.file.name}: cannot be written ({e.strerror})") from e
+            self.line_start = self.file.tell()
+            self._write_line()
+
+    def finish(self, eval_loss: float | None) -> None:
+        """End an iteration: add the evaluation that followed it, and print a log line if one is due."""
+        if not self.is_main:
+            return
+        self.metrics["eval_loss"] = eval_loss
+        if self.file and eval_loss is not None:
+            self._write_line()
         if self.board:
             for key in METRICS[1:]:
-                if metrics[key] is not None:
-                    self.board.add_scalar(key, metrics[key], metrics["iteration"])
-        self.window.append(metrics)
-        if metrics["iteration"] % self.args.log_interval == 0 or metrics["eval_loss"] is not None:
-            print(self.line(), flush=True)
-            self.window.clear()
+                if self.metrics[key] is not None:
+                    self.board.add_scalar(key, self.metrics[key], self.metrics["iteration"])
+        if self.metrics["iteration"] % self.log_interval == 0 or eval_loss is not None:
+            print(self._log_line(), flush=True)
+            self.sums.clear()
 
-    def line(self) -> str:
-        """The line that scripts for Megatron's logs read: losses and times are means since the last line."""
-        m = dict(self.window[-1], filled=None)
-        if self.args.packing:
-            m["filled"] = 100 * m["tokens"] / (self.args.global_batch_size * self.args.seq_length)
-        for key in ("loss", "step_time_s", "tokens_per_s", "mfu", "aux_loss"):
-            # rates are tokens and operations over all the time
-            weights = [each["step_time_s"] if key in ("tokens_per_s", "mfu") else 1.0 for each in self.window]
-            if m[key] is not None:
-                m[key] = sum(w * each[key] for w, each in zip(weights, self.window, strict=True)) / sum(weights)
+    def _write_line(self) -> None:
+        """Write the latest iteration's line of metrics.jsonl, or write it again in place."""
+        values = {key: self.metrics[key] for key in METRICS}
+        for key, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                values[key] = None  # JSON has no NaN
+        try:
+            self.file.seek(self.line_start)
+            self.file.write(json.dumps(values).encode() + b"\n")
+            self.file.truncate()
+            self.file.flush()
+        except OSError as e:
+            raise InputError(f"{self.file.name}: cannot be written ({e.strerror})") from e
+
+    def _log_line(self) -> str:
+        """Return a line in the format of Megatron's logs: losses, times and rates are means since the last line."""
+        m, sums = self.metrics, self.sums
+        seconds_per_iteration = sums["seconds"] / sums["iterations"]
+        tokens_per_device = sums["tokens"] / sums["seconds"] / self.world_size
         parts = [
-            f"iteration {m['iteration']:8d}/{self.args.train_iters:8d}",
+            f"iteration {m['iteration']:8d}/{self.train_iters:8d}",
             f"consumed samples: {m['consumed_samples']:12d}",
-            f"elapsed time per iteration (ms): {m['step_time_s'] * 1000:.1f}", f"learning rate: {m['lr']:.6E}",
-            f"global batch size: {self.args.global_batch_size:5d}", f"lm loss: {m['loss']:.6E}",
+            f"elapsed time per iteration (ms): {seconds_per_iteration * 1000:.1f}",
+            f"learning rate: {m['lr']:.6E}",
+            f"global batch size: {self.global_batch_size:5d}",
+            f"{self.loss_name}: {sums['loss'] / sums['iterations']:.6E}",
             f"grad norm: {m['grad_norm']:.3f}",
-            f"tokens per second per device: {m['tokens_per_s'] / self.world:.0f}",
+            f"tokens per second per device: {tokens_per_device:.0f}",
         ]
-        optional = {
-            "MFU": ("mfu", ".2f"), "rows filled (%)": ("filled", ".1f"), "load balancing loss": ("aux_loss", ".4f"),
-            "eval loss": ("eval_loss", ".6E"), "skipped samples": ("skipped_samples", "d"),
-            "number of skipped iterations": ("skipped_iterations", "d"),
-        }
-        parts += [f"{text}: {m[key]:{form}}" for text, (key, form) in optional.items() if m[key]]
+        if peak_flops := kernels_npu.ops.peak_flops():
+            parts.append(f"MFU: {sums['flops'] / (sums['seconds'] * self.world_size * peak_flops):.2f}")
+        if self.packed_length:
+            parts.append(f"rows filled (%): {100 * m['tokens'] / (self.global_batch_size * self.packed_length):.1f}")
+        if sums["aux_loss"]:
+            parts.append(f"load balancing loss: {sums['aux_loss'] / sums['iterations']:.4f}")
+        if m["eval_loss"] is not None:
+            parts.append(f"eval loss: {m['eval_loss']:.6E}")
+        if m["skipped_samples"]:
+            parts.append(f"skipped samples: {m['skipped_samples']}")
+        if m["skipped_iterations"]:
+            parts.append(f"number of skipped iterations: {m['skipped_iterations']}")
         return " " + " | ".join(parts) + " |"
 
     def close(self, iteration: int) -> None:
-        """The last line: how far it came, where the checkpoint is, how to go on."""
-        if not self.main:
+        """Print how far the run came, where its checkpoint is, and how to resume it."""
+        if not self.is_main:
             return
-        early, save = iteration < self.args.train_iters, self.args.save
-        how = f"stopped at iteration {iteration} of {self.args.train_iters}" if early else "done"
-        where = f"the checkpoint is in {save}" if save else "nothing was saved: there is no --save"
-        print(f"{how}: {where}" + f"; go on with --load {save}" * (early and bool(save)), flush=True)
+        is_early = iteration < self.train_iters
+        text = f"stopped at iteration {iteration} of {self.train_iters}" if is_early else "done"
+        text += f": the checkpoint is in {self.save}" if self.save else ": nothing was saved, because --save is missing"
+        if is_early and self.save:
+            text += f"; resume with --load {self.save}"
+        print(text, flush=True)
         if self.board:
             self.board.close()
 
 
-def _finite(value):
-    """JSON has no NaN: a number that is not finite is written as null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def open_metrics(path: Path, start: int) -> BinaryIO:
+    """Open metrics.jsonl behind the line of iteration `start`, cutting off later lines: a resumed run repeats them."""
+    path.touch()
+    file = open(path, "rb+")
+    end = 0
+    try:
+        for line in file:
+            if not line.endswith(b"\n") or json.loads(line)["iteration"] > start:
+                break
+            end += len(line)
+    except (KeyError, TypeError, ValueError) as e:
+        raise InputError(f"{path}: is damaged ({e!r}): move it away, and the run starts a new one") from e
+    file.seek(end)
+    file.truncate()
+    return file
 
 
-class Signals:
-    """SIGTERM and SIGINT ask for an end after the step in hand, SIGUSR1 for a checkpoint; see `poll`.
+def make_profiler(directory: str | None, first: int, last: int):
+    """Return a torch.profiler that writes a Chrome trace of iterations `first` to `last`, if there is a directory."""
+    if not directory:
+        return contextlib.nullcontext()
+    warmup = min(1, first - 1)
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=first - 1 - warmup, warmup=warmup, active=last - first + 1, repeat=1),
+        on_trace_ready=torch.profiler.tensorboard_trace_handler(directory),
+        record_shapes=True,
+        profile_memory=True,
+    )
 
-    A step can hang, in a collective whose other ranks are gone, and with it Python's handlers: they wait for the main
-    thread. What the system itself writes to a pipe wakes a thread, which ends the process if a step in hand does not
-    end within `patience` seconds: torchrun would wait for TORCHELASTIC_SHUTDOWN_TIMEOUT.
+
+# ---- the step and the loop ------------------------------------------------------------------------------------------
+
+
+class StepResult(NamedTuple):
+    """The outcome of one optimizer step, the same on all ranks."""
+
+    stats: StepStats
+    loss: float
+    aux_loss: float
+    grad_norm: float  # before clipping
+    is_finite: bool  # otherwise the step was not applied
+    flags: list[bool]  # for each flag, whether any rank has set it
+
+
+def train_step(
+    model: Qwen3VL, optimizer: Optimizer, batches: list[data.Batch], state: ParallelState, *, loss_type: str,
+    clip_grad: float, error: Exception | None, read_flags: Callable[[], tuple[bool, ...]],
+) -> StepResult:
+    """Do one optimizer step with this rank's micro-batches.
+
+    The ranks exchange host values twice: first the counts for the loss weights, and whether a rank has an `error`;
+    then the losses, the gradient norm and the flags that `read_flags` returns on each rank.
     """
+    trained = {group["name"] for group in optimizer.param_groups}
+    stats = set_loss_weights(batches, loss_type, model.config, state, trained, error)
+    losses = []
+    for batch in batches:
+        loss, aux_loss = model(parallel.local_batch(batch, state))
+        if loss.requires_grad:  # false for a batch of text alone when the text decoder is frozen
+            loss.backward()
+        losses.append(torch.stack((loss.detach(), aux_loss)))
+    if not stats.media:  # zero gradients of the dummy image would let the optimizer decay and move the vision encoder
+        for p in model.model.visual.parameters():
+            p.grad = None
 
-    def __init__(self, deadline: float, patience: float):
-        self.stop = self.save = False
-        self.deadline, self.patience = deadline, patience
-        self.idle = threading.Event()  # while no step is in hand
-        self._wakeup, written = os.pipe()
-        os.set_blocking(written, False)
-        signal.set_wakeup_fd(written, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, daemon=True).start()
-        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(name, self._handle)
+    trainable = [p for group in optimizer.param_groups for p in group["params"]]
+    loss, aux_loss = torch.stack(losses).sum(0) / state.world_size  # the loss weights carry this factor
+    square_sum = parallel.grad_square_sum(trainable, state)
+    loss, aux_loss, square_sum, *flags = state.sum(loss, aux_loss, square_sum, *read_flags())
+    grad_norm = math.sqrt(square_sum)
 
-    def _handle(self, number: int, frame) -> None:
-        self.save = True
-        self.stop = self.stop or number != signal.SIGUSR1
-        if self.stop:
-            common.stop_requested.set()
-
-    def _watch(self) -> None:
-        while os.read(self._wakeup, 1)[0] not in (signal.SIGTERM, signal.SIGINT):
-            pass
-        while self.idle.wait(self.patience):
-            time.sleep(1)
-        print(f"error: rank {os.environ.get('RANK', 0)}: asked to stop, and the step in hand has not ended in "
-              f"{self.patience / 60:g} minutes: look for a rank that died or hangs", file=sys.stderr, flush=True)
-        os._exit(1)
-
-    def poll(self) -> tuple[bool, bool]:
-        """(end now?, save now?) of this rank since the last call."""
-        stop, save = self.stop or time.monotonic() >= self.deadline, self.save
-        self.save = False
-        return stop, save
+    is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    if is_finite:
+        parallel.clip_gradients(trainable, grad_norm, clip_grad)
+        optimizer.step()
+    optimizer.zero_grad()
+    return StepResult(stats, loss, aux_loss, grad_norm, is_finite, [count > 0 for count in flags])
 
 
-# ---- the loop -------------------------------------------------------------------------------------------------------
-
-
-def train(
-    args: argparse.Namespace, model: Qwen3VL, optimizer: torch.optim.Optimizer, loader: data.Loader,
-    eval_loader: data.Loader | None, ranks: parallel.ParallelState, accumulation: int, start: int, start_up: StartUp,
+def train_loop(
+    model: Qwen3VL, optimizer: Optimizer, loader: data.Loader, state: ParallelState, metrics_log: MetricsLog,
+    writer: convert.CheckpointWriter, *, iterations: range, accumulation: int, loss_type: str, clip_grad: float,
+    schedule: Callable[[int], None], save_fn: Callable[[int, dict], None] | None, save_interval: int,
+    eval_fn: Callable[[], float | None] | None, eval_interval: int | None, profiler: contextlib.AbstractContextManager,
+    signals: common.StopSignals, start_time: float,
 ) -> None:
-    """Runs iterations start + 1 to --train-iters, saving and evaluating on the way."""
-    metrics_log = MetricsLog(args, ranks, start)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    trained = trainable_components(model)
-    minutes = args.exit_duration_in_mins or math.inf
-    signals = Signals(start_up.began + 60 * minutes, ranks.timeout.total_seconds())
-    saver = convert.CheckpointWriter(args.async_save, ranks.timeout)
-    skipped_in_a_row = 0
-    # closing: whatever happens here, the loader's worker processes end
-    with saver, profiler(args, ranks) as profile, contextlib.closing(iter(loader)) as stream:
-        for iteration in range(start + 1, args.train_iters + 1):
-            began = time.perf_counter()
-            signals.idle.clear()
-            batches = ranks.run_synced(lambda: [next(stream) for _ in range(accumulation)])
-            data_time = time.perf_counter() - began
-            totals = set_loss_weights(batches, args.loss_type, model.config, ranks, trained)
-            epoch = batches[-1].resume_state["epoch"]
-            ranks.run_synced(lambda: loader.check_bad_row_rate(totals.rows_read, totals.rows_bad, epoch))  # noqa: B023
-            set_learning_rates(args, optimizer, iteration - 1)
+    """Train for `iterations`, which count from 1, with `accumulation` micro-batches per step and rank.
 
-            losses = []
-            for batch in batches:
-                loss, aux_loss = model(ranks.take(batch))
-                if loss.requires_grad:  # not that of a text where the text decoder is frozen
-                    loss.backward()
-                losses.append(torch.stack((loss.detach(), aux_loss)))
-            if not totals.media:
-                model.drop_vision_gradients()
-            grad_norm = parallel.clip_grad_norm(trainable, args.clip_grad, ranks)
-            loss, aux_loss = torch.stack(losses).sum(0) / ranks.world  # the weights carry the number of ranks
-            loss, aux_loss, stop, save, failed = ranks.sum(loss, aux_loss, *signals.poll(), saver.failed())
-            signals.idle.set()
-            if failed:
-                saver.wait()
-
-            good = math.isfinite(loss) and math.isfinite(grad_norm)
-            if good:
-                optimizer.step()
-            optimizer.zero_grad()
-            skipped_in_a_row = 0 if good else skipped_in_a_row + 1
-            if not good:
-                report_bad_step(iteration, loss, grad_norm, batches, skipped_in_a_row)
-
-            kernels_npu.ops.synchronize()
-            step_time = time.perf_counter() - began
-            last, eval_loss, eval_error = iteration == args.train_iters, None, None
-            if eval_loader and not stop and (last or args.eval_interval and iteration % args.eval_interval == 0):
-                try:
-                    eval_loss = evaluate(model, eval_loader, ranks, args.eval_iters, signals)
-                except (UsageError, ValueError, OSError, common.PeerError) as e:
-                    eval_error = e  # on every rank: what was trained is saved first
-            metrics_log.write(
-                iteration=iteration, loss=loss, grad_norm=grad_norm, eval_loss=eval_loss, model_flops=totals.flops,
-                aux_loss=aux_loss if model.config.text.num_experts else None, lr=optimizer.param_groups[-1]["lr"],
-                consumed_samples=batches[-1].resume_state["consumed"], samples=totals.samples, tokens=totals.tokens,
-                supervised_tokens=totals.supervised_tokens, step_time_s=step_time,
-                data_time_s=data_time, skipped_samples=sum(totals.rows_bad), truncated_samples=totals.truncated,
-                skipped_iterations=int(not good),
+    `schedule`, `save_fn` and `eval_fn` are `set_learning_rates`, `save_iteration` and `evaluate` with their settings.
+    `start_time` is the time.monotonic() of the program's start.
+    """
+    bad_rows = None  # this rank's error about the latest step, which the next exchange reports to the other ranks
+    nonfinite_steps = 0  # in a row
+    # `closing` ends the loader's worker processes, whatever happens here
+    with writer, profiler as profile, contextlib.closing(iter(loader)) as stream:
+        for iteration in iterations:
+            start = time.perf_counter()
+            batches, error = fetch_batches(stream, accumulation, len(loader.dataset.paths))
+            data_time = time.perf_counter() - start
+            schedule(iteration - 1)
+            step = train_step(
+                model, optimizer, batches, state, loss_type=loss_type, clip_grad=clip_grad, error=bad_rows or error,
+                read_flags=lambda: (*signals.poll(), writer.failed()),
             )
-            if iteration == start + 1 and ranks.rank == 0:
-                start_up.done("first step")
-                log.info("first step done %s", start_up)
+            step_time = time.perf_counter() - start
+            stop, save_requested, save_failed = step.flags
+            stats, resume_state = step.stats, batches[-1].resume_state
+            if iteration == iterations.start and state.rank == 0:
+                log.info("first step done %.1f s after the start", time.monotonic() - start_time)
+            if save_failed:
+                writer.wait()  # raises on every rank
+            nonfinite_steps = 0 if step.is_finite else nonfinite_steps + 1
+            if nonfinite_steps:
+                report_nonfinite_step(iteration, step, batches, nonfinite_steps)
+            _, bad_rows = attempt(loader.check_bad_row_rate, stats.rows_read, stats.rows_bad, resume_state["epoch"])
+
+            # The metrics are written before the checkpoint, so that every saved iteration has its line.
+            metrics_log.write(
+                iteration=iteration, loss=step.loss, grad_norm=step.grad_norm, lr=optimizer.param_groups[-1]["lr"],
+                aux_loss=step.aux_loss if model.config.text.num_experts else None, samples=stats.samples,
+                tokens=stats.tokens, supervised_tokens=stats.supervised_tokens, model_flops=stats.flops,
+                step_time_s=step_time, data_time_s=data_time, consumed_samples=resume_state["consumed"],
+                skipped_samples=sum(stats.rows_bad), truncated_samples=stats.truncated,
+                skipped_iterations=int(not step.is_finite),
+            )
             if profile:
                 profile.step()
-            due = last or stop or save or eval_error or args.save_interval and iteration % args.save_interval == 0
-            if args.save and due:
-                save_iteration(args, iteration, model, optimizer, ranks, batches[-1].resume_state, saver)
-                signals.save = False  # one that came to this rank a little later than to others has been answered
-            if eval_error:
-                raise eval_error
+            is_last = iteration == iterations[-1]
+            should_save = is_last or stop or save_requested or save_interval and iteration % save_interval == 0
+            should_evaluate = is_last or eval_interval and iteration % eval_interval == 0
+            if save_fn and should_save:
+                save_fn(iteration, resume_state)
+                signals.save = False  # a signal that reached this rank later than the others is answered, too
+            eval_loss = None
+            if eval_fn and should_evaluate and not stop:
+                try:
+                    eval_loss = eval_fn()
+                except (*common.USER_ERRORS, common.PeerError):  # every rank raises: a held-out row cannot be used
+                    if save_fn and not should_save:
+                        save_fn(iteration, resume_state)
+                    raise
+            metrics_log.finish(eval_loss)
             if stop:
                 break
+    raise_together(bad_rows, state)
     metrics_log.close(iteration)
 
 
-def report_bad_step(iteration: int, loss: float, grad_norm: float, batches: list[data.Batch], in_a_row: int) -> None:
-    """Logs a step that is not applied; the tenth in a row raises InputError."""
+def attempt(action: Callable, *args) -> tuple[Any, Exception | None]:
+    """Return (the result of action(*args), None), or (None, the exception that it raised)."""
+    try:
+        return action(*args), None
+    except Exception as e:
+        return None, e
+
+
+def raise_together(error: Exception | None, state: ParallelState) -> None:
+    """Raise on every rank if any rank has an error: the first such rank its own, the others PeerError."""
+
+    def raise_error() -> None:
+        if error is not None:
+            raise error
+
+    state.run_synced(raise_error)
+
+
+def fetch_batches(stream: Iterator, count: int, num_files: int) -> tuple[list[data.Batch], Exception | None]:
+    """Return (the next micro-batches, None), or (an empty one, the error), with which this rank joins the exchange."""
+    batches, error = attempt(lambda: [next(stream) for _ in range(count)])
+    if error is not None:
+        batches = [data.collate([], rows_read=[0] * num_files, rows_bad=[0] * num_files)]
+    return batches, error
+
+
+def report_nonfinite_step(iteration: int, step: StepResult, batches: list[data.Batch], in_a_row: int) -> None:
+    """Log a step that was not applied; raise InputError for the tenth in a row."""
     sources = "; ".join(source for batch in batches for source in batch.sources[:8])
-    message = f"iteration {iteration}: loss {loss}, gradient norm {grad_norm}, not applied; this rank's rows: {sources}"
+    message = (f"iteration {iteration}: loss {step.loss}, gradient norm {step.grad_norm}, not applied; this rank's "
+               f"rows: {sources}")
     log.warning(message)
     if in_a_row >= 10:
         raise InputError(f"ten steps in a row were not finite, the last at {message}")
 
 
 @torch.no_grad()
-def evaluate(
-    model: Qwen3VL, loader: data.Loader, ranks: parallel.ParallelState, iters: int | None, signals: Signals
-) -> float | None:
-    """Mean negative log-likelihood of the supervised held-out tokens, of `iters` micro-batches a rank (None: all).
-    None if a signal asks for the end meanwhile."""
-    total, count = torch.zeros((), device=ranks.device), 0
-    stream = itertools.islice(loader, iters)
-    while (batch := ranks.run_synced(lambda: next(stream, None))) is not None:
-        if ranks.sum(signals.stop) != [0]:
-            parallel.reshard(model)
-            return None
-        batch.loss_weights = torch.ones(len(batch.input_ids))
-        batch = ranks.take(batch)
-        total += model(batch)[0]  # its aux_weight is 0
+def evaluate(model: Qwen3VL, loader: data.Loader, state: ParallelState, max_batches: int | None) -> float | None:
+    """Return the mean negative log-likelihood of the supervised held-out tokens, or None if a signal asks to stop.
+
+    Each rank evaluates `max_batches` micro-batches (None: all). A row that cannot be used raises on every rank.
+    """
+    total, count = torch.zeros((), device=state.device), 0
+    stream = itertools.islice(loader, max_batches)
+    while True:
+        batch, error = attempt(next, stream, None)
+        failed, ended, stop = state.sum(error is not None, batch is None, common.stop_requested.is_set())
+        if failed:
+            raise_together(error, state)
+        if ended or stop:
+            break
+        batch.loss_weights = torch.ones(len(batch.input_ids))  # and its aux_weight is 0
+        batch = parallel.local_batch(batch, state)
+        total += model(batch)[0]
         count += len(batch.supervised_index)
     parallel.reshard(model)
-    nll, tokens = ranks.sum(total, count)
-    return nll / max(1, tokens)
-
-
-def save_iteration(
-    args: argparse.Namespace, iteration: int, model: Qwen3VL, optimizer: torch.optim.Optimizer,
-    ranks: parallel.ParallelState, resume_state: dict, saver: convert.CheckpointWriter,
-) -> None:
-    """Saves everything that an exact resume needs: weights, optimizer, random states, the position in the data."""
-    state = {"iteration": iteration, "data": resume_state, "world": ranks.world}
-    if not args.no_save_rng:
-        state["rng"] = {
-            "torch": torch.get_rng_state(), "device": kernels_npu.ops.get_rng_state(),
-            "python": list(random.getstate()[1]), "numpy": np.random.get_state()[1].tolist(),
-        }
-    saver.save(args.save, iteration, model, None if args.no_save_optim else optimizer, state, args.save_retain)
-
-
-def resume(
-    args: argparse.Namespace, source: convert.CheckpointWeights, model: Qwen3VL, optimizer: torch.optim.Optimizer,
-    ranks: parallel.ParallelState,
-) -> tuple[int, dict | list[dict] | None]:
-    """Loads --load, as `open_weights` gave it. Returns (iterations done, position in the data, or the positions of the
-    ranks that saved it)."""
-    weights_only = args.finetune or args.no_load_optim
-    if not weights_only:
-        convert.load_optimizer(source, model, optimizer)
-    state = convert.load_trainer_state(source.path, ranks.rank)
-    if state is None or args.finetune:
-        return 0, None
-    rng, position, mine = state.get("rng"), state["data"], [ranks.dp_rank, ranks.dp_size]
-    try:
-        if rng and not args.no_load_rng and state.get("world") == ranks.world:
-            torch.set_rng_state(rng["torch"])
-            random.setstate((3, tuple(rng["python"]), None))
-            np.random.set_state(("MT19937", np.array(rng["numpy"], np.uint32), 624))
-            if rng["device"] is not None:
-                kernels_npu.ops.set_rng_state(rng["device"])
-        moved = position.get("rank_layout", mine) != mine
-    except Exception as e:  # each of them says it in its own way
-        raise InputError(f"{source.path}: its random state is damaged ({e}): give --no-load-rng, or take another "
-                         "checkpoint") from e
-    if moved:
-        position = convert.load_data_positions(source.path)  # packed rows, dealt to other ranks
-    return state["iteration"], position
-
-
-def profiler(args: argparse.Namespace, ranks: parallel.ParallelState):
-    """torch.profiler over the asked iterations, writing a Chrome trace to --profile-dir; without it, nothing."""
-    if not args.profile_dir or ranks.rank > 0:
-        return contextlib.nullcontext()
-    before, active = args.profile_step_start - 1, args.profile_step_end - args.profile_step_start + 1
-    warmup = min(1, before)
-    return torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=before - warmup, warmup=warmup, active=active, repeat=1),
-        on_trace_ready=torch.profiler.tensorboard_trace_handler(args.profile_dir),
-        record_shapes=True, profile_memory=True,
-    )
+    nll, tokens = state.sum(total, count)
+    return None if stop else nll / max(1, tokens)
 
 
 # ---- from the command line to the loop ------------------------------------------------------------------------------
 
 
-class StartUp:
-    """Where the time between the launch and the end of the first step goes, for the log."""
-
-    def __init__(self):
-        own = _age(os.getpid())
-        torchrun = _age(os.getppid()) - own if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
-        self.parts = {"torchrun": torchrun} if torchrun else {}
-        self.parts["imports"] = own
-        self.last = time.monotonic()
-        self.began = self.last - own  # of this process
-
-    def done(self, part: str) -> None:
-        """The time since the last call went into this part."""
-        now = time.monotonic()
-        self.parts[part], self.last = now - self.last, now
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.parts.items())
-        return f"{sum(self.parts.values()):.1f} s after the launch: {parts}"
-
-
-def _age(pid: int) -> float:
-    """Seconds since a process was started; 0 where the system does not say."""
-    try:
-        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except OSError:
-        return 0.0
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+def setup_data(args: argparse.Namespace, state: ParallelState) -> tuple[data.Loader, data.Loader | None]:
+    """Return the loaders of the training rows and of the held-out rows, if there are any."""
+    processor = data.Processor(args.init_from_hf_path, **data.media_limits(args))
+    settings = {
+        "micro_batch_size": args.micro_batch_size, "dp_rank": state.dp_rank, "dp_size": state.dp_size,
+        "seed": args.seed, "num_workers": args.num_workers, "on_bad_sample": args.on_bad_sample,
+        "options": data.encode_options(args), "pin_memory": kernels_npu.ops.is_accelerator,
+    }
+    paths = args.dataset.split(",")
+    if args.streaming:
+        dataset = data.RowStream(paths, args.dataset_dir, args.max_samples, args.shuffle_buffer or 1000)
+    else:
+        dataset = data.RowDataset(paths, args.dataset_dir, args.cache_dir, args.max_samples)
+    loader = data.Loader(dataset, processor, shuffle=args.shuffle, global_batch_size=args.global_batch_size,
+                         packing=args.packing, **settings)
+    if not args.eval_dataset:
+        return loader, None
+    held_out = data.RowDataset(args.eval_dataset.split(","), args.dataset_dir, args.cache_dir)
+    eval_loader = data.Loader(held_out, processor, shuffle=False, num_samples=len(held_out),
+                              global_batch_size=args.micro_batch_size * state.dp_size, **settings)
+    return loader, eval_loader
 
 
-RUN_LOCK = "run.lock"  # in a save directory; says which process holds it
+def setup_model(args: argparse.Namespace, config: Qwen3VLConfig, state: ParallelState) -> tuple[Qwen3VL, Source | None]:
+    """Return the model, sharded and allocated but not yet filled, and the weights to fill it with (None: random)."""
+    model = build_model(config, freezing_predicate(args))
+    if args.save:
+        state.run_synced(lambda: check_save_directory(Path(args.save), model, not args.no_save_optim))
+    source = state.run_synced(lambda: open_source(args.init_from_hf_path, args.init, args.load, model))
+    size = sum(p.numel() for p in model.parameters())
+    if not args.init_model_with_meta_device:
+        if size > 10e9:
+            raise UsageError(f"--no-init-model-with-meta-device: each process would hold all {size / 1e9:.0f}B "
+                             "parameters of the model; leave the flag out above 10B")
+        model.to_empty(device="cpu")
+    configure_model(model, state, **model_settings(args))
+    if args.init_model_with_meta_device:
+        model.to_empty(device=state.device)
+    else:
+        model.to(state.device)
+    return model, source
 
 
-@contextlib.contextmanager
-def run_lock(directory: Path) -> Iterator[None]:
-    """Keeps other runs out of a save directory. The lock is the system's own, on a file that stays: it ends with the
-    process that holds it, however that ends. Raises InputError while another run lives."""
-    with open(directory / RUN_LOCK, "a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as e:
-            file.seek(0)
-            raise InputError(f"--save {directory}: another run writes there, {file.read() or 'a process'}: end that "
-                             "one, or give another directory") from e
-        except OSError as e:
-            log.warning("--save %s: its file system has no locks (%s): see that no other run writes there", directory,
-                        e.strerror)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
-
-
-def prepare_directories(args: argparse.Namespace, ranks: parallel.ParallelState) -> contextlib.AbstractContextManager:
-    """Rank 0 makes the directories to write to. --save must not hold another run than the one that --load names.
-    Returns the lock on --save, which holds within its `with`."""
-    if ranks.rank > 0:
-        return contextlib.nullcontext()
-    for directory in (args.profile_dir, args.tensorboard_dir):
-        if directory:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-    if not args.save:
-        return contextlib.nullcontext()
-    save, load = Path(args.save), Path(args.load).resolve() if args.load else None
-    goes_on = load and save.resolve() == (load.parent if (load / ".metadata").exists() else load)
-    settings = {k: str(v) if isinstance(v, torch.dtype) else v for k, v in vars(args).items()}
-    try:
-        save.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            for name in (RUN_LOCK, "args.json", "metrics.jsonl", ".tmp_metrics.jsonl"):
-                if (save / name).is_symlink() or (save / name).exists() and not (save / name).is_file():
-                    raise InputError(f"--save {save}: {name} is no file of its own, and would be written to: remove it")
-            stack.enter_context(run_lock(save))  # before the rest: what is said of a living run's directory is not true
-            if (save / ".metadata").exists():
-                raise UsageError(f"--save {save} is an iteration: give the directory that it is in, or another")
-            if not goes_on and (any(save.glob("iter_*")) or (save / convert.TRACKER).exists()):
-                raise UsageError(f"--save {save} holds another run: give --load {save} to go on, or another directory")
-            log_file = save / "metrics.jsonl"
-            if not goes_on and log_file.exists() and log_file.stat().st_size:
-                raise UsageError(f"--save {save} holds the log of a run that saved no checkpoint: give another "
-                                 "directory, or remove it")
-            (save / "args.json").write_text(json.dumps(settings, indent=1) + "\n")
-            return stack.pop_all()
-    except OSError as e:
-        raise InputError(f"--save {save}: {e.filename or save} cannot be written ({e.strerror})") from e
-
-
-def check_save(args: argparse.Namespace, model: Qwen3VL, ranks: parallel.ParallelState) -> None:
-    """Before time goes into loading: whether this rank can write to --save, and there is room for what will be written.
-    Raises InputError without room for one checkpoint; with too little for all that will be there at once, warns."""
-    if not args.save:
-        return
-    save = Path(args.save)
-    if not (save / RUN_LOCK).exists() or not os.access(save, os.W_OK):
-        raise InputError(f"--save {save}: rank {ranks.rank} on {socket.gethostname()} does not see what rank 0 wrote, "
-                         "or cannot write there: it must be storage that every node shares")
-    if ranks.rank > 0:
-        return
-    without_state = set(COMPONENTS) if args.no_save_optim else frozen_components(args)
-    nbytes = sum(
-        4 * p.numel() * (1 if component_of(name) in without_state else 3) for name, p in model.named_parameters())
-    planned = math.ceil(args.train_iters / args.save_interval) if args.save_interval else 1
-    if args.save_retain:
-        planned = min(planned, args.save_retain + 1)  # the oldest goes when the newest is complete
-    needed = nbytes * max(1, planned - len(list(save.glob("iter_*"))))
-    free = shutil.disk_usage(save).free
-    if free < nbytes:
-        raise InputError(f"--save {save}: a checkpoint takes {nbytes / 1e9:.3g} GB, {free / 1e9:.3g} GB are free: make "
-                         "room, or give another directory")
-    if free < needed:
-        log.warning("--save %s: the checkpoints will take %.3g GB, %.3g GB are free: make room, or give a smaller "
-                    "--save-retain", save, needed / 1e9, free / 1e9)
-
-
-@contextlib.contextmanager
-def explain_errors(ranks: parallel.ParallelState) -> Iterator[None]:
-    """Makes one line of what is neither a mistake nor a bug: memory that is out, a worker that was killed, a rank that
-    does not answer. A bug's traceback goes with this rank's number and rows."""
-    try:
-        yield
-    except Exception as e:
-        text, rows = str(e).strip().partition("\n")[0], "; ".join(ranks.current_sources[:8])
-        if common.is_peer_failure(e):
-            if not isinstance(e, common.PeerError):
-                ranks.report_alive()
-            raise
-        if isinstance(e, common.USER_ERRORS):
-            raise
-        at_once = True
-        if re.search(r"DataLoader worker.*(is killed|exited unexpectedly)", text):
-            problem = f"{text}: if the system ran out of memory, give a smaller --num-workers"
-        elif isinstance(e, (MemoryError, torch.OutOfMemoryError)) or re.search("out of memory|n't allocate", text):
-            problem = (f"out of memory ({text or type(e).__name__}): give a smaller --micro-batch-size or "
-                       f"--seq-length, --recompute full, --activation-offload or more ranks; rows in hand: {rows}")
-        elif isinstance(e, RuntimeError) and re.search("[Tt]imed out|[Tt]imeout", text):
-            silent, at_once = ", ".join(map(str, ranks.unresponsive_ranks())), False  # all find it at the same time
-            problem = (f"a collective waited for {ranks.timeout.total_seconds() / 60:g} minutes "
-                       f"(--distributed-timeout-minutes); no sign of life from rank {silent or '(all gave one)'}")
-        else:
-            log.error("rank %d has failed, with these rows in hand: %s", ranks.rank, rows)
-            raise
-        mistake = InputError(f"rank {ranks.rank}: {problem}")
-        mistake.only_on_this_rank = at_once
-        raise mistake from e
-
-
-def main(argv: list[str]) -> None:
-    args = parse_args(argv)
-    if args.dry_run:
-        from tools.dry_run import dry_run  # which imports this file
-
-        return dry_run(args)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to save
-    start_up = StartUp()
-    ops = kernels_npu.select(args.device, args.compute_dtype, args.use_npu_fused_moe)
-    ranks = parallel.ParallelState(ops, args.distributed_timeout_minutes, cp=args.context_parallel_size,
-                           ep=args.expert_parallel_size, fsdp=args.fsdp_size)
-    args.global_batch_size, accumulation = batch_sizes(args, ranks.dp_size)
-    start_up.done("ranks")
-    with explain_errors(ranks), ranks.run_synced(lambda: prepare_directories(args, ranks)):
-        run(args, ranks, accumulation, start_up)
-    ranks.close()
-
-
-def run(args: argparse.Namespace, ranks: parallel.ParallelState, accumulation: int, start_up: StartUp) -> None:
-    """Makes everything that training needs, and trains."""
-    ops, say = kernels_npu.ops, log.info if ranks.rank == 0 else (lambda *_: None)
+def setup(
+    args: argparse.Namespace, state: ParallelState, accumulation: int, start_time: float
+) -> Callable[[], None] | None:
+    """Make everything that training needs; return `train_loop` with its arguments, or None if nothing is left to do."""
+    ops, log_rank0 = kernels_npu.ops, log.info if state.rank == 0 else (lambda *_: None)
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
 
     config = Qwen3VLConfig.from_json(args.init_from_hf_path)
-    processor = data.Processor(args.init_from_hf_path, **data.media_limits(args))
-    read = {"dataset_dir": args.dataset_dir, "cache_dir": args.cache_dir}
-    paths = args.dataset.split(",")
-    if args.streaming:
-        dataset = data.RowStream(paths, args.dataset_dir, args.max_samples, args.shuffle_buffer or 1000)
-    else:
-        dataset = data.RowDataset(paths, max_samples=args.max_samples, **read)
-    layout = {"dp_rank": ranks.dp_rank, "dp_size": ranks.dp_size, "seed": args.seed, "num_workers": args.num_workers,
-              "on_bad_sample": args.on_bad_sample, "options": data.encode_options(args),
-              "micro_batch_size": args.micro_batch_size}
-    loader = data.Loader(dataset, processor, shuffle=args.shuffle, global_batch_size=args.global_batch_size,
-                         packing=args.packing, **layout)
-    if args.train_iters is None:
-        args.train_iters = max(1, math.ceil(round(args.train_epochs * loader.epoch_size() / args.global_batch_size, 6)))
-    dtype = args.compute_dtype or ops.compute_dtype
-    start_up.done("data")
+    loader, eval_loader = setup_data(args, state)
+    train_iters = args.train_iters
+    if train_iters is None:
+        steps = args.train_epochs * loader.epoch_size() / args.global_batch_size
+        train_iters = max(1, math.ceil(round(steps, 6)))
+    log_rank0(f"device: {ops.device}, {state.world_size} rank(s) over {ops.distributed_backend}, compute in "
+              f"{args.compute_dtype or ops.compute_dtype}")
+    log_rank0("operations: " + ", ".join(f"{name} {owner}" for name, owner in ops.implementations().items())
+              + f"; attention: text {args.text_attn_implementation or ops.default_attention}, "
+              f"vision {args.vision_attn_implementation or ops.default_attention}"
+              + "".join(f"; {name} {value}" for name, value in ops.settings.items()))
 
-    say(f"device: {ops.device}, {ranks.world} rank(s) over {ops.distributed_backend}, compute in {dtype}")
-    say("operations: " + ", ".join(f"{name} {owner}" for name, owner in ops.implementations().items())
-        + f"; attention: text {args.text_attn_implementation or ops.default_attention}, "
-        f"vision {args.vision_attn_implementation or ops.default_attention}"
-        + "".join(f"; {name} {value}" for name, value in ops.settings.items()))
-    with torch.device("meta"):
-        model = Qwen3VL(config)
-    ranks.run_synced(lambda: check_save(args, model, ranks))
-    source = ranks.run_synced(lambda: open_weights(args, model))
-    model = build_model(args, model, ranks, dtype, source)
-    for tower, (total, trainable) in parameter_table(model.named_parameters()).items():
-        say(f"{tower:17} {total:15,d} parameters, {trainable:15,d} trainable")
-    optimizer = make_optimizer(args, model)
-    start, position = 0, None
-    if args.load:  # together: damage may lie in one rank's slices
-        start, position = ranks.run_synced(lambda: resume(args, source, model, optimizer, ranks))
-        if ranks.sum(start) != [ranks.world * start]:
-            raise InputError(f"{source.path}: its trainer states are of several iterations: take another checkpoint")
-    start_up.done("model and weights")
-    if start >= args.train_iters:
-        say(f"{args.load} is at iteration {start} of {args.train_iters}: nothing to do")
-        return
+    model, source = setup_model(args, config, state)
+    for component, (total, trainable) in parameter_table(model.named_parameters()).items():
+        log_rank0(f"{component:17} {total:15,d} parameters, {trainable:15,d} trainable")
+    optimizer = make_optimizer(model, **optimizer_settings(args))
+    # synced, because damage may lie in one rank's slices only
+    start, loader.resume_state = state.run_synced(lambda: load_initial_state(
+        model, optimizer, source, state, seed=args.seed, finetune=args.finetune, load_optim=not args.no_load_optim,
+        load_rng=not args.no_load_rng,
+    ))
+    if start >= train_iters:
+        log_rank0(f"{args.load} is at iteration {start} of {train_iters}: nothing to do")
+        return None
+    if start and args.save and state.rank == 0 and (Path(args.save) / f"iter_{start:07d}").exists():
+        # The run may resume from an earlier iteration than its latest. If it dies before it saves, the next resume must
+        # not continue from the abandoned iterations.
+        convert.write_tracker(Path(args.save), str(start))
 
-    loader.resume_state = position
-    eval_loader = None
-    if args.eval_dataset:
-        held_out = data.RowDataset(args.eval_dataset.split(","), **read)
-        eval_loader = data.Loader(held_out, processor, shuffle=False, num_samples=len(held_out),
-                                  global_batch_size=args.micro_batch_size * ranks.dp_size, **layout)
-    say(f"{args.train_iters} iterations of {args.global_batch_size} {'packed rows' if args.packing else 'samples'}, "
-        f"{accumulation} micro-batch(es) a rank, loss {args.loss_type}")
-    train(args, model, optimizer, loader, eval_loader, ranks, accumulation, start, start_up)
+    warmup_iters = args.lr_warmup_iters
+    if args.lr_warmup_fraction is not None:
+        warmup_iters = round(args.lr_warmup_fraction * train_iters)
+    writer = convert.CheckpointWriter(args.async_save, state.timeout)
+    save_fn = eval_fn = None
+    if args.save:
+        save_fn = functools.partial(
+            save_iteration, writer=writer, directory=args.save, model=model, state=state, save_rng=not args.no_save_rng,
+            optimizer=None if args.no_save_optim else optimizer, retain=args.save_retain,
+        )
+    if eval_loader:
+        eval_fn = functools.partial(evaluate, model, eval_loader, state, args.eval_iters)
+    metrics_log = MetricsLog(
+        state, start, save=args.save, tensorboard_dir=args.tensorboard_dir, log_interval=args.log_interval,
+        train_iters=train_iters, global_batch_size=args.global_batch_size,
+        packed_length=args.seq_length if args.packing else None,
+        loss_name=getattr(model.lm_head.loss_fn, "log_name", "lm loss"),  # another loss function may have a name
+    )
+    log_rank0(f"{train_iters} iterations of {args.global_batch_size} {'packed rows' if args.packing else 'samples'}, "
+              f"{accumulation} micro-batch(es) per rank, loss {args.loss_type}")
+    schedule = functools.partial(
+        set_learning_rates, optimizer, train_iters=train_iters, warmup_iters=warmup_iters,
+        decay_style=args.lr_decay_style, min_lr=args.min_lr,
+    )
+    profiler = make_profiler(
+        args.profile_dir if state.rank == 0 else None, args.profile_step_start, args.profile_step_end
+    )
+    return functools.partial(
+        train_loop, model, optimizer, loader, state, metrics_log, writer, iterations=range(start + 1, train_iters + 1),
+        accumulation=accumulation, loss_type=args.loss_type, clip_grad=args.clip_grad, schedule=schedule,
+        save_fn=save_fn, save_interval=args.save_interval, eval_fn=eval_fn, eval_interval=args.eval_interval,
+        profiler=profiler, start_time=start_time,
+        signals=common.StopSignals(start_time + 60 * (args.exit_duration_in_mins or math.inf)),
+    )
+
+
+def main(argv: list[str]) -> None:
+    start_time = time.monotonic()
+    args = parse_args(argv)
+    if args.dry_run:
+        from tools.dry_run import dry_run  # which imports this file, a second time if it runs as __main__
+
+        return dry_run(args)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to save
+    ops = kernels_npu.select(args.device, args.compute_dtype, args.use_npu_fused_moe)
+    state = ParallelState(ops, args.distributed_timeout_minutes, cp=args.context_parallel_size,
+                          ep=args.expert_parallel_size, fsdp=args.fsdp_size)
+    args.global_batch_size, accumulation = batch_sizes(args.micro_batch_size, args.global_batch_size, state.dp_size)
+
+    def prepare_directories() -> None:
+        """Create the output directories on rank 0, and hold the lock on --save until the run ends."""
+        if state.rank > 0:
+            return
+        for directory in (args.profile_dir, args.tensorboard_dir):
+            if directory:
+                Path(directory).mkdir(parents=True, exist_ok=True)
+        if args.save:
+            stack.enter_context(claim_save_directory(Path(args.save), args.load, vars(args)))
+
+    with common.explain_errors(state), contextlib.ExitStack() as stack:
+        state.run_synced(prepare_directories)
+        train = setup(args, state, accumulation, start_time)
+        if train is not None:
+            train()
+    state.close()
 
 
 if __name__ == "__main__":
     status = common.run_program(main, sys.argv[1:])
     sys.stdout.flush()
     if status == 0:
-        os._exit(0)  # all is written; now and then gloo's threads abort a process that ends the long way
+        os._exit(0)  # everything is written; gloo's threads sometimes abort a process that exits normally
     sys.exit(status)

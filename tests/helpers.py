@@ -1,4 +1,4 @@
-"""What several test files share: subprocesses, ranks without torchrun, and the files of a run."""
+"""Helpers of several test files: subprocesses, ranks without torchrun, and the flags and files of a run."""
 from __future__ import annotations
 
 import json

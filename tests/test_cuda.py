@@ -95,7 +95,7 @@ def test_train_recompute_and_offload_equal_plain(folder, tmp_path, model):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_train_batches_are_pinned(folder, tmp_path, monkeypatch, workers):
-    """What the loader made is in pinned memory when it is copied to the device; loss weights are made later."""
+    """The loader's tensors are in pinned memory when they are copied to the device. Loss weights are made later."""
     to, pageable, copied = data.Batch.to, set(), []
 
     def recorded(batch: data.Batch, device) -> data.Batch:

@@ -113,7 +113,9 @@ def test_script_flags_fit_train(folder, name):
     nodes, per_node = (int(command[command.index(flag) + 1]) for flag in ("--nnodes", "--nproc-per-node"))
     devices = nodes * per_node
     assert devices == DEVICES[name]
-    assert train.batch_sizes(args, devices // args.context_parallel_size) == (devices, 1)  # no accumulation
+    dp_size = devices // args.context_parallel_size
+    samples, accumulation = train.batch_sizes(args.micro_batch_size, args.global_batch_size, dp_size)
+    assert (samples, accumulation) == (devices, 1)
     # 128 experts are divided over the ranks that share them, their inner sizes (768 and 1536) over the rest
     assert devices % args.expert_parallel_size == 0 and 128 % args.expert_parallel_size == 0
     assert 768 % (devices // args.expert_parallel_size) == 0
@@ -199,7 +201,7 @@ def test_script_missing_files(folder):
 
 @pytest.mark.parametrize("home", [".", "latest"])
 def test_script_sources_cann(folder, home, tmp_path):
-    """As CANN's own, this set_env.sh reads variables that are not set and ends with a status other than 0."""
+    """Source a set_env.sh that, like CANN's own, reads unset variables and ends with a status other than 0."""
     (tmp_path / "latest").mkdir()
     (tmp_path / "set_env.sh").write_text('export LD_LIBRARY_PATH=/cann:$NOT_SET_AT_ALL\necho sourced >&2\nfalse\n')
     result = run_script(folder, "finetune_8b", ASCEND_TOOLKIT_HOME=tmp_path / home)

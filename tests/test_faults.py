@@ -567,7 +567,7 @@ def test_resume_damaged_checkpoint(folder, tmp_path, reference_run):
             apply(save / "iter_0000004" / name)
             status, stderr = run_in_process([*fault_argv(folder, save, iters=6), "--load", str(save)])
             errors = error_lines(stderr)
-            named = "iter_0000004" if (name, kind) == (".metadata", "missing") else f"iter_0000004/{name}: "
+            named = "iter_0000004" if (name, kind) == (".metadata", "missing") else f"iter_0000004/{name}"
             assert status == 1 and len(errors) == 1 and named in errors[0], (name, kind, stderr)
             assert "Traceback" not in stderr
             count_fault("the newest checkpoint damaged")

@@ -1,7 +1,7 @@
-"""train.py against transformers' model in a plain PyTorch loop, and against itself.
+"""Compare train.py with transformers' model in a plain PyTorch loop, and with itself.
 
-Six steps of AdamW give the reference's losses and gradient norms to 1e-4: float32 rounding differs by 1e-6 in the first
-step, and Adam's division by the root of small second moments lets it grow to some 1e-5 in six.
+Losses and gradient norms of six AdamW steps agree to 1e-4. Rounding in float32 differs by 1e-6 in the first step, and
+dividing by the root of small second moments lets the difference grow to about 1e-5 in six steps.
 """
 from __future__ import annotations
 
@@ -14,26 +14,40 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
+from helpers import (
+    ROOT,
+    assert_same_weights,
+    error_lines,
+    read_metrics,
+    run_job,
+    shell,
+    torchrun,
+    train_argv,
+    weights,
+    without_timings,
+)
 from PIL import Image
 
 import common
+import convert
 import data
 import train
-from model import COMPONENTS, component_of
+from model import COMPONENTS, component_of, weighted_cross_entropy
 
-ROOT = Path(__file__).parent.parent
 MODELS = {"dense": tiny.config_dict(), "moe": tiny.config_dict(moe=True), "tied": tiny.config_dict(tied=True)}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Models and rows: text.json, pictures.json, mixed.jsonl."""
+    """Return a directory of models and rows: text.json, images.json, mixed.jsonl."""
     path = tmp_path_factory.mktemp("train")
     for name, raw in MODELS.items():
         tiny.hf_dir(path / name, raw, tiny.hf_model(raw))
@@ -47,63 +61,50 @@ def folder(tmp_path_factory) -> Path:
         text = [" ".join(rng.choice(words, rng.integers(1, 7))) for _ in range(2 * turns)]
         return [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(text)]
 
-    def with_pictures(messages: list[dict], *numbers: int) -> dict:
+    def with_images(messages: list[dict], *numbers: int) -> dict:
         messages[0]["content"] = "<image>" * len(numbers) + messages[0]["content"]
         return {"messages": messages, "images": [f"{n}.png" for n in numbers]}
 
     text = [{"messages": talk(1 + i % 3)} for i in range(10)]
-    pictures = [with_pictures(talk(1 + i % 2), *range(i % 3, i % 3 + 1 + i % 2)) for i in range(10)]
+    images = [with_images(talk(1 + i % 2), *range(i % 3, i % 3 + 1 + i % 2)) for i in range(10)]
     (path / "text.json").write_text(json.dumps(text))
-    (path / "pictures.json").write_text(json.dumps(pictures))
-    mixed = [row for pair in zip(text, pictures, strict=True) for row in pair]
+    (path / "images.json").write_text(json.dumps(images))
+    mixed = [row for pair in zip(text, images, strict=True) for row in pair]
     (path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))
     return path
 
 
-@pytest.fixture(autouse=True)
-def leave_the_process_as_it_was():
-    """A run in this process sets signal handlers, and one that ends in an error leaves its process group."""
-    names = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = [signal.getsignal(n) for n in names]
-    yield
-    for n, handler in zip(names, before, strict=True):
-        signal.signal(n, handler)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def run(folder: Path, save: Path, *flags, model="moe", dataset="mixed.jsonl", iters=6) -> list[dict]:
-    """train.py in this process; the objects of metrics.jsonl."""
-    train.main(["--init-from-hf-path", str(folder / model), "--dataset", str(folder / dataset), "--save", str(save),
-                "--train-iters", str(iters), "--device", "cpu", "--lr", "1e-3", "--no-shuffle", "--num-workers", "0",
-                *map(str, flags)])
+    """Run train.py in this process and return the objects of metrics.jsonl."""
+    train.main(train_argv(folder / model, folder / dataset, save, *flags, iters=iters))
     return read_metrics(save)
 
 
-def read_metrics(save: Path) -> list[dict]:
-    return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
-
-
-def shell(*argv, **kwargs) -> subprocess.CompletedProcess:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, env=env, capture_output=True, text=True,
-                          timeout=120, **kwargs)
+def fails(argv: list, capsys) -> tuple[int, str]:
+    """Run train.py in this process; return its exit status and its one error line."""
+    status = common.run_program(train.main, list(map(str, argv)))
+    stderr = capsys.readouterr().err
+    assert "Traceback" not in stderr
+    (error,) = error_lines(stderr)
+    return status, error
 
 
 def reference(folder: Path, model: str, dataset: str, *, micro=1, accumulation=1, loss_type="default", iters=6, lr=1e-3,
               lrs=None, weight_decay=0.0, clip=1.0, warmup=0, aux_coef=0.0, frozen=(), options=None,
               packed=None) -> list[tuple]:
-    """(loss, gradient norm, learning rate) of each step of transformers' model, one sample to a forward; `packed` has
-    the numbers of the samples in each micro-batch of one step after the other."""
+    """Return (loss, gradient norm, learning rate) of each step of transformers' model, one sample per forward.
+
+    `packed` lists the samples of each micro-batch, of all steps.
+    """
     hf = tiny.hf_model(MODELS[model])
     processor = data.Processor(folder / model)
     rows = data.RowDataset([str(folder / dataset)])
     groups = []
-    for tower in COMPONENTS:
-        params = [p for n, p in hf.named_parameters() if component_of(n) == tower]
+    for component in COMPONENTS:
+        params = [p for n, p in hf.named_parameters() if component_of(n) == component]
         for p in params:
-            p.requires_grad_(tower not in frozen)
-        groups.append({"params": params, "max_lr": (lrs or {}).get(tower, lr)})
+            p.requires_grad_(component not in frozen)
+        groups.append({"params": params, "max_lr": (lrs or {}).get(component, lr)})
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
     out = []
     for step in range(iters):
@@ -115,7 +116,7 @@ def reference(folder: Path, model: str, dataset: str, *, micro=1, accumulation=1
         micro_batches = [range(i, i + micro) for i in range(step * size, (step + 1) * size, micro)]
         if packed:
             micro_batches = packed[step * accumulation : (step + 1) * accumulation]
-        samples, counts = [], []  # the latter of supervised tokens: each sample's, its micro-batch's
+        samples, counts = [], []  # counts of supervised tokens: (the sample's, its micro-batch's)
         for numbers in micro_batches:
             for i in numbers:
                 row, source, media = rows[i % len(rows)]
@@ -145,11 +146,11 @@ def reference(folder: Path, model: str, dataset: str, *, micro=1, accumulation=1
 
 CASES = {
     "dense text": ("dense", "text.json", [], {}),
-    "dense pictures": ("dense", "pictures.json", ["--loss-chunk-size", 7], {}),
+    "dense images": ("dense", "images.json", ["--loss-chunk-size", 7], {}),
     "tied mixed, accumulation, per token": (
         "tied", "mixed.jsonl", ["--micro-batch-size", 2, "--global-batch-size", 6, "--loss-type", "per_token"],
         {"micro": 2, "accumulation": 3, "loss_type": "per_token"}),
-    "moe pictures, recompute": ("moe", "pictures.json", ["--recompute", "full", "--loss-chunk-size", 1], {}),
+    "moe images, recompute": ("moe", "images.json", ["--recompute", "full", "--loss-chunk-size", 1], {}),
     "moe text, warm-up, no clipping": (
         "moe", "text.json", ["--lr-warmup-iters", 2, "--clip-grad", 0], {"warmup": 2, "clip": 0}),
     "moe mixed, accumulation, per sample, recompute": (
@@ -158,15 +159,15 @@ CASES = {
     "moe mixed, default over uneven micro-batches": (
         "moe", "mixed.jsonl", ["--micro-batch-size", 2, "--global-batch-size", 4, "--loss-chunk-size", 0],
         {"micro": 2, "accumulation": 2}),
-    "moe pictures, auxiliary loss": (
-        "moe", "pictures.json", ["--router-aux-loss-coef", 0.1, "--global-batch-size", 2],
+    "moe images, auxiliary loss": (
+        "moe", "images.json", ["--router-aux-loss-coef", 0.1, "--global-batch-size", 2],
         {"aux_coef": 0.1, "accumulation": 2}),
-    "dense mixed, a rate for each tower, weight decay": (
+    "dense mixed, a learning rate per component, weight decay": (
         "dense", "mixed.jsonl", ["--vision-lr", 1e-4, "--projector-lr", 5e-4, "--weight-decay", 0.1,
                                  "--text-attn-implementation", "eager", "--vision-attn-implementation", "eager"],
         {"lrs": {"vision encoder": 1e-4, "vision projector": 5e-4}, "weight_decay": 0.1}),
-    "moe pictures, only the projector trains": (
-        "moe", "pictures.json", ["--freeze-vision-encoder", "--freeze-text-decoder"],
+    "moe images, only the projector trains": (
+        "moe", "images.json", ["--freeze-vision-encoder", "--freeze-text-decoder"],
         {"frozen": ("vision encoder", "text decoder")}),
     "dense mixed, prompt supervised": (
         "dense", "mixed.jsonl", ["--train-on-prompt", "--no-init-model-with-meta-device"],
@@ -175,7 +176,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_six_steps_equal_transformers(folder, tmp_path, case):
+def test_train_equals_transformers(folder, tmp_path, case):
     model, dataset, flags, settings = CASES[case]
     metrics = run(folder, tmp_path, *flags, model=model, dataset=dataset)
     expected = reference(folder, model, dataset, **settings)
@@ -187,8 +188,8 @@ def test_six_steps_equal_transformers(folder, tmp_path, case):
 
 
 @pytest.mark.parametrize("loss_type", ["default", "per_sample", "per_token"])
-def test_packed_rows_equal_their_samples_one_by_one(folder, tmp_path, loss_type):
-    """Two packed rows a step, of pictures, videos and text, against transformers' model on each sample alone."""
+def test_train_packed_rows_equal_transformers(folder, tmp_path, loss_type):
+    """Compare two packed rows per step with transformers' model on each sample alone."""
     model, dataset = "moe", "mixed.jsonl"
     flags = ["--packing", "--seq-length", 300, "--global-batch-size", 2, "--loss-type", loss_type]
     metrics = run(folder, tmp_path, *flags, model=model, dataset=dataset)
@@ -207,8 +208,8 @@ def test_packed_rows_equal_their_samples_one_by_one(folder, tmp_path, loss_type)
 
 
 @pytest.mark.parametrize("reading", ["", "--streaming", "--packing", "--packing --streaming"])
-def test_epochs(folder, tmp_path, reading):
-    """An epoch's samples are known, its packed rows judged by lengths; the last of them is what is left."""
+def test_train_epochs(folder, tmp_path, reading):
+    """The samples of an epoch are counted; its packed rows are estimated from their lengths."""
     rows = data.RowDataset([str(folder / "text.json")])
     train.main(["--init-from-hf-path", str(folder / "dense"), "--dataset", str(folder / "text.json"), "--save",
                 str(tmp_path), "--device", "cpu", "--train-epochs", "2", "--num-workers", "0", "--seq-length", "300",
@@ -221,46 +222,32 @@ def test_epochs(folder, tmp_path, reading):
         assert used == len(metrics) == 2 * len(rows)
 
 
-def weights(save: Path) -> dict[str, torch.Tensor]:
-    import convert
-    directory = convert.find_checkpoint(save)
-    source = convert.CheckpointWeights(directory)
-    return {n: source.read(n, (0,) * len(shape), tuple(shape)) for n, (_, shape) in source.tensors.items()}
-
-
-def assert_same_weights(a: Path, b: Path):
-    a, b = weights(a), weights(b)
-    assert a.keys() == b.keys()
-    assert not [name for name in a if not torch.equal(a[name], b[name])]
-
-
 @pytest.mark.parametrize("workers, reading", [
     (2, ""), (2, "--streaming --shuffle-buffer 4"), (2, "--packing --seq-length 160"),
     (2, "--packing --streaming --seq-length 160"), (0, "--packing --streaming --seq-length 160"),
 ])
-def test_a_resumed_run_is_the_uninterrupted_one(folder, tmp_path, workers, reading):
-    """Bit for bit: losses, weights and optimizer state, with shuffling over an epoch's end and accumulation."""
+def test_resume_equals_uninterrupted_run(folder, tmp_path, workers, reading):
+    """Losses, weights and optimizer state are equal bit for bit, over an epoch's end and with accumulation."""
     flags = ["--shuffle", "--global-batch-size", 4, "--num-workers", workers, "--seed", 3, *reading.split()]
-    whole = run(folder, tmp_path / "whole", *flags, iters=8)
+    run(folder, tmp_path / "full", *flags, iters=8)
     run(folder, tmp_path / "parts", *flags, "--save-interval", 3, iters=8)
-    for last in (8, 6):  # as if the run had died between iteration 3's checkpoint and iteration 6's
+    for last in (8, 6):  # as if the run had died after iteration 3's checkpoint and before iteration 6's
         (tmp_path / "parts" / f"iter_{last:07d}").rename(tmp_path / f"gone{last}")
     (tmp_path / "parts" / "latest_checkpointed_iteration.txt").write_text("3")
     resumed = run(folder, tmp_path / "parts", *flags, "--load", tmp_path / "parts", iters=8)
     assert [m["iteration"] for m in resumed] == list(range(1, 9))
-    timeless = [{k: v for k, v in m.items() if not k.endswith("_s")} for m in resumed]
-    assert timeless == [{k: v for k, v in m.items() if not k.endswith("_s")} for m in whole]
-    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    assert without_timings(tmp_path / "parts") == without_timings(tmp_path / "full")
+    assert_same_weights(tmp_path / "full", tmp_path / "parts")
 
 
-def test_resuming_a_finished_run_says_so(folder, tmp_path, caplog):
+def test_resume_finished_run(folder, tmp_path, caplog):
     run(folder, tmp_path, iters=2)
     caplog.set_level("INFO")
     run(folder, tmp_path, "--load", tmp_path, iters=2)
     assert "nothing to do" in caplog.text
 
 
-def test_finetune_takes_the_weights_only(folder, tmp_path):
+def test_finetune_loads_weights_only(folder, tmp_path):
     run(folder, tmp_path / "a", iters=2)
     metrics = run(folder, tmp_path / "b", "--load", tmp_path / "a", "--finetune", iters=1)
     assert [m["iteration"] for m in metrics] == [1]
@@ -268,7 +255,7 @@ def test_finetune_takes_the_weights_only(folder, tmp_path):
     assert metrics[0]["loss"] < first[0]["loss"]  # the same row, after two steps of training
 
 
-def test_without_optimizer_or_random_state(folder, tmp_path):
+def test_resume_without_optimizer_and_rng(folder, tmp_path):
     run(folder, tmp_path / "a", "--no-save-optim", "--no-save-rng", iters=2)
     assert not [n for n in weights(tmp_path / "a") if n.startswith("optimizer.")]
     state = torch.load(tmp_path / "a" / "iter_0000002" / "trainer_state_rank_00000.pt", weights_only=True)
@@ -277,7 +264,8 @@ def test_without_optimizer_or_random_state(folder, tmp_path):
     assert [m["iteration"] for m in metrics] == [1, 2, 3]
 
 
-def test_frozen_towers_do_not_move_and_the_table_says_so(folder, tmp_path, caplog):
+def test_freeze_flags(folder, tmp_path, caplog):
+    """Frozen components keep their weights, and the log's table counts no trainable parameters in them."""
     caplog.set_level("INFO")
     run(folder, tmp_path, "--freeze-vision-encoder", "--freeze-vision-projector", iters=2)
     table = [line for line in caplog.messages if "trainable" in line]
@@ -286,13 +274,24 @@ def test_frozen_towers_do_not_move_and_the_table_says_so(folder, tmp_path, caplo
     after = weights(tmp_path)
     for name, value in start.items():
         assert torch.equal(value, after[name]) == (".visual." in name), name
-    for tower in COMPONENTS:
-        size = sum(v.numel() for k, v in start.items() if component_of(k) == tower)
-        assert rows[tower] == [f"{size:,}", f"{size if tower == 'text decoder' else 0:,}"]
+    for component in COMPONENTS:
+        size = sum(v.numel() for k, v in start.items() if component_of(k) == component)
+        assert rows[component] == [f"{size:,}", f"{size if component == 'text decoder' else 0:,}"]
 
 
-def test_held_out_loss_is_every_row_once(folder, tmp_path):
-    """Mean over the supervised tokens of all held-out rows, also where micro-batches do not divide them."""
+def test_freezing_by_name(folder, tmp_path, monkeypatch):
+    """Any predicate over names can freeze: only the layer norms of the text decoder train here."""
+    monkeypatch.setattr(train, "freezing_predicate", lambda args: lambda name: "layernorm" not in name)
+    run(folder, tmp_path, iters=1)
+    start = {k: tiny.our_layout(k, v) for k, v in tiny.hf_model(MODELS["moe"]).state_dict().items()}
+    after = weights(tmp_path)
+    moved = {name for name, value in start.items() if not torch.equal(value, after[name])}
+    assert moved == {name for name in start if "layernorm" in name}
+    assert {name.partition(".exp_avg.")[2] for name in after if ".exp_avg." in name} == moved
+
+
+def test_evaluate_uses_each_row_once(folder, tmp_path):
+    """The loss is the mean over all supervised held-out tokens, also if micro-batches do not divide the rows."""
     metrics = run(folder, tmp_path, "--eval-dataset", folder / "text.json", "--eval-interval", 2,
                   "--micro-batch-size", 3, "--lr", 0, iters=3)
     assert [m["eval_loss"] is None for m in metrics] == [True, False, False]
@@ -306,10 +305,10 @@ def test_held_out_loss_is_every_row_once(folder, tmp_path):
         total += torch.nn.functional.cross_entropy(logits, sample.labels, ignore_index=-100, reduction="sum").item()
         count += int((sample.labels != -100).sum())
     assert metrics[1]["eval_loss"] == pytest.approx(total / count, rel=1e-5)
-    assert metrics[2]["eval_loss"] == metrics[1]["eval_loss"]  # and evaluation leaves training alone
+    assert metrics[2]["eval_loss"] == metrics[1]["eval_loss"]  # evaluation does not change the training
 
 
-def test_random_weights_train(folder, tmp_path):
+def test_train_from_random_weights(folder, tmp_path):
     (folder / "bare").mkdir(exist_ok=True)
     for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
         (folder / "bare" / name).write_bytes((folder / "moe" / name).read_bytes())
@@ -321,15 +320,15 @@ def test_random_weights_train(folder, tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--freeze-text-decoder", "--freeze-vision-encoder", "--freeze-vision-projector"])
-def test_a_frozen_tower_and_steps_without_pictures(folder, tmp_path, flag):
-    """With the text decoder frozen a step of text alone has no gradient at all: norm 0, and nothing moves."""
-    metrics = run(folder, tmp_path, flag, iters=2)  # a row of text, then one with a picture
+def test_freeze_flags_and_steps_without_images(folder, tmp_path, flag):
+    """With a frozen text decoder, a step of text alone has no gradient: its norm is 0."""
+    metrics = run(folder, tmp_path, flag, iters=2)  # a row of text, then one with an image
     assert (metrics[0]["grad_norm"] == 0) == (flag == "--freeze-text-decoder")
     assert metrics[1]["grad_norm"] > 0
 
 
-def test_bf16_keeps_float32_parameters(folder, tmp_path):
-    """bf16 has 8 bits: a loss near 6 is right to some 1 %; what is stored, and Adam's state, stay float32."""
+def test_train_bf16_keeps_float32_parameters(folder, tmp_path):
+    """bf16 has 8 bits, so a loss near 6 is accurate to about 1 %. Stored weights and AdamW's state are float32."""
     exact = run(folder, tmp_path / "fp32", "--loss-type", "per_token", iters=2)
     metrics = run(folder, tmp_path / "bf16", "--bf16", "--loss-type", "per_token", iters=2)
     assert metrics[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.02)
@@ -337,13 +336,13 @@ def test_bf16_keeps_float32_parameters(folder, tmp_path):
     assert {v.dtype for v in weights(tmp_path / "bf16").values()} == {torch.float32}
 
 
-def test_metrics_and_log_line(folder, tmp_path, capsys):
+def test_metrics_log(folder, tmp_path, capsys):
     metrics = run(folder, tmp_path, "--micro-batch-size", 2, "--global-batch-size", 4, "--log-interval", 2,
                   "--seq-length", 90, iters=5)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" iteration")]
     assert [m["iteration"] for m in metrics] == [1, 2, 3, 4, 5]
     assert [int(re.search(r"iteration +(\d+)/ +5 \|", line)[1]) for line in lines] == [2, 4]
-    tokens, seconds = (sum(m[key] for m in metrics[:2]) for key in ("tokens", "step_time_s"))  # a rate over all of it
+    tokens, seconds = (sum(m[key] for m in metrics[:2]) for key in ("tokens", "step_time_s"))
     assert float(re.search(r"per device: (\S+)", lines[0])[1]) == pytest.approx(tokens / seconds, abs=0.5)
     for word in ("consumed samples:", "elapsed time per iteration (ms):", "learning rate:", "global batch size:     4",
                  "lm loss:", "grad norm:", "tokens per second per device:"):
@@ -358,7 +357,51 @@ def test_metrics_and_log_line(folder, tmp_path, capsys):
     assert json.loads((tmp_path / "args.json").read_text())["global_batch_size"] == 4
 
 
-def test_bad_rows_are_skipped_and_counted(folder, tmp_path, caplog):
+def test_metrics_log_eval_loss(folder, tmp_path, capsys):
+    """An evaluation is added to the line of its iteration, in metrics.jsonl and in the log; both then continue."""
+    metrics = run(folder, tmp_path, "--eval-dataset", folder / "text.json", "--eval-interval", 2, "--eval-iters", 1,
+                  "--log-interval", 5, iters=5)
+    assert [m["iteration"] for m in metrics] == [1, 2, 3, 4, 5]
+    assert [m["eval_loss"] is not None for m in metrics] == [False, True, False, True, True]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" iteration")]
+    logged = {int(re.search(r"iteration +(\d+)/", line)[1]): float(re.search(r"eval loss: (\S+)", line)[1])
+              for line in lines}
+    assert logged == {m["iteration"]: pytest.approx(m["eval_loss"]) for m in metrics if m["eval_loss"]}
+
+
+def test_metrics_log_loss_name(folder, tmp_path, monkeypatch, capsys):
+    """The log line names another loss function by its `log_name`."""
+    monkeypatch.setattr(weighted_cross_entropy, "log_name", "dpo loss", raising=False)
+    run(folder, tmp_path, iters=1)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(" iteration"))
+    assert " | dpo loss: " in line and "lm loss" not in line
+
+
+def test_train_loop_writes_metrics_before_saving(folder, tmp_path, monkeypatch):
+    """A saved iteration always has its line in metrics.jsonl, whenever the run dies."""
+    seen = []
+    save = convert.CheckpointWriter.save
+
+    def hooked(self, directory, iteration, *args):
+        seen.append((iteration, read_metrics(tmp_path)[-1]["iteration"]))
+        return save(self, directory, iteration, *args)
+
+    monkeypatch.setattr(convert.CheckpointWriter, "save", hooked)
+    run(folder, tmp_path, "--save-interval", 1, iters=2)
+    assert seen == [(1, 1), (2, 2)]
+
+
+def test_train_loop_saves_before_bad_eval_row(folder, tmp_path, capsys):
+    """A held-out row that cannot be used does not lose the steps since the last checkpoint."""
+    (tmp_path / "held_out.json").write_text('[{"messages": "none"}]')
+    argv = train_argv(folder / "dense", folder / "text.json", tmp_path / "save", "--eval-dataset",
+                      tmp_path / "held_out.json", "--eval-interval", 2, iters=5)
+    status, error = fails(argv, capsys)
+    assert status == 1 and "held_out.json" in error
+    assert convert.find_checkpoint(tmp_path / "save").name == "iter_0000002"
+
+
+def test_train_skips_and_counts_bad_rows(folder, tmp_path, caplog):
     rows = [json.loads(line) for line in (folder / "mixed.jsonl").read_text().splitlines()]
     rows[1]["images"] = ["missing.png"]
     (folder / "dirty.json").write_text(json.dumps(rows))
@@ -367,17 +410,25 @@ def test_bad_rows_are_skipped_and_counted(folder, tmp_path, caplog):
     assert "missing.png" in caplog.text
 
 
-def test_not_finite_is_not_applied_and_ends_the_run(folder, tmp_path, monkeypatch, capsys):
-    """Weights that give no number: ten steps are counted, then one line, and the weights are as they were."""
+@pytest.mark.parametrize("iters", [10, 50])  # the tenth row is in the last step, or in an earlier one
+def test_train_too_many_bad_rows(folder, tmp_path, capsys, iters):
+    rows = json.loads((folder / "text.json").read_text())
+    for row in rows[:3]:
+        row["images"] = ["missing.png"]
+    (folder / "bad.json").write_text(json.dumps(rows))
+    argv = train_argv(folder / "dense", folder / "bad.json", tmp_path, "--on-bad-sample", "skip", iters=iters)
+    status, error = fails(argv, capsys)
+    assert status == 1 and "bad.json: 3 of 10 rows read are bad" in error
+
+
+def test_train_nonfinite_steps_end_the_run(folder, tmp_path, capsys):
+    """Infinite weights: nine steps are counted and not applied, the tenth ends the run with one line."""
     raw = MODELS["dense"]
     hf = tiny.hf_model(raw)
     hf.lm_head.weight.data[0, 0] = float("inf")
     tiny.hf_dir(folder / "broken", raw, hf)
-    status = common.run_program(train.main, [
-        "--init-from-hf-path", str(folder / "broken"), "--dataset", str(folder / "text.json"), "--save", str(tmp_path),
-        "--train-iters", "30", "--num-workers", "0"])
-    assert status == 1
-    assert "error: ten steps in a row were not finite" in capsys.readouterr().err
+    status, error = fails(train_argv(folder / "broken", folder / "text.json", tmp_path, iters=30), capsys)
+    assert status == 1 and "ten steps in a row were not finite" in error and "text.json" in error
     metrics = read_metrics(tmp_path)
     assert len(metrics) == 9 and {m["skipped_iterations"] for m in metrics} == {1}
     assert {m["loss"] for m in metrics} == {None}
@@ -387,7 +438,6 @@ ERRORS = [
     (["--train-iters", 0], 2, r"--train-iters: '0' is not an integer at least 1"),
     (["--eval-iters", 10**30], 2, r"--eval-iters: '1000.*' is not an integer at least 1 and at most 1e\+09"),
     (["--distributed-timeout-minutes", 1e300], 2, "--distributed-timeout-minutes: .* at most 1e"),
-    (["--dataset", "a\x1b[2Jb.json"], 1, r"a\\x1b\[2Jb.json"),  # a terminal would obey
     (["--lr", "fast"], 2, r"--lr: 'fast' is not a number"),
     (["--lr", "nan"], 2, r"--lr: 'nan'"),
     (["--adam-beta1", 1.5], 2, r"--adam-beta1: '1.5' .* below 1"),
@@ -402,7 +452,7 @@ ERRORS = [
     (["--train-on-prompt", "--mask-history"], 2, "exclude each other"),
     (["--shuffle-buffer", 5], 2, "--shuffle-buffer shuffles a stream: give --streaming"),
     (["--train-epochs", 1], 2, "not allowed with"),
-    (["--freeze-vision-encoder", "--freeze-vision-projector", "--freeze-text-decoder"], 2, "every tower is frozen"),
+    (["--freeze-vision-encoder", "--freeze-vision-projector", "--freeze-text-decoder"], 2, "every component is frozen"),
     (["--text-attn-implementation", "flash_attention_2"], 2, "flash_attention_2.*take one of eager, sdpa"),
     (["--device", "cuda"], 2, "--device cuda: this PyTorch sees no CUDA device"),
     (["--device", "npu"], 2, "--device npu"),
@@ -415,127 +465,162 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("flags", "status", "message"), ERRORS)
-def test_errors_are_one_line(folder, tmp_path, capsys, flags, status, message):
+def test_train_user_errors(folder, tmp_path, capsys, flags, status, message):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
-    argv = ["--init-from-hf-path", folder / "moe", "--dataset", folder / "mixed.jsonl", "--train-iters", 2,
-            "--device", "cpu", "--save", tmp_path / "new", "--num-workers", 0, *flags]
-    assert common.run_program(train.main, list(map(str, argv))) == status
-    error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and re.search(message, lines[0]) and "Traceback" not in error
-    
+    found, error = fails(train_argv(folder / "moe", folder / "mixed.jsonl", tmp_path / "new", *flags, iters=2), capsys)
+    assert found == status and re.search(message, error), error
 
-def test_a_directory_without_weights(folder, tmp_path, capsys):
+
+def test_train_without_safetensors(folder, tmp_path, capsys):
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((folder / "moe" / name).read_bytes())
-    argv = ["--init-from-hf-path", tmp_path, "--dataset", folder / "text.json", "--train-iters", 1]
-    assert common.run_program(train.main, list(map(str, argv))) == 1
-    assert "holds no safetensors: give a directory with weights, --init random" in capsys.readouterr().err
+    status, error = fails(train_argv(tmp_path, folder / "text.json", tmp_path / "save", iters=1), capsys)
+    assert status == 1 and "holds no safetensors: give a directory with weights, --init random" in error
 
 
-def test_save_must_not_hold_another_run(folder, tmp_path, capsys):
+def test_save_refuses_another_run(folder, tmp_path, capsys):
     run(folder, tmp_path, iters=1)
-    argv = ["--init-from-hf-path", folder / "moe", "--dataset", folder / "text.json", "--train-iters", 2,
-            "--save", tmp_path]
-    assert common.run_program(train.main, list(map(str, argv))) == 2
-    assert f"--save {tmp_path} holds another run: give --load {tmp_path}" in capsys.readouterr().err
+    status, error = fails(train_argv(folder / "moe", folder / "text.json", tmp_path, iters=2), capsys)
+    assert status == 2 and f"--save {tmp_path} holds another run: give --load {tmp_path}" in error
 
 
-def test_only_the_run_that_load_names_may_be_in_save(folder, tmp_path, capsys):
-    """Not a run in the folder above --load's; its own iterations are fine, but not to start anew from."""
+def test_save_accepts_only_the_loaded_run(folder, tmp_path, capsys):
+    """A run in a folder above --load's is refused. A run may resume from its own iterations, but not start anew."""
     run(folder, tmp_path, iters=1)
     run(folder, tmp_path / "inner", iters=1)
-    base = ["--init-from-hf-path", folder / "moe", "--dataset", folder / "text.json", "--train-iters", 2,
-            "--save", tmp_path]
     for flags in (["--load", tmp_path / "inner"], ["--load", tmp_path, "--finetune"]):
-        assert common.run_program(train.main, list(map(str, base + flags))) == 2
-        assert "error: --" in capsys.readouterr().err
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        status, _ = fails(train_argv(folder / "moe", folder / "text.json", tmp_path, *flags, iters=2), capsys)
+        assert status == 2
+        if dist.is_initialized():
+            dist.destroy_process_group()
     assert [m["iteration"] for m in read_metrics(tmp_path)] == [1]
     metrics = run(folder, tmp_path, "--load", tmp_path / "iter_0000001", iters=2)
     assert [m["iteration"] for m in metrics] == [1, 2]
 
 
-def test_a_damaged_metrics_file_is_named(folder, tmp_path, capsys):
+def test_resume_damaged_metrics(folder, tmp_path, capsys):
     run(folder, tmp_path, iters=1)
     (tmp_path / "metrics.jsonl").write_text("[]\n")
-    argv = ["--init-from-hf-path", folder / "moe", "--dataset", folder / "text.json", "--train-iters", 2,
-            "--save", tmp_path, "--load", tmp_path, "--num-workers", 0]
-    assert common.run_program(train.main, list(map(str, argv))) == 1
-    assert "metrics.jsonl: is damaged" in capsys.readouterr().err
+    argv = train_argv(folder / "moe", folder / "text.json", tmp_path, "--load", tmp_path, iters=2)
+    status, error = fails(argv, capsys)
+    assert status == 1 and "metrics.jsonl: is damaged" in error
 
 
-def test_what_was_not_saved_is_said(folder, tmp_path, capsys):
+def test_train_without_save(folder, capsys):
     train.main(["--init-from-hf-path", str(folder / "moe"), "--dataset", str(folder / "text.json"), "--train-iters",
                 "1", "--num-workers", "0"])
-    assert "done: nothing was saved: there is no --save" in capsys.readouterr().out
+    assert "done: nothing was saved, because --save is missing" in capsys.readouterr().out
 
 
-def test_damaged_flag_files(tmp_path, capsys):
+def test_parser_damaged_flag_files(tmp_path, capsys):
     for content, message in ((b"--lr 1 'x", "No closing quotation"), (b"\xff\xfe", "decode"), (b"@self", "recursion")):
         (tmp_path / "flags").write_bytes(content.replace(b"@self", f"@{tmp_path / 'flags'}".encode()))
-        assert common.run_program(train.main, [f"@{tmp_path / 'flags'}"]) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and message in error and error.count("\n") == 1
+        status, error = fails([f"@{tmp_path / 'flags'}"], capsys)
+        assert status == 2 and message in error
 
 
-def test_flags_from_a_file_and_the_last_one_counts(tmp_path):
+def test_parser_flag_file_and_last_flag_wins(tmp_path):
     (tmp_path / "flags").write_text("# a run\n--init-from-hf-path D\n--dataset a.json  # rows\n--lr 3\n--no-shuffle\n")
     args = train.parse_args([f"@{tmp_path / 'flags'}", "--train-iters", "1", "--lr", "5", "--shuffle"])
     assert args.dataset == "a.json" and args.lr == 5 and args.shuffle
 
 
-def test_sigterm_saves_and_the_run_goes_on(folder, tmp_path):
-    """The command line as a user runs it: stopped in the middle, it saves, exits 0, says how to go on, and does."""
-    flags = ["train.py", "--init-from-hf-path", folder / "moe", "--dataset", folder / "mixed.jsonl", "--save", tmp_path,
-             "--train-iters", 100000, "--lr-decay-style", "constant", "--lr", 1e-3, "--global-batch-size", 3]
-    process = subprocess.Popen([sys.executable, *map(str, flags)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-    metrics = tmp_path / "metrics.jsonl"
+def test_sigterm_saves_and_resume_is_exact(folder, tmp_path):
+    """The command line as a user runs it: stopped, it saves, exits 0 and names the flag that resumes it."""
+    argv = [folder / "moe", folder / "mixed.jsonl"]
+    flags = ["--lr-decay-style", "constant", "--global-batch-size", 3, "--num-workers", 2, "--shuffle"]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *train_argv(*argv, tmp_path / "save", *flags, iters=100_000)], cwd=ROOT,
+        stdout=subprocess.PIPE, text=True)
+    metrics = tmp_path / "save" / "metrics.jsonl"
     deadline = time.monotonic() + 90
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and f"go on with --load {tmp_path}" in out
-    done = len(read_metrics(tmp_path))
-    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == str(done)
-    flags[flags.index(100000)] = done + 2
-    assert shell(*flags, "--load", tmp_path).returncode == 0
-    assert [m["iteration"] for m in read_metrics(tmp_path)] == list(range(1, done + 3))
-    # the same iterations without an interruption
-    flags[flags.index(tmp_path)] = tmp_path / "whole"
-    assert shell(*flags).returncode == 0
-    assert_same_weights(tmp_path, tmp_path / "whole")
+    assert process.returncode == 0 and f"resume with --load {tmp_path / 'save'}" in out
+    done = len(read_metrics(tmp_path / "save"))
+    assert (tmp_path / "save" / "latest_checkpointed_iteration.txt").read_text() == str(done)
+    resume = ["--load", tmp_path / "save"]
+    result = shell("train.py", *train_argv(*argv, tmp_path / "save", *flags, *resume, iters=done + 2))
+    assert result.returncode == 0, result.stderr
+    assert [m["iteration"] for m in read_metrics(tmp_path / "save")] == list(range(1, done + 3))
+    result = shell("train.py", *train_argv(*argv, tmp_path / "uninterrupted", *flags, iters=done + 2))
+    assert result.returncode == 0, result.stderr
+    assert_same_weights(tmp_path / "save", tmp_path / "uninterrupted")
 
 
-def torchrun(ranks: int, *argv) -> subprocess.CompletedProcess:
-    return shell("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "train.py", *argv)
+# ---- two ranks ------------------------------------------------------------------------------------------------------
 
 
-def test_two_ranks_equal_one(folder, tmp_path):
-    """FSDP2 over gloo: the same rows, so the same losses and norms (1e-5: sums in another order)."""
-    flags = ["--init-from-hf-path", folder / "moe", "--dataset", folder / "mixed.jsonl", "--train-iters", 4,
-             "--lr", 1e-3, "--global-batch-size", 4, "--num-workers", 1, "--router-aux-loss-coef", 0.01]
-    result = torchrun(2, *flags, "--save", tmp_path / "two")
+def test_train_two_ranks_equal_one(folder, tmp_path):
+    """FSDP2 over gloo has the same losses and norms to 1e-5: only the order of the sums differs."""
+    flags = ["--global-batch-size", 4, "--num-workers", 1, "--router-aux-loss-coef", 0.01]
+    argv = [folder / "moe", folder / "mixed.jsonl"]
+    result = torchrun(2, *train_argv(*argv, tmp_path / "two", *flags, iters=4))
     assert result.returncode == 0, result.stderr[-2000:]
-    train.main(list(map(str, [*flags, "--save", tmp_path / "one"])))
+    train.main(train_argv(*argv, tmp_path / "one", *flags, iters=4))
     for one, two in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True):
         for key in ("loss", "grad_norm", "aux_loss"):
             assert two[key] == pytest.approx(one[key], rel=1e-5), (one["iteration"], key)
         assert two["tokens"] == one["tokens"] and two["supervised_tokens"] == one["supervised_tokens"]
 
 
-def test_a_bad_row_ends_every_rank_with_one_line(folder, tmp_path):
-    (tmp_path / "rows.json").write_text(json.dumps(
-        [{"id": f"r{i}", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-         for i in range(7)] + [{"id": "culprit", "messages": [{"role": "user", "content": "<image>"}]}]))
-    began = time.monotonic()
-    result = torchrun(2, "--init-from-hf-path", folder / "dense", "--dataset", tmp_path / "rows.json", "--no-shuffle",
-                      "--train-iters", 50)
-    assert result.returncode != 0 and time.monotonic() - began < 60
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "rows.json" in errors[0] and "culprit" in errors[0]
-    assert "train.py\", line" not in result.stderr  # no traceback of ours, not even on the rank that waited
+HOST_COLLECTIVES = ("all_gather", "all_gather_object", "all_reduce", "broadcast", "barrier", "gather", "scatter")
+
+
+def count_collectives(argv: list[str]) -> None:
+    """Run train.py and write each step's collectives of host values, from one step's end to the next one's."""
+    counts, steps = Counter(), []
+
+    def counted(name: str):
+        collective = getattr(dist, name)
+
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return collective(*args, **kwargs)
+
+        return call
+
+    step = train.train_step
+
+    def counted_step(*args, **kwargs):
+        result = step(*args, **kwargs)
+        steps.append(dict(counts))
+        counts.clear()
+        return result
+
+    for name in HOST_COLLECTIVES:
+        setattr(dist, name, counted(name))
+    train.train_step = counted_step
+    train.main(argv)
+    save = Path(argv[argv.index("--save") + 1])
+    (save / f"collectives{os.environ['RANK']}.json").write_text(json.dumps(steps))
+
+
+def test_train_step_has_two_exchanges(folder, tmp_path):
+    """Two all-gathers of host values per step, with accumulation and bad rows as well (FSDP2's are other functions)."""
+    rows = [json.loads(line) for line in (folder / "mixed.jsonl").read_text().splitlines()]
+    rows[1]["images"] = ["missing.png"]
+    (folder / "one_bad.json").write_text(json.dumps(rows))
+    argv = train_argv(folder / "moe", folder / "one_bad.json", tmp_path / "save", "--global-batch-size", 4,
+                      "--on-bad-sample", "skip", iters=5)
+    save = run_job(argv, 2, count_collectives)
+    for rank in range(2):
+        _, *steps = json.loads((save / f"collectives{rank}.json").read_text())  # the first includes the set-up
+        assert steps == [{"all_gather": 2}] * 4
+
+
+def test_train_bad_row_ends_every_rank(folder, tmp_path):
+    """The rank at fault prints one line; no rank hangs or prints a traceback."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"id": f"r{i}", "messages": messages} for i in range(7)]
+    rows.append({"id": "culprit", "messages": [{"role": "user", "content": "<image>"}]})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    start = time.monotonic()
+    result = torchrun(2, *train_argv(folder / "dense", tmp_path / "rows.json", tmp_path / "save", iters=50))
+    assert result.returncode != 0 and time.monotonic() - start < 60
+    (error,) = error_lines(result.stderr)
+    assert "rows.json" in error and "culprit" in error
+    assert "train.py\", line" not in result.stderr
