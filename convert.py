@@ -73,7 +73,7 @@ class Source(Protocol):
         """Compare names and shapes with the model's and return self. Raises InputError."""
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        """Return a slice of a tensor in its stored type. The result may be a view of a file: never write to it."""
+        """Return a slice of a tensor in its stored type. It may be a view of shared memory: never write to it."""
 
 
 # ---- tensors and their chunks --------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def load_optimizer(source: Source, model: nn.Module, optimizer: Optimizer) -> No
                 value = torch.zeros_like(p.detach())
                 _fill(value, source, stored)
             else:
-                value = source.read(stored, (0,) * len(shape), shape).to(p.device if on_device else "cpu")
+                value = source.read(stored, (0,) * len(shape), shape).to(p.device if on_device else "cpu", copy=True)
             optimizer.state[p][key] = value
     missing = [name for name in parameters if name not in keys]
     if missing:
@@ -453,23 +453,26 @@ class CheckpointWeights:
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         """Return a slice of a tensor, assembled from the chunks that overlap it."""
-        result = torch.empty(sizes, dtype=self.tensors[name][0])
-        used = {}
+        overlapping = []
         for chunk_offset, chunk_sizes, location in self._chunks[name]:
-            overlap = _overlap(offset, sizes, chunk_offset, chunk_sizes)
-            if overlap is None:
-                continue
-            in_result, in_chunk = overlap
-            key = location.relative_path, location.offset
-            chunk = self._recent.get(key)
-            if chunk is None:
-                chunk = self._read_chunk(name, chunk_sizes, location)
-            used[key] = chunk
-            result[in_result] = chunk[in_chunk]
-        self._recent = used
+            if overlap := _overlap(offset, sizes, chunk_offset, chunk_sizes):
+                overlapping.append((chunk_sizes, location, *overlap))
+        needed = {(location.relative_path, location.offset) for _, location, _, _ in overlapping}
+        self._recent = {key: chunk for key, chunk in self._recent.items() if key in needed}
+        parts = [(in_result, self._read_chunk(name, chunk_sizes, location)[in_chunk])
+                 for chunk_sizes, location, in_result, in_chunk in overlapping]
+        if len(parts) == 1:
+            return parts[0][1]
+        result = torch.empty(sizes, dtype=self.tensors[name][0])
+        for in_result, values in parts:
+            result[in_result] = values
         return result
 
     def _read_chunk(self, name: str, sizes: torch.Size, location: _StorageInfo) -> Tensor:
+        """Return a stored chunk, kept from the latest `read` or read after its checksum was compared."""
+        key = location.relative_path, location.offset
+        if key in self._recent:
+            return self._recent[key]
         path = self.path / location.relative_path
         try:
             with open(path, "rb") as file:
@@ -477,10 +480,11 @@ class CheckpointWeights:
                 chunk = _torch_load(file.read(location.length))
             if (chunk.dtype, chunk.shape) != (self.tensors[name][0], sizes):
                 raise ValueError(f"it holds {chunk.dtype} {list(chunk.shape)}")
-            return chunk
         except Exception as e:  # nearly anything; torch's own message would advise to run the file's code
             raise InputError(f"{path}: the chunk of {name} at byte {location.offset} is damaged; use another checkpoint"
                              ) from e
+        self._recent[key] = chunk
+        return chunk
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -949,7 +953,7 @@ def _write_safetensors(file: _HashedFile, tensors: dict[str, TensorInfo], source
     for name, (dtype, shape) in tensors.items():
         stored_type, _ = source.tensors[name]
         for offset, sizes in _row_chunks(shape, max(dtype.itemsize, stored_type.itemsize)):
-            values = source.read(name, offset, sizes).to(dtype)
+            values = source.read(name, offset, sizes).to(dtype).contiguous()
             file.write(memoryview(values.view(-1).view(torch.uint8).numpy()))
             bar.update(values.nbytes)
 

@@ -525,7 +525,7 @@ def test_find_checkpoint(make_hf, tmp_path):
         with pytest.raises(InputError, match=expected):
             find_checkpoint(path)
     (run / "iter_0000007").mkdir()
-    for tracker, expected in (("6", "iter_0000006, which is not there"), ("7", "iter_0000007, which is .* incomplete"),
+    for tracker, expected in (("6", "iter_0000006, which is missing"), ("7", "iter_0000007, which is .* incomplete"),
                               ("latest", "'latest'"), ("../5", "'../5'"), ("", "''")):
         (run / convert.TRACKER).write_text(tracker)
         with pytest.raises(InputError, match=expected):
@@ -852,16 +852,17 @@ def large_hf(path: Path, experts: int, layers: int, shards: int) -> int:
     return total
 
 
-@pytest.mark.parametrize("experts, layers, shards, bound", [
-    (5500, 4, 2, 200),
-    pytest.param(45000, 5, 4, 400, marks=pytest.mark.slow),
+@pytest.mark.parametrize("experts, layers, shards", [
+    (5500, 4, 2),
+    pytest.param(45000, 5, 4, marks=pytest.mark.slow),
 ], ids=["0.3 GB", "3 GB"])
-def test_conversions_memory(tmp_path, experts, layers, shards, bound):
+def test_conversions_memory(tmp_path, experts, layers, shards):
     """The contract allows 1 GB of anonymous memory; some chunks are all that is needed, whatever the model's size."""
     total = large_hf(tmp_path / "hf", experts, layers, shards)
+    bound = 170  # MB; hf_to_dcp grew by 55 and dcp_to_hf by 134 for the larger model
     assert total > 1.4 * bound * 2**20
     growth, peak = memory("hf_to_dcp", "--hf_dir", tmp_path / "hf", "--dcp_dir", tmp_path / "dcp")
-    assert growth < 170 and peak < 1000
+    assert growth < bound and peak < 1000
     shutil.copy(tmp_path / "hf/config.json", tmp_path / "config.json")
     expected = published(tmp_path / "hf") if total < 10**9 else None
     shutil.rmtree(tmp_path / "hf")
