@@ -1,8 +1,8 @@
 """Turn dataset rows into packed batches: JSON row -> Sample -> Batch.
 
-From top to bottom: flags and options, row formats (`parse_row`), images and videos, tokens, labels, positions and
-patches (`Processor`), files of rows (`RowDataset`, `RowStream`), and the endless, resumable stream of micro-batches
-(`Loader`). The program converts and inspects datasets (tools/dataset_cli.py):
+From top to bottom: samples and batches, options and flags, row formats (`parse_row`), images and videos, tokens,
+labels, positions and patches (`Processor`), files of rows (`RowDataset`, `RowStream`), and the endless, resumable
+stream of micro-batches (`Loader`). The program converts and inspects datasets (tools/dataset_cli.py):
 
     python data.py llava --annotations llava_instruct_150k.json --image_dir COCO2017/train2017 --output rows.json
     python data.py check --dataset rows.json --init-from-hf-path DIR --report report.html
@@ -992,7 +992,7 @@ def _pixel_limits(kind: str, settings: dict, minimum: int | None, maximum: int |
     return low, high
 
 
-# -------------------------------------------------------------------------------------------------------- files of rows
+# ---- files of rows -----------------------------------------------------------------------------------------------
 
 
 class RowFile:
@@ -1124,7 +1124,7 @@ class RowSource:
 
     def __init__(self, paths: list[str], dataset_dir: str | None = None, max_samples: int | None = None):
         if dataset_dir is not None and not os.path.isdir(dataset_dir):
-            raise InputError(f"{dataset_dir} is not a folder: --dataset-dir is the folder that media paths start from")
+            raise InputError(f"--dataset-dir {dataset_dir} is not a folder: give the one that media paths are relative to")
         self.paths, self.max_samples = [str(path) for path in paths], max_samples
         if "" in self.paths:
             raise InputError("the name of a dataset is empty: separate file names by single commas")
@@ -1310,7 +1310,7 @@ def _cached_index(file: RowFile, cache_dir: str | None) -> np.ndarray:
     return ranges
 
 
-# ----------------------------------------------------------------------------------------------------------- the stream
+# ---- the stream --------------------------------------------------------------------------------------------------
 
 PACKING_WINDOW = 128  # samples
 
