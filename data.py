@@ -1124,7 +1124,7 @@ class RowSource:
 
     def __init__(self, paths: list[str], dataset_dir: str | None = None, max_samples: int | None = None):
         if dataset_dir is not None and not os.path.isdir(dataset_dir):
-            raise InputError(f"--dataset-dir {dataset_dir} is not a folder: give the one that media paths are relative to")
+            raise InputError(f"--dataset-dir {dataset_dir} is not a folder: give the folder of the media paths")
         self.paths, self.max_samples = [str(path) for path in paths], max_samples
         if "" in self.paths:
             raise InputError("the name of a dataset is empty: separate file names by single commas")
