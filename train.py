@@ -513,12 +513,6 @@ def set_loss_weights(
 
 # ---- logging --------------------------------------------------------------------------------------------------------
 
-METRICS = (
-    "iteration", "loss", "aux_loss", "grad_norm", "lr", "samples", "tokens", "supervised_tokens", "step_time_s",
-    "data_time_s", "tokens_per_s", "model_flops", "mfu", "memory_allocated", "memory_reserved", "skipped_samples",
-    "truncated_samples", "skipped_iterations", "eval_loss",
-)
-
 
 class MetricsLog:
     """Write rank 0's log lines, metrics.jsonl and TensorBoard scalars; on other ranks do nothing."""
@@ -531,7 +525,8 @@ class MetricsLog:
         self.is_main, self.world_size = state.rank == 0, state.world_size
         self.save, self.log_interval, self.train_iters = save, log_interval, train_iters
         self.global_batch_size, self.packed_length, self.loss_name = global_batch_size, packed_length, loss_name
-        self.metrics: dict[str, Any] = {}  # of the latest iteration
+        self.metrics: dict[str, Any] = {}  # of the latest iteration, as in metrics.jsonl
+        self.consumed_samples = 0
         self.line_start = 0  # byte offset of that iteration's line in metrics.jsonl
         self.sums = Counter()  # over the iterations since the last log line
         self.file = self.board = None
@@ -546,10 +541,14 @@ class MetricsLog:
                 raise InputError("--tensorboard-dir needs TensorBoard: pip install tensorboard") from e
             self.board = SummaryWriter(tensorboard_dir, purge_step=start + 1)
 
-    def write(self, **metrics) -> None:
-        """Write one iteration's metrics, and those of speed and memory. None means that a metric does not apply."""
+    def write(self, consumed_samples: int, **metrics) -> None:
+        """Write one iteration's metrics, and those of speed and memory. None means that a metric does not apply.
+
+        A new argument becomes a new metric.
+        """
         if not self.is_main:
             return
+        self.consumed_samples = consumed_samples
         device_seconds = metrics["step_time_s"] * self.world_size
         peak_flops = kernels_npu.ops.peak_flops()
         metrics["tokens_per_s"] = metrics["tokens"] / metrics["step_time_s"]
@@ -573,19 +572,17 @@ class MetricsLog:
         if self.file and eval_loss is not None:
             self._write_line()
         if self.board:
-            for key in METRICS[1:]:
-                if self.metrics[key] is not None:
-                    self.board.add_scalar(key, self.metrics[key], self.metrics["iteration"])
+            for key, value in self.metrics.items():
+                if key != "iteration" and value is not None:
+                    self.board.add_scalar(key, value, self.metrics["iteration"])
         if self.metrics["iteration"] % self.log_interval == 0 or eval_loss is not None:
             print(self._log_line(), flush=True)
             self.sums.clear()
 
     def _write_line(self) -> None:
         """Write the latest iteration's line of metrics.jsonl, or write it again in place."""
-        values = {key: self.metrics[key] for key in METRICS}
-        for key, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                values[key] = None  # JSON has no NaN
+        values = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for key, value in self.metrics.items()}  # JSON has no NaN
         try:
             self.file.seek(self.line_start)
             self.file.write(json.dumps(values).encode() + b"\n")
@@ -601,7 +598,7 @@ class MetricsLog:
         tokens_per_device = sums["tokens"] / sums["seconds"] / self.world_size
         parts = [
             f"iteration {m['iteration']:8d}/{self.train_iters:8d}",
-            f"consumed samples: {m['consumed_samples']:12d}",
+            f"consumed samples: {self.consumed_samples:12d}",
             f"elapsed time per iteration (ms): {seconds_per_iteration * 1000:.1f}",
             f"learning rate: {m['lr']:.6E}",
             f"global batch size: {self.global_batch_size:5d}",
@@ -755,11 +752,11 @@ def train_loop(
 
             # The metrics are written before the checkpoint, so that every saved iteration has its line.
             metrics_log.write(
-                iteration=iteration, loss=step.loss, grad_norm=step.grad_norm, lr=optimizer.param_groups[-1]["lr"],
-                aux_loss=step.aux_loss if model.config.text.num_experts else None, samples=stats.samples,
-                tokens=stats.tokens, supervised_tokens=stats.supervised_tokens, model_flops=stats.flops,
-                step_time_s=step_time, data_time_s=data_time, consumed_samples=resume_state["consumed"],
-                skipped_samples=sum(stats.rows_bad), truncated_samples=stats.truncated,
+                resume_state["consumed"], iteration=iteration, loss=step.loss,
+                aux_loss=step.aux_loss if model.config.text.num_experts else None, grad_norm=step.grad_norm,
+                lr=optimizer.param_groups[-1]["lr"], samples=stats.samples, tokens=stats.tokens,
+                supervised_tokens=stats.supervised_tokens, step_time_s=step_time, data_time_s=data_time,
+                model_flops=stats.flops, skipped_samples=sum(stats.rows_bad), truncated_samples=stats.truncated,
                 skipped_iterations=int(not step.is_finite),
             )
             if profile:
