@@ -193,6 +193,14 @@ def test_dry_run_flags(folder, capsys, flags):
     assert (report["compute_dtype"], report["activation_setting"], report["fits"]) == ("bfloat16", "recompute", None)
 
 
+def test_dry_run_fewer_layers_than_deepstack_features(tmp_path, capsys):
+    raw = config_dict()
+    raw["text_config"]["num_hidden_layers"] = 1  # the second merger's features are unused: it has no gradient
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    report = predict(capsys, "--init-from-hf-path", tmp_path, "--world-size", 2, "--seq-length", 200)
+    assert 0 < report["gradient_bytes"] < report["parameter_bytes"]
+
+
 # ---- the command line -----------------------------------------------------------------------------------------------
 
 

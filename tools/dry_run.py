@@ -247,7 +247,8 @@ def trace_step(
             with memory.tag("backward"):
                 loss.backward()
             del loss
-        gradients = sum(parallel.to_local(p.grad).nbytes for p in trainable)
+        # mergers of DeepStack features beyond the text layers have no gradient
+        gradients = sum(parallel.to_local(p.grad).nbytes for p in trainable if p.grad is not None)
         (square_sum,) = state.sum(parallel.grad_square_sum(trainable, state))
         parallel.clip_gradients(trainable, square_sum**0.5, max_norm=0.5)
         with memory.tag("optimizer step"):
