@@ -28,7 +28,7 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -54,6 +54,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
 INDEX = "model.safetensors.index.json"
 SAFETENSORS_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+BUFFER_TYPES = {"I64": torch.int64, "I32": torch.int32}
 EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
 LAYOUT = {"expert_layout": "published"}  # in our safetensors headers, because square experts do not show their layout
 
@@ -288,7 +289,7 @@ class HuggingFaceWeights:
             if name not in stored:
                 raise InputError(f"{path}: lacks {name}, which {INDEX} lists; download it again")
             view = self._views[name] = handle.get_slice(name)
-            dtype = SAFETENSORS_TYPES.get(view.get_dtype())
+            dtype = (SAFETENSORS_TYPES | BUFFER_TYPES).get(view.get_dtype())
             if dtype is None:
                 raise InputError(f"{path}: {name} has type {view.get_dtype()}; quantised weights are not supported, "
                                  f"only {', '.join(SAFETENSORS_TYPES)}")
@@ -864,10 +865,10 @@ _ASSET = re.compile(r".*(?<!\.index)\.json|.*\.(txt|jinja|model)|(LICEN[SC]E|NOT
 
 def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str | Path, dtype: str | None = None,
               overwrite: bool = False, max_shard_gb: float = 5) -> Path:
-    """Write a checkpoint's parameters and buffers as a Hugging Face directory: safetensors, index, and the base
-    model's assets.
+    """Write a checkpoint's parameters and buffers as a Hugging Face directory, with the base model's assets.
 
-    `dtype` ('bfloat16', ...) defaults to the one in the assets' config.json, or else to the stored type.
+    `dtype` ('bfloat16', ...) is the parameters' type, by default the one in the assets' config.json, or else the stored
+    type. Buffers keep their own.
     """
     assets = Path(model_assets_dir)
     config = Qwen3VLConfig.from_json(assets)
@@ -877,7 +878,8 @@ def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str 
     _check_output(final, [assets.resolve(), source.path.resolve()], overwrite)
     dtype = dtype or config.dtype
     names = [name for name in stored_tensors(model) if name in source.tensors]
-    output = _output_tensors({name: source.tensors[name] for name in names}, dtype)
+    parameters = {name for name, _ in model.named_parameters()}
+    output = _output_tensors({name: source.tensors[name] for name in names}, parameters, dtype)
     shards = _split_into_shards(output, max_shard_gb * 1e9)
     total = sum(map(_nbytes, output.values()))
     with _conversion(final, total) as (staging, records, bar):
@@ -910,15 +912,17 @@ def _check_output(final: Path, inputs: list[Path], overwrite: bool) -> None:
                          "conversion; choose another --save_dir")
 
 
-def _output_tensors(stored: dict[str, TensorInfo], dtype: str | None) -> dict[str, TensorInfo]:
-    """Return the types and shapes to write: all of `dtype` if given, else as stored. Raises InputError."""
+def _output_tensors(
+    stored: dict[str, TensorInfo], parameters: Collection[str], dtype: str | None
+) -> dict[str, TensorInfo]:
+    """Return the types and shapes to write: parameters in `dtype` if given, all else as stored. Raises InputError."""
     types = {str(t).removeprefix("torch."): t for t in SAFETENSORS_TYPES.values()}
     if dtype is not None and dtype not in types:
         raise InputError(f"config.json: its dtype {dtype!r} is not a type of weights; give --dtype bfloat16")
     output = {}
     for name, (stored_type, shape) in stored.items():
-        output[name] = types.get(dtype, stored_type), shape
-        if output[name][0] not in types.values():
+        output[name] = types[dtype] if dtype and name in parameters else stored_type, shape
+        if output[name][0] not in (*types.values(), *BUFFER_TYPES.values()):
             raise InputError(f"{name} has type {stored_type}, which is not a type of weights; give --dtype bfloat16")
     if any(name.endswith(EXPERTS) and shape[1] == shape[2] for name, (_, shape) in output.items()):
         logger.warning("the experts are square: transformers 5 will take them for its own transposed layout")
@@ -941,7 +945,7 @@ def _split_into_shards(tensors: dict[str, TensorInfo], max_bytes: float) -> list
 def _write_safetensors(file: _HashedFile, tensors: dict[str, TensorInfo], source: Source, bar: tqdm) -> None:
     """Write tensors in the given types, chunk by chunk. Wide types come first, because readers map aligned values."""
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1][0].itemsize))
-    labels = {dtype: label for label, dtype in SAFETENSORS_TYPES.items()}
+    labels = {dtype: label for label, dtype in (SAFETENSORS_TYPES | BUFFER_TYPES).items()}
     header: dict[str, dict] = {"__metadata__": {"format": "pt", **LAYOUT}}
     end = 0
     for name, (dtype, shape) in tensors.items():

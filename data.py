@@ -103,6 +103,7 @@ class Batch:
     visual_index: Tensor = _declare("index")  # [Nv] int64, positions of the media tokens
     supervised_index: Tensor = _declare("index")  # [Ns] int64, positions whose label is not IGNORE
     sources: list[str] = _declare("sample")
+    sample_ids: Tensor = _declare("token")  # [T] int64, the number of each token's sample
     cu_seqlens: list[int] = _declare("host")  # [0, ..., T]
     truncated: int = _declare("host", default=0)  # samples cut to the sequence length
     rows_read: list[int] = _declare("host", default_factory=list)  # of each dataset file
@@ -156,6 +157,7 @@ def collate(samples: list[Sample], **stream_fields) -> Batch:
         **packed | {"truncated": sum(packed["truncated"])},
         supervised_index=torch.nonzero(packed["labels"] != IGNORE).flatten(),
         sources=sources,
+        sample_ids=torch.arange(len(samples)).repeat_interleave(torch.tensor(cu_seqlens).diff()),
         cu_seqlens=cu_seqlens,
         **stream_fields,
     )
@@ -291,6 +293,14 @@ def parse_row(row: dict, for_generation: bool = False) -> list[Turn]:
         raise InputError(f"'{name}' must end with a turn of the {last}: there is no {missing}")
     _fill_placeholders(turns, _list_media(row, "image"), _list_media(row, "video"))
     return turns
+
+
+def split_row(row: dict) -> list[dict]:
+    """Return the rows that become one sample each: here the row itself.
+
+    A format whose rows hold several samples, such as a chosen and a rejected answer, is split here.
+    """
+    return [row]
 
 
 def _split_content(content, role: str, key: str) -> list[str | Media]:
@@ -973,7 +983,17 @@ def _media_settings(hf_dir: str | Path, kind: str) -> dict:
     own = Path(hf_dir, "preprocessor_config.json" if kind == "image" else "video_preprocessor_config.json")
     settings = _section(read_json(shared, missing_ok=True), f"{kind}_processor", shared)
     settings = DEFAULTS | settings | read_json(own, missing_ok=True)
-    _section(settings, "size", own if own.exists() else shared)
+    where = own if own.exists() else shared
+    size = _section(settings, "size", where)
+    limits = [settings.get("min_pixels"), settings.get("max_pixels"), *map(size.get, ("shortest_edge", "longest_edge"))]
+    if not all(isinstance(number, int) for number in (settings["min_frames"], *limits) if number is not None):
+        raise InputError(f"{where}: min_frames and the limits of pixels must be integers")
+    for name in ("image_mean", "image_std"):
+        values = settings[name]
+        if not isinstance(values, list) or len(values) != 3 or not all(isinstance(v, int | float) for v in values):
+            raise InputError(f"{where}: {name} must be three numbers, not {shorten(values)}")
+    if 0 in settings["image_std"]:
+        raise InputError(f"{where}: image_std must not be 0")
     return settings
 
 
@@ -1290,18 +1310,18 @@ def _cached_index(file: RowFile, cache_dir: str | None) -> np.ndarray:
         return build()
     status = os.stat(file.path)
     identity = f"{os.path.abspath(file.path)} {status.st_size} {status.st_mtime_ns}"
-    cached = Path(cache_dir, f"rows-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npy")
+    cached = Path(cache_dir, f"rows-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz")
     if cached.exists():
         try:
-            return np.load(cached)
-        except (OSError, EOFError, ValueError) as error:
+            return np.load(cached)["ranges"]
+        except Exception as error:  # damaged bytes raise many types; a wrong value fails the archive's CRC
             logger.warning("%s is damaged and is built again: %s", cached, one_line(error))
     ranges = build()
     temporary = cached.with_suffix(f".{uuid.uuid4().hex}")  # other processes may write the same index
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as stream:
-            np.save(stream, ranges)
+            np.savez(stream, ranges=ranges)
         os.replace(temporary, cached)
     except OSError as error:  # such as a full disk, which only makes the next start slower
         logger.warning("%s cannot be written: %s", cached, error.strerror)
@@ -1417,7 +1437,7 @@ class Loader:
             rows_read[span.file] += 1
             try:
                 row, source, media_dir = self.dataset.read(span)
-                samples.append(self.processor.encode(row, media_dir=media_dir, source=source, options=self.options))
+                samples += [self.processor.encode(part, media_dir, source, self.options) for part in split_row(row)]
             except InputError as error:
                 rows_bad[span.file] += 1
                 failures.append(str(error))
@@ -1471,7 +1491,8 @@ class Loader:
         span, state = item
         try:
             row, source, media_dir = self.dataset.read(span)
-            length = self.processor.count_tokens(row, media_dir=media_dir, source=source, options=self.options)
+            parts = split_row(row)
+            length = sum(self.processor.count_tokens(part, media_dir, source, self.options) for part in parts)
         except InputError:
             length = self.options.seq_length if self.on_bad_sample == "error" else 1
         return span, state, length

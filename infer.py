@@ -212,7 +212,9 @@ def load_model(hf_dir: str | Path, load: str | Path | None = None, dtype: str | 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"{Path(hf_dir) / 'config.json'}: dtype {dtype!r} is not supported: give --dtype")
     source = convert.CheckpointWeights(convert.find_checkpoint(load)) if load else convert.HuggingFaceWeights(hf_dir)
-    model = build_model(config, is_frozen=lambda name: True).to(getattr(torch, dtype))
+    model = build_model(config, is_frozen=lambda name: True)
+    for p in model.parameters():
+        p.data = p.data.to(getattr(torch, dtype))  # buffers keep their own type
     source.check_compatible(model)  # before memory is allocated
     model.to_empty(device=ops.device)
     convert.load_weights(model, source)
@@ -335,25 +337,22 @@ def output_line(row: dict, prediction: str) -> bytes:
 def resume(output: Path, rows: data.RowDataset) -> int:
     """Return how many rows an earlier run has answered, and cut off a half-written last line.
 
-    Raises InputError if the last line is not the answer to its row.
+    Raises InputError if a line is not the answer to its row.
     """
     if not output.is_file():
         return 0
-    number, line = 0, b""
+    answered = end = 0
     with open(output, "r+b") as file:
-        for number, line in enumerate(file):  # noqa: B007
-            pass
-        if not line:
-            return 0
-        is_complete = line.endswith(b"\n")
-        start = output_line(rows[number][0], "")[:-3] if number < len(rows) else b"no row"  # up to the prediction
-        if not line.startswith(start) and (is_complete or not start.startswith(line)):
-            raise InputError(f"{output} line {number + 1} is not the answer to {rows.paths[0]} row {number + 1}: give "
-                             "another --output, or remove the file")
-        if is_complete:
-            return number + 1
-        file.truncate(file.tell() - len(line))
-        return number
+        for number, line in enumerate(file):
+            start = output_line(rows[number][0], "")[:-3] if number < len(rows) else b"no row"  # up to the prediction
+            is_complete = line.endswith(b"\n")
+            if not line.startswith(start) and (is_complete or not start.startswith(line)):
+                raise InputError(f"{output} line {number + 1} is not the answer to {rows.paths[0]} row {number + 1}: "
+                                 "give another --output, or remove the file")
+            if is_complete:
+                answered, end = number + 1, end + len(line)
+        file.truncate(end)
+    return answered
 
 
 def append(output: str, line: bytes) -> None:

@@ -155,7 +155,7 @@ class Qwen3VLConfig:
             "text_config.num_key_value_heads must divide num_attention_heads":
                 t.num_attention_heads % t.num_key_value_heads == 0,
             "text_config.mrope_section must be three numbers that add up to head_dim / 2":
-                len(t.mrope_section) == 3 and 2 * sum(t.mrope_section) == t.head_dim,
+                len(t.mrope_section) == 3 and min(t.mrope_section) >= 0 and 2 * sum(t.mrope_section) == t.head_dim,
             "text_config needs moe_intermediate_size, and num_experts_per_tok between 1 and num_experts":
                 t.num_experts == 0 or experts_fit,
             "text_config.hidden_act must be 'silu'": t.hidden_act == "silu",

@@ -45,6 +45,7 @@ from model import (
     parameter_table,
     step_flops,
     trainable_components,
+    weighted_cross_entropy,
 )
 from parallel import ParallelState
 
@@ -268,6 +269,7 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
         "vision_attention": args.vision_attn_implementation,
         "loss_chunk_size": args.loss_chunk_size,
         "router_aux_loss_coef": args.router_aux_loss_coef,
+        "loss_fn": weighted_cross_entropy,
         "compute_dtype": args.compute_dtype or kernels_npu.ops.compute_dtype,
         "recompute": recompute,
         "offload": args.activation_offload,
@@ -291,12 +293,13 @@ def optimizer_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def configure_model(
     model: Qwen3VL, state: ParallelState, *, text_attention: str | None, vision_attention: str | None,
-    loss_chunk_size: int, router_aux_loss_coef: float, **parallel_settings,
+    loss_chunk_size: int, router_aux_loss_coef: float, loss_fn: Callable, **parallel_settings,
 ) -> None:
     """Prepare a model that has no memory yet for training. `parallel.parallelize` takes the other settings."""
     model.set_attention(text_attention, vision_attention)
     model.loss_chunk_size = loss_chunk_size
     model.router_aux_loss_coef = router_aux_loss_coef
+    model.lm_head.loss_fn = loss_fn
     parallel.parallelize(model, state, **parallel_settings)
 
 
@@ -369,11 +372,15 @@ def load_initial_state(
     convert.load_weights(model, source, seed)
     if finetune or not isinstance(source, CheckpointWeights):
         return 0, None
-    if load_optim:
-        convert.load_optimizer(source, model, optimizer)
     trainer_state = convert.load_trainer_state(source.path, state.rank)
     if trainer_state is None:  # a converted checkpoint
         return 0, None
+    if load_optim:
+        saved_with = trainer_state.get("optimizer")
+        if saved_with not in (None, type(optimizer).__name__):
+            raise InputError(f"{source.path}: has the state of {saved_with}, but this run's optimizer is "
+                             f"{type(optimizer).__name__}: give --no-load-optim")
+        convert.load_optimizer(source, model, optimizer)
     rng = trainer_state.get("rng")
     if rng and load_rng and trainer_state.get("world") == state.world_size:
         torch.set_rng_state(rng["torch"])
@@ -403,11 +410,14 @@ def claim_save_directory(save: Path, load: str | None, settings: dict) -> Iterat
             stack.enter_context(common.lock_directory(save))
             metrics = save / "metrics.jsonl"
             has_metrics = metrics.exists() and metrics.stat().st_size > 0
-            has_tracker = (save / convert.TRACKER).exists()
+            has_checkpoint = (save / convert.TRACKER).exists() or any(save.glob("iter_*"))
             is_iteration = (save / ".metadata").exists()
-            if not is_resume and (has_metrics or has_tracker or is_iteration or any(save.glob("iter_*"))):
+            if not is_resume and (has_checkpoint or is_iteration):
                 raise UsageError(f"--save {save} holds another run: give --load {save} to resume it, or another "
                                  "directory")
+            if not is_resume and has_metrics:
+                raise UsageError(f"--save {save} holds the metrics.jsonl of a run that saved no checkpoint: remove it, "
+                                 "or give another directory")
             (save / "args.json").write_text(json.dumps(settings, indent=1, default=str) + "\n")
         except OSError as e:
             raise InputError(f"--save {save}: {e.filename or save} cannot be written ({e.strerror})") from e
@@ -434,7 +444,12 @@ def save_iteration(
     optimizer: Optimizer | None, state: ParallelState, save_rng: bool, retain: int | None,
 ) -> None:
     """Save all that an exact resume needs: weights, optimizer, random number generators, the position in the data."""
-    trainer_state = {"iteration": iteration, "data": resume_state, "world": state.world_size}
+    trainer_state = {
+        "iteration": iteration,
+        "data": resume_state,
+        "world": state.world_size,
+        "optimizer": type(optimizer).__name__ if optimizer else None,
+    }
     if save_rng:
         trainer_state["rng"] = {
             "torch": torch.get_rng_state(),
@@ -476,7 +491,7 @@ def set_loss_weights(
     """
     trainable = trainable_components(model)
     # supervised tokens of each sample of each micro-batch
-    counts = [torch.searchsorted(b.supervised_index, torch.tensor(b.cu_seqlens)).diff().tolist() for b in batches]
+    counts = [b.sample_ids[b.supervised_index].bincount(minlength=len(b.cu_seqlens) - 1).tolist() for b in batches]
     file_counts = [sum(each) for each in zip(*(b.rows_read + b.rows_bad for b in batches), strict=True)]
     failed, micro_batches, supervised_samples, supervised_tokens, flops, *others = state.sum_over_dp(
         error is not None,
@@ -503,7 +518,7 @@ def set_loss_weights(
         else:
             denominators = [supervised_tokens] * len(sample_counts)
         weights = torch.tensor([scale / max(1, n) for n in denominators], dtype=torch.float32)
-        batch.loss_weights = weights.repeat_interleave(torch.tensor(batch.cu_seqlens).diff())
+        batch.loss_weights = weights[batch.sample_ids]
         batch.aux_weight = scale / micro_batches
     return StepStats(
         tokens=tokens, samples=samples, supervised_tokens=int(supervised_tokens), media=media, truncated=truncated,

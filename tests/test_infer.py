@@ -273,6 +273,17 @@ def test_resume_refuses_more_answers_than_rows(world, run, tmp_path):
     assert status == 1 and "line 5 is not the answer" in err
 
 
+def test_resume_refuses_rows_that_have_changed(world, run, tmp_path):
+    rows = [{"id": i, "messages": [{"role": "user", "content": "x"}]} for i in range(3)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows[:2]))
+    argv = ["--input", tmp_path / "rows.json", "--output", tmp_path / "out", "--max-new-tokens", 1]
+    assert run(*argv)[0] == 0
+    rows[0]["id"] = "another"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    status, _, err = run(*argv)
+    assert status == 1 and "line 1 is not the answer" in err
+
+
 def test_answer_rows_with_a_bad_row_keeps_the_answers_before_it(world, run, tmp_path):
     bad = {"id": 9, "messages": [{"role": "user", "content": "x"}], "image": "gone.png"}
     rows = [*world.rows[:2], bad, world.rows[3]]

@@ -239,7 +239,8 @@ def test_cached_index(tmp_path):
         assert len(RowDataset([path], cache_dir=str(cache))) == 5
     (file,) = cache.iterdir()
     intact = file.read_bytes()
-    for damaged in (b"", b"damaged", intact[:-16]):
+    flipped = [intact[:at] + bytes([intact[at] ^ 1]) + intact[at + 1 :] for at in (70, len(intact) // 2)]
+    for damaged in (b"", b"damaged", intact[:-16], *flipped):
         file.write_bytes(damaged)
         assert [row["id"] for row, _, _ in RowDataset([path], cache_dir=str(cache))] == list(range(5))
         assert file.read_bytes() == intact
@@ -398,7 +399,7 @@ def test_loader_pin_memory(files, processor, monkeypatch):
     (batch,) = take(make_loader(RowDataset(files), processor, pin_memory=True), 1)
     assert data_loader.call_args.kwargs["pin_memory"]
     monkeypatch.setattr(data.Batch, "pin_memory", lambda batch: "pinned")
-    assert pin_memory((batch, ["a failure"])) == ("pinned", ["a failure"])
+    assert list(pin_memory((batch, ["a failure"]))) == ["pinned", ["a failure"]]  # torch 2.7.1 returns a list
 
 
 def test_collate(processor, images):

@@ -39,6 +39,7 @@ from PIL import Image
 import common
 import convert
 import data
+import kernels_npu
 import train
 from model import COMPONENTS, component_of, weighted_cross_entropy
 
@@ -485,6 +486,12 @@ def test_save_refuses_another_run(folder, tmp_path, capsys):
     assert status == 2 and f"--save {tmp_path} holds another run: give --load {tmp_path}" in error
 
 
+def test_save_directory_with_only_metrics_is_refused(folder, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
+    with pytest.raises(common.UsageError, match="saved no checkpoint: remove it"):
+        run(folder, tmp_path, iters=1)
+
+
 def test_save_accepts_only_the_loaded_run(folder, tmp_path, capsys):
     """A run in a folder above --load's is refused. A run may resume from its own iterations, but not start anew."""
     run(folder, tmp_path, iters=1)
@@ -624,3 +631,12 @@ def test_train_bad_row_ends_every_rank(folder, tmp_path):
     (error,) = error_lines(result.stderr)
     assert "rows.json" in error and "culprit" in error
     assert "train.py\", line" not in result.stderr
+
+
+def test_load_of_another_optimizers_state_is_refused(folder, tmp_path, monkeypatch):
+    run(folder, tmp_path / "save", iters=1)
+    monkeypatch.setattr(kernels_npu.Torch, "adamw", lambda self, groups, **_: torch.optim.SGD(groups, lr=1e-3))
+    flags = ["--load", tmp_path / "save"]
+    with pytest.raises(common.InputError, match="AdamW.*SGD.*--no-load-optim"):
+        run(folder, tmp_path / "other", *flags, iters=2)
+    run(folder, tmp_path / "other", *flags, "--no-load-optim", iters=2)

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import torch
 
+import data
+
 # 256 bytes, then the control tokens: the whole vocabulary of the tiny tokenizer
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
             "<|video_pad|>"]
@@ -175,19 +177,19 @@ def batch_of(samples: list, positions: list[torch.Tensor], labels: list[torch.Te
 
     labels are already shifted. By default each is the next token, or -100 if that is a media token.
     """
-    ids = torch.cat([s.input_ids for s in samples])
     if labels is None:
         labels = []
         for s in samples:
             target = torch.cat([s.input_ids[1:], torch.tensor([-100])])
             labels.append(target.masked_fill((target == IMAGE) | (target == VIDEO), -100))
-    labels = torch.cat(labels)
-    supervised = (labels != -100).nonzero()[:, 0]
-    lengths = torch.tensor([len(s.input_ids) for s in samples])
-    return SimpleNamespace(
-        input_ids=ids, labels=labels, position_ids=torch.cat(positions, dim=1), supervised_index=supervised,
-        cu_seqlens=[0, *lengths.cumsum(0).tolist()], pixel_values=torch.cat([s.pixel_values for s in samples]),
-        grid_thw=torch.cat([s.grid_thw for s in samples]),
-        visual_index=((ids == IMAGE) | (ids == VIDEO)).nonzero()[:, 0], local_visual_tokens=slice(None),
-        loss_weights=torch.full((len(ids),), 1.0 / max(1, len(supervised))), aux_weight=1.0,
-    )
+    packed = []
+    for s, position_ids, target in zip(samples, positions, labels, strict=True):
+        media = (s.input_ids == IMAGE) | (s.input_ids == VIDEO)
+        packed.append(data.Sample(
+            input_ids=s.input_ids, labels=target, position_ids=position_ids, pixel_values=s.pixel_values,
+            grid_thw=s.grid_thw, visual_index=media.nonzero()[:, 0], source="", truncated=False,
+        ))
+    batch = data.collate(packed)
+    batch.loss_weights = torch.full((len(batch.input_ids),), 1.0 / max(1, len(batch.supervised_index)))
+    batch.aux_weight = 1.0
+    return batch
