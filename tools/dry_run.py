@@ -2,6 +2,8 @@
 
 One process without weights or an accelerator runs the real step of the real, sharded model. PyTorch's fake tensors have
 no memory, and its fake process group no other ranks. A tracker adds up the memory that the tensors would have taken.
+
+The layers of a kind are alike, so that the step runs with few of them. `extend` adds what the others would hold.
 """
 from __future__ import annotations
 
@@ -9,10 +11,13 @@ import argparse
 import contextlib
 import json
 import weakref
+from bisect import bisect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,7 +29,18 @@ import data
 import kernels_npu
 import parallel
 from common import InputError, UsageError
-from model import Qwen3VL, Qwen3VLConfig, build_model, plain_block
+from model import (
+    DecoderLayer,
+    LMHead,
+    PatchMerger,
+    Qwen3VL,
+    Qwen3VLConfig,
+    VisionBlock,
+    build_model,
+    plain_block,
+    step_flops,
+    trainable_components,
+)
 from train import (
     batch_sizes,
     configure_model,
@@ -77,20 +93,48 @@ class FakeParallelState(parallel.ParallelState):
 class MemoryTracker(TorchDispatchMode):
     """Count the bytes of live storages by kind, and the bytes that collectives send.
 
-    A new storage gets the current `kind`. Pinned memory is the host's, and not part of the peak.
+    A new storage gets the current `kind`. Pinned memory is the host's, and not part of the peak. `peaks` has the bytes
+    by kind at the peak of each moment: (micro-batch, phase, name of the block that runs).
     """
 
     def __init__(self, fake_mode: FakeTensorMode):
         super().__init__()
         self.fake_mode, self.kind = fake_mode, "other"
         self.known: dict[int, tuple] = {}  # storage id -> (weak reference, kind, bytes)
-        self.live, self.most, self.sent = Counter(), Counter(), Counter()  # bytes by kind; `sent` by collective
-        self.peak, self.at_peak = 0, Counter()
+        self.live, self.most, self.sent = Counter(), Counter(), Counter()  # bytes by kind; `sent` by collective and block
+        self.micro_batch, self.phase, self.block = 0, "forward", ""
+        self.peaks: dict[tuple[int, str, str], tuple[int, Counter]] = {}
+        self.entered: dict[str, Counter] = {}  # by block in forward order: the live bytes at its start
+        self.in_backward: set[str] = set()  # the blocks with a backward
 
     def reset(self) -> None:
         """Restart the peaks and the traffic."""
-        self.most, self.sent = self.live.copy(), Counter()
-        self.peak, self.at_peak = self.total(), self.live.copy()
+        self.most, self.sent, self.peaks = self.live.copy(), Counter(), {}
+
+    def enter(self, block: str) -> None:
+        """Start the forward of a block, or in backward its second forward or its backward."""
+        self.block = block
+        if self.phase == "forward":
+            self.entered[block] = self.live.copy()
+        else:
+            self.in_backward.add(block)
+
+    def traffic(self, collective: str, block: str | None = None) -> int:
+        """Return the bytes that a collective has sent, in a block or in all."""
+        return sum(n for key, n in self.sent.items() if key[0] == collective and block in (None, key[1]))
+
+    def watch(self, model: Qwen3VL) -> None:
+        """Call `enter` when a block or the loss starts."""
+
+        def enter_backward(module, args, output, name: str) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            if output.requires_grad:
+                output.register_hook(lambda _: self.enter(name))
+
+        for name, module in model.named_modules():
+            if isinstance(module, (VisionBlock, PatchMerger, DecoderLayer, LMHead)):
+                module.register_forward_pre_hook(lambda *_, name=name: self.enter(name))
+                module.register_forward_hook(partial(enter_backward, name=name), prepend=True)  # before FSDP2's
 
     def total(self) -> int:
         return sum(self.live.values()) - self.live["host"]
@@ -110,9 +154,9 @@ class MemoryTracker(TorchDispatchMode):
         self.known[key] = reference, kind, size
         self.live[kind] += size
         self.most[kind] = max(self.most[kind], self.live[kind])
-        total = self.total()
-        if total > self.peak:
-            self.peak, self.at_peak = total, self.live.copy()
+        total, moment = self.total(), (self.micro_batch, self.phase, self.block)
+        if total > self.peaks.get(moment, (-1,))[0]:
+            self.peaks[moment] = total, self.live.copy()
 
     def forget(self, key: int) -> weakref.ref | None:
         reference, kind, size = self.known.pop(key, (None, self.kind, 0))
@@ -131,11 +175,12 @@ class MemoryTracker(TorchDispatchMode):
                 self.count(t, kind)
         if func is torch.ops.c10d._allgather_base_.default:
             self.count(args[0], "gathered parameters")
-            self.sent["all-gather"] += args[0].nbytes
+            self.sent["all-gather", self.block] += args[0].nbytes
         elif func is torch.ops.c10d._reduce_scatter_base_.default:
             self.count(args[1], "reduce-scatter buffers")
+            self.sent["reduce-scatter", self.block] += args[1].nbytes
         elif func is torch.ops.c10d.alltoall_base_.default:
-            self.sent["all-to-all"] += args[1].nbytes
+            self.sent["all-to-all", self.block] += args[1].nbytes
         return out
 
     def __enter__(self):
@@ -188,12 +233,62 @@ def recompute_setting(block_fn: Callable) -> str:
     return "recompute_offload" if isinstance(block_fn, parallel.Offload) else "recompute"
 
 
+class Removed(NamedTuple):
+    """Layers that a shallow model leaves out: `count` layers like `like` would follow the layer `after`."""
+
+    count: int
+    like: str
+    after: str
+
+
+def shallow(config: Qwen3VLConfig) -> tuple[Qwen3VLConfig, list[Removed], dict[str, int]]:
+    """Return a configuration with few layers, what it leaves out, and the full model's index of each kept layer.
+
+    Layers with a special role stay: the first and the last ones, those that make or receive DeepStack features, and in
+    between the first and the last one of each kind.
+    """
+    text, vision, removed, indexes = config.text, config.vision, Counter(), {}
+
+    def keep(prefix: str, kinds: list[bool], special: set[int], first: int) -> list[int]:
+        """Record the removed layers. A kept layer from `first` on represents those of its kind."""
+        kept = sorted(special & set(range(len(kinds))))
+        indexes.update((f"{prefix}.{j}", i) for j, i in enumerate(kept))
+        for i in set(range(len(kinds))) - set(kept):
+            like = next(j for j, k in enumerate(kept) if k >= first and kinds[k] == kinds[i])
+            removed[f"{prefix}.{like}", f"{prefix}.{bisect(kept, i) - 1}"] += 1
+        return kept
+
+    features = vision.deepstack_visual_indexes
+    blocks = keep("model.visual.blocks", [True] * vision.depth, {0, vision.depth - 1, *(features or [1])}, first=1)
+    kinds = [text.is_moe_layer(i) for i in range(text.num_hidden_layers)]
+    special = {*range(len(features)), len(kinds) - 1}
+    for kind in set(kinds):
+        middle = [i for i in range(len(features), len(kinds) - 1) if kinds[i] == kind]
+        special.update(middle[:1] + middle[-1:])
+    layers = keep("model.language_model.layers", kinds, special, first=len(features))
+    dense = [j for j, i in enumerate(layers) if not kinds[i]]
+    text = replace(text, num_hidden_layers=len(layers), decoder_sparse_step=1, mlp_only_layers=dense)
+    vision = replace(vision, depth=len(blocks), deepstack_visual_indexes=[blocks.index(i) for i in features])
+    removed = [Removed(n, *names) for names, n in removed.items()]
+    return replace(config, text=text, vision=vision), removed, indexes
+
+
+def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of this rank's shards with their padding; a storage of several tensors counts once."""
+    storages = {id(s): s.nbytes() for s in (parallel.to_local(t).untyped_storage() for t in tensors)}
+    return sum(storages.values())
+
+
 def trace_step(
-    model: Qwen3VL, state: parallel.ParallelState, batch: data.Batch, accumulation: int, optimizer_flags: dict
+    model: Qwen3VL, state: parallel.ParallelState, batch: data.Batch, accumulation: int, optimizer_flags: dict,
+    removed: list[Removed],
 ) -> dict[str, int | str | dict]:
-    """Run a step of a configured model with fake tensors and return the numbers of `dry_run`."""
+    """Run a step of a configured model with fake tensors and return the numbers of `dry_run`.
+
+    They include those of the `removed` layers.
+    """
     text, visual, ops = model.model.language_model, model.model.visual, kernels_npu.ops
-    chosen, activations, all_gathers = text.block_fn, {}, {}
+    chosen, activations, entered, all_gathers = text.block_fn, {}, {}, {}
     setting = recompute_setting(chosen)
     other = {"none": plain_block, "recompute": parallel.recompute_block, "recompute_offload": parallel.Offload(ops)}
     del other[setting]
@@ -219,7 +314,7 @@ def trace_step(
                 with memory.tag("parameters"):  # FSDP2 pads them the first time
                     module.unshard()
                     module.reshard()
-                all_gathers[name or "the root's own"] = memory.sent["all-gather"]
+                all_gathers[name or "the root's own"] = memory.traffic("all-gather")
         with memory.tag("batch"):
             full_pixels = torch.empty(full_shape, device=state.device)
             batch = replace(batch, pixel_values=full_pixels[: len(batch.pixel_values)])
@@ -228,10 +323,13 @@ def trace_step(
         model.lm_head.register_forward_pre_hook(lambda *_: setattr(memory, "kind", "loss"))
         model.lm_head.register_forward_hook(lambda *_: setattr(memory, "kind", "activations"))
 
+        memory.watch(model)
+
         def forward(name: str) -> torch.Tensor:
+            memory.phase, memory.block = "forward", ""
             with memory.tag("activations"):
                 loss, _ = model(batch)
-            activations[name] = memory.live["activations"]
+            activations[name], entered[name] = memory.live["activations"], memory.entered.copy()
             return loss
 
         while other:  # what the settings that were not chosen would keep; Offload and its host memory go with the item
@@ -242,8 +340,9 @@ def trace_step(
         text.block_fn = visual.block_fn = chosen
         memory.reset()
         traced = min(2, accumulation)  # from the second micro-batch on there are gradients
-        for _ in range(traced):
+        for memory.micro_batch in range(traced):
             loss = forward(setting)
+            memory.phase = "backward"
             with memory.tag("backward"):
                 loss.backward()
             del loss
@@ -251,6 +350,7 @@ def trace_step(
         gradients = sum(parallel.to_local(p.grad).nbytes for p in trainable if p.grad is not None)
         (square_sum,) = state.sum(parallel.grad_square_sum(trainable, state))
         parallel.clip_gradients(trainable, square_sum**0.5, max_norm=0.5)
+        memory.phase = "optimizer"
         with memory.tag("optimizer step"):
             optimizer.step()
     shards = [parallel.to_local(p) for p in model.parameters()]
@@ -258,46 +358,81 @@ def trace_step(
     logits = min(model.loss_chunk_size or supervised, supervised)
     largest = max(all_gathers, key=all_gathers.get, default="none")  # a single rank may do without FSDP2
     states = [t for state in optimizer.state.values() for t in state.values()]
-    return {
+    numbers = Counter({
         "parameters": sum(p.numel() for p in shards), "parameter_bytes": sum(p.nbytes for p in shards),
-        "gradient_bytes": gradients, "logits_bytes": logits * model.config.text.vocab_size * 4,
-        "optimizer_bytes": sum(parallel.to_local(t).nbytes for t in states),
+        "gradient_bytes": gradients, "optimizer_bytes": sum(parallel.to_local(t).nbytes for t in states),
+        "host_bytes": memory.most["host"],
+        "all_gather_bytes": memory.traffic("all-gather") // traced * accumulation,
+        "reduced_gradient_bytes": memory.traffic("reduce-scatter") // traced * accumulation,
+        "all_to_all_bytes": memory.traffic("all-to-all") // traced * accumulation,
+    })
+    peaks = {moment: parts for moment, (_, parts) in memory.peaks.items()}
+    order = list(memory.entered)
+    for count, like, after in removed:
+        layer, following = model.get_submodule(like), order[order.index(like) + 1]
+        kept = {name: at[following] - at[like] for name, at in entered.items()}
+        parameters = list(layer.parameters())
+        layer_states = [t for p in parameters for t in optimizer.state.get(p, {}).values()]
+        grads = [p.grad for p in parameters if p.grad is not None]
+        gathers = sum(all_gathers.get(f"{like}.{name}".rstrip("."), 0) for name, _ in layer.named_modules())
+        numbers.update({
+            "parameters": count * sum(parallel.to_local(p).numel() for p in parameters),
+            "parameter_bytes": count * sum(parallel.to_local(p).nbytes for p in parameters),
+            "gradient_bytes": count * sum(parallel.to_local(g).nbytes for g in grads),
+            "optimizer_bytes": count * sum(parallel.to_local(t).nbytes for t in layer_states),
+            "host_bytes": count * kept[setting]["host"],
+            "all_gather_bytes": count * accumulation * gathers * (1 + (like in memory.in_backward)),
+            "reduced_gradient_bytes": count * memory.traffic("reduce-scatter", like) // traced * accumulation,
+            "all_to_all_bytes": count * memory.traffic("all-to-all", like) // traced * accumulation,
+        })
+        for name in activations:
+            activations[name] += count * kept[name]["activations"]
+        for (micro_batch, phase, block), parts in peaks.items():
+            # Forward passes the removed layers between `after` and the block behind it, backward in the other direction.
+            is_behind = block in order and order.index(block) > order.index(after)
+            has_gradients = micro_batch > 0 or phase == "optimizer" or phase == "backward" and not is_behind
+            parts["parameters"] += count * local_bytes(parameters)
+            parts["optimizer state"] += count * local_bytes(layer_states)
+            parts["gradients"] += count * local_bytes(grads) * has_gradients
+            parts["activations"] += count * kept[setting]["activations"] * (is_behind and phase != "optimizer")
+    peak = max(peaks.values(), key=lambda parts: sum(parts.values()) - parts["host"])
+    return {
+        **numbers, "logits_bytes": logits * model.config.text.vocab_size * 4,
         "activation_setting": setting, "activation_bytes": activations,
         "backward_bytes": memory.most["backward"], "loss_bytes": memory.most["loss"],
         "largest_all_gather": largest, "largest_all_gather_bytes": all_gathers.get(largest, 0),
         "gathered_bytes": memory.most["gathered parameters"],
         "reduce_scatter_bytes": memory.most["reduce-scatter buffers"],
-        "all_gather_bytes": memory.sent["all-gather"] // traced * accumulation,
-        "all_to_all_bytes": memory.sent["all-to-all"] // traced * accumulation,
-        "host_bytes": memory.most["host"], "peak_bytes": memory.peak,
-        "peak_parts": {kind: n for kind, n in memory.at_peak.most_common() if n and kind != "host"},
+        "peak_bytes": sum(peak.values()) - peak["host"],
+        "peak_parts": {kind: n for kind, n in peak.most_common() if n and kind != "host"},
     }
 
 
-def dry_run(args: argparse.Namespace) -> None:
-    """Print what a step with these flags needs on a rank of --world-size, and write it as JSON to --save.
-
-    Raises InputError if --device-memory is too small.
-    """
+def predict(args: argparse.Namespace, full_depth: bool = False) -> dict:
+    """Return what a step with these flags needs on a rank of --world-size. `full_depth` traces every layer."""
     import torch.distributed._tools.fake_collectives  # noqa: F401  torch 2.7.1 needs it for fake collectives
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    if args.compile:
+        raise UsageError("--compile: a dry run cannot trace compiled blocks: leave it out")
     config = Qwen3VLConfig.from_json(args.init_from_hf_path)
+    shallow_config, removed, indexes = (config, [], {}) if full_depth else shallow(config)
     # Of the ranks that share a row, the last one has the most text and so the most logits.
     rank = min(args.context_parallel_size, args.world_size) - 1
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=args.world_size)
     ops = kernels_npu.ops = FakeDevice(torch.device("cpu"))  # PyTorch has no fake tensors of a device that is missing
     state = FakeParallelState(ops, cp=args.context_parallel_size, ep=args.expert_parallel_size, fsdp=args.fsdp_size)
     state.backend_averages = False  # the fake backend cannot be asked
-    if args.compile:
-        raise UsageError("--compile: a dry run cannot trace compiled blocks: leave it out")
     size, accumulation = batch_sizes(args.micro_batch_size, args.global_batch_size, state.dp_size)
-    model = build_model(config, freezing_predicate(args))
+    model = build_model(shallow_config, freezing_predicate(args))
     total = sum(p.numel() for p in model.parameters())
+    total += sum(r.count * sum(p.numel() for p in model.get_submodule(r.like).parameters()) for r in removed)
     settings = model_settings(args)
     configure_model(model, state, **settings)
     batch = fake_batch(config, args.seq_length, args.micro_batch_size)
-    flops = set_loss_weights([batch] * accumulation, args.loss_type, model, state).flops
+    set_loss_weights([batch] * accumulation, args.loss_type, model, state)
+    flops = accumulation * state.dp_size * step_flops(
+        config, batch.cu_seqlens, batch.grid_thw, len(batch.supervised_index), trainable_components(model))
     report = {
         "rank": state.rank, "world_size": state.world_size, "context_parallel_size": state.cp_size,
         "expert_parallel_size": state.ep_size, "fsdp_size": state.fsdp_size,
@@ -305,12 +440,21 @@ def dry_run(args: argparse.Namespace) -> None:
         "seq_length": args.seq_length, "images": len(batch.grid_thw), "visual_tokens": len(batch.visual_index),
         "supervised_tokens": len(batch.supervised_index),
         "compute_dtype": str(settings["compute_dtype"]).removeprefix("torch."), "model_parameters": total,
-        **trace_step(model, state, batch, accumulation, optimizer_settings(args)),
+        **trace_step(model, state, batch, accumulation, optimizer_settings(args), removed),
         "flops_per_step": flops, "flops_per_rank": flops / state.world_size,
     }
+    state.close()
+    return report
+
+
+def dry_run(args: argparse.Namespace) -> None:
+    """Print what a step with these flags needs on a rank of --world-size, and write it as JSON to --save.
+
+    Raises InputError if --device-memory is too small.
+    """
+    report = predict(args)
     memory = args.device_memory and args.device_memory * 2**30
     report |= {"device_memory_bytes": memory, "fits": report["peak_bytes"] <= memory if memory else None}
-    state.close()
     print(describe(report))
     print(json.dumps(report))
     if args.save:
@@ -322,7 +466,7 @@ def dry_run(args: argparse.Namespace) -> None:
         raise InputError(
             f"--device-memory {args.device_memory:g} is {gib(report['peak_bytes'] - memory)} too little for a peak of "
             f"{gib(report['peak_bytes'])}, whose largest part is {largest}, {gib(parts[largest])}: give "
-            + advice(largest, args, config))
+            + advice(largest, args, Qwen3VLConfig.from_json(args.init_from_hf_path)))
 
 
 def describe(report: dict) -> str:
