@@ -198,6 +198,12 @@ def make_parser() -> Parser:
     add("--world-size", type=positive_int, metavar="N", help="number of ranks that a dry run assumes")
     add("--device-memory", type=positive, metavar="GIB",
         help="memory of a device; a dry run that needs more exits with status 1")
+    add("--plan", action=switch, default=False, help="with --dry-run: try all layouts (context, expert and FSDP sizes, "
+        "micro-batch size, recompute, offload) and list the fastest that fit the memory; with --save, write plan.json")
+    add("--assume-device", choices=("ascend-910b", "ascend-910c", "a100", "h100", "h200"), metavar="NAME",
+        help="device whose speed a dry run predicts: ascend-910b (default), ascend-910c, a100, h100 or h200")
+    add("--device-figures", metavar="NAME=X,...", help="figures that replace the assumed device's: tflops, memory_gib, "
+        "memory_gbs, link_gbs, network_gbs, devices_per_node, host_gbs")
     return p
 
 
@@ -210,7 +216,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         (args.dry_run and not args.world_size,
          "--dry-run needs --world-size: give the number of ranks to assume"),
         (not args.dry_run and args.world_size, "--world-size belongs to --dry-run: add that, or leave this out"),
-        (not args.dry_run and args.device_memory, "--device-memory belongs to --dry-run: add that, or leave this out"),
+        *((not args.dry_run and getattr(args, flag[2:].replace("-", "_")),
+           f"{flag} belongs to --dry-run: add that, or leave this out")
+          for flag in ("--device-memory", "--plan", "--assume-device", "--device-figures")),
         (not args.dry_run and args.dataset is None, "--dataset is missing: give it, or --dry-run"),
         (not args.dry_run and no_length, "--train-iters or --train-epochs is missing: give one, or --dry-run"),
         (args.shuffle_buffer and not (args.streaming and args.shuffle),

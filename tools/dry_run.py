@@ -57,6 +57,9 @@ class FakeDevice(kernels_npu.Accelerator):
 
     expert_rows = 0  # rows that a rank sends to experts, and as many that it receives
 
+    def work(self, flops: float, *tensors: torch.Tensor) -> None:
+        """Count the work of a kernel on its arguments and results: the planner does."""
+
     def attention_implementation(self, implementation: str | None = None):
         return self.attention_eager if implementation == "eager" else self.attention_sdpa  # flash: same memory
 
@@ -75,12 +78,18 @@ class GroupedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        return x.new_empty(len(x), weight.shape[2])
+        out = x.new_empty(len(x), weight.shape[2])
+        kernels_npu.ops.work(2 * x.numel() * weight.shape[2], x, weight, out)
+        return out
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        pairs = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)
-        return tuple(torch.empty_like(t) if needed else None for t, needed in pairs)
+        x, weight = ctx.saved_tensors
+        pairs = zip((x, weight), ctx.needs_input_grad, strict=True)
+        grads = tuple(torch.empty_like(t) if needed else None for t, needed in pairs)
+        for needed in ctx.needs_input_grad:
+            kernels_npu.ops.work(2 * x.numel() * weight.shape[2] * needed, x, weight, grad)
+        return grads
 
 
 class FakeParallelState(parallel.ParallelState):
@@ -97,11 +106,13 @@ class MemoryTracker(TorchDispatchMode):
     by kind at the peak of each moment: (micro-batch, phase, name of the block that runs).
     """
 
-    def __init__(self, fake_mode: FakeTensorMode):
+    def __init__(self, fake_mode: FakeTensorMode | None):
+        """fake_mode: count its tensors; None: count tensors on the meta device."""
         super().__init__()
         self.fake_mode, self.kind = fake_mode, "other"
         self.known: dict[int, tuple] = {}  # storage id -> (weak reference, kind, bytes)
-        self.live, self.most, self.sent = Counter(), Counter(), Counter()  # bytes by kind; `sent` by collective and block
+        self.live, self.most = Counter(), Counter()  # bytes by kind
+        self.sent = Counter()  # bytes by collective and block
         self.micro_batch, self.phase, self.block = 0, "forward", ""
         self.peaks: dict[tuple[int, str, str], tuple[int, Counter]] = {}
         self.entered: dict[str, Counter] = {}  # by block in forward order: the live bytes at its start
@@ -163,14 +174,19 @@ class MemoryTracker(TorchDispatchMode):
         self.live[kind] -= size
         return reference
 
+    def call(self, func, args: tuple, kwargs: dict):
+        return func(*args, **kwargs)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # the operation comes again with the local tensors
-        out = func(*args, **(kwargs or {}))
+        out = self.call(func, args, kwargs or {})
         kind = "host" if kwargs and kwargs.get("pin_memory") else self.kind
         for t in out if isinstance(out, (tuple, list)) else (out,):
             # DTensor has a fake mode of its own, which only computes shapes.
-            is_counted = isinstance(t, FakeTensor) and t.fake_mode is self.fake_mode
+            is_counted = isinstance(t, torch.Tensor) and t.device.type == "meta"
+            if self.fake_mode:
+                is_counted = isinstance(t, FakeTensor) and t.fake_mode is self.fake_mode
             if is_counted and id(t.untyped_storage()) not in self.known:
                 self.count(t, kind)
         if func is torch.ops.c10d._allgather_base_.default:
@@ -388,13 +404,14 @@ def trace_step(
         for name in activations:
             activations[name] += count * kept[name]["activations"]
         for (micro_batch, phase, block), parts in peaks.items():
-            # Forward passes the removed layers between `after` and the block behind it, backward in the other direction.
+            # Forward runs the removed layers between `after` and the next block, backward in the other direction.
             is_behind = block in order and order.index(block) > order.index(after)
+            is_kept = is_behind and phase != "optimizer"
             has_gradients = micro_batch > 0 or phase == "optimizer" or phase == "backward" and not is_behind
             parts["parameters"] += count * local_bytes(parameters)
             parts["optimizer state"] += count * local_bytes(layer_states)
             parts["gradients"] += count * local_bytes(grads) * has_gradients
-            parts["activations"] += count * kept[setting]["activations"] * (is_behind and phase != "optimizer")
+            parts["activations"] += count * kept[setting]["activations"] * is_kept
     peak = max(peaks.values(), key=lambda parts: sum(parts.values()) - parts["host"])
     return {
         **numbers, "logits_bytes": logits * model.config.text.vocab_size * 4,
@@ -408,18 +425,22 @@ def trace_step(
     }
 
 
-def predict(args: argparse.Namespace, full_depth: bool = False) -> dict:
-    """Return what a step with these flags needs on a rank of --world-size. `full_depth` traces every layer."""
+def fake_process_group(rank: int, world_size: int) -> None:
+    """Make a process group whose collectives do nothing."""
     import torch.distributed._tools.fake_collectives  # noqa: F401  torch 2.7.1 needs it for fake collectives
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+
+
+def predict(args: argparse.Namespace, full_depth: bool = False) -> dict:
+    """Return what a step with these flags needs on a rank of --world-size. `full_depth` traces every layer."""
     if args.compile:
         raise UsageError("--compile: a dry run cannot trace compiled blocks: leave it out")
     config = Qwen3VLConfig.from_json(args.init_from_hf_path)
     shallow_config, removed, indexes = (config, [], {}) if full_depth else shallow(config)
     # Of the ranks that share a row, the last one has the most text and so the most logits.
-    rank = min(args.context_parallel_size, args.world_size) - 1
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=args.world_size)
+    fake_process_group(min(args.context_parallel_size, args.world_size) - 1, args.world_size)
     ops = kernels_npu.ops = FakeDevice(torch.device("cpu"))  # PyTorch has no fake tensors of a device that is missing
     state = FakeParallelState(ops, cp=args.context_parallel_size, ep=args.expert_parallel_size, fsdp=args.fsdp_size)
     state.backend_averages = False  # the fake backend cannot be asked
@@ -450,9 +471,16 @@ def predict(args: argparse.Namespace, full_depth: bool = False) -> dict:
 def dry_run(args: argparse.Namespace) -> None:
     """Print what a step with these flags needs on a rank of --world-size, and write it as JSON to --save.
 
-    Raises InputError if --device-memory is too small.
+    With --plan, print the fastest layouts instead. Raises InputError if --device-memory is too small.
     """
+    from tools import planner  # which imports this file
+
+    if args.plan:
+        return planner.plan(args)
     report = predict(args)
+    row = planner.Planner(args).evaluate(planner.layout_of(args))
+    report |= {"assumed_device": args.assume_device or planner.DEFAULT_DEVICE}
+    report |= {key: value for key, value in row.items() if key not in ("flags", "memory_gib")}
     memory = args.device_memory and args.device_memory * 2**30
     report |= {"device_memory_bytes": memory, "fits": report["peak_bytes"] <= memory if memory else None}
     print(describe(report))
@@ -475,7 +503,9 @@ def describe(report: dict) -> str:
              "load of all experts; it leaves out the allocator's rounding, communication libraries and kernels' "
              "workspaces"]
     for key, value in report.items():
-        if isinstance(value, dict):
+        if key == "step_parts_s":
+            value = ", ".join(f"{resource} {seconds:.3g}" for resource, seconds in value.items())
+        elif isinstance(value, dict):
             value = ", ".join(f"{kind} {gib(n)}" for kind, n in value.items())
         elif key.endswith("_bytes") and value is not None:
             value = gib(value)

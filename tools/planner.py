@@ -1,0 +1,511 @@
+"""Predict the time of a training step, and choose a layout: train.py --dry-run, with --plan.
+
+A layout is evaluated from measured pieces: the blocks of the shallow model of `dry_run`, without FSDP2 and on the meta
+device, give activations, kernel times and all-to-all traffic. A formula adds what FSDP2 gathers, reduces and shards.
+docs/planner.md has the assumptions and the sources of the figures.
+"""
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+import kernels_npu
+import parallel
+from common import InputError, UsageError
+from model import Experts, Qwen3VLConfig, build_model, step_flops, trainable_components
+from tools.dry_run import (
+    FakeDevice,
+    FakeParallelState,
+    MemoryTracker,
+    fake_batch,
+    fake_process_group,
+    predict,
+    shallow,
+)
+from train import batch_sizes, configure_model, freezing_predicate, model_settings, set_loss_weights
+
+MATMUL_EFFICIENCY, MEMORY_EFFICIENCY, LINK_EFFICIENCY = 0.75, 0.8, 0.8  # reached shares of the data sheets' figures
+LATENCY, HOP_IN_NODE, HOP_BETWEEN_NODES = 8.4e-6, 3.4e-6, 14e-6  # seconds of a collective, and of each step of its ring
+
+
+EMBEDDING = "model.language_model.embed_tokens"
+DEFAULT_DEVICE = "ascend-910b"
+MICRO_BATCHES = (1, 2, 4, 8)
+WORK = ("compute", "memory bandwidth", "cp bytes", "cp calls", "ep bytes", "ep calls")
+OPTIMIZER_BYTES = 40  # memory traffic of a parameter: AdamW reads four and writes three values; norm and clipping, three
+
+
+class Device(NamedTuple):
+    """Figures of a device: bandwidths are in one direction, in 1e9 bytes per second."""
+
+    tflops: float  # dense bf16
+    memory_gib: float
+    memory_gbs: float
+    link_gbs: float  # to the other devices of its node
+    network_gbs: float  # to other nodes
+    devices_per_node: float
+    host_gbs: float  # to the host's memory
+
+
+DEVICES = {
+    "ascend-910b": Device(354, 64, 1600, 196, 25, 8, 32),
+    "ascend-910c": Device(354, 64, 1600, 196, 25, 16, 32),
+    "a100": Device(312, 80, 2039, 300, 25, 8, 32),
+    "h100": Device(989, 80, 3350, 450, 50, 8, 64),
+    "h200": Device(989, 141, 4800, 450, 50, 8, 64),
+}
+
+
+def assumed_device(args: argparse.Namespace) -> Device:
+    """Return the figures of --assume-device with those of --device-figures. Raises UsageError for unknown ones."""
+    device = DEVICES[args.assume_device or DEFAULT_DEVICE]
+    for pair in (args.device_figures or "").split(","):
+        name, _, value = pair.partition("=")
+        try:
+            if pair:
+                device = device._replace(**{name: float(value)})
+        except ValueError as e:
+            raise UsageError(f"--device-figures {pair}: give NAME=NUMBER, where NAME is one of "
+                             f"{', '.join(Device._fields)}") from e
+    return device
+
+
+# ---- pieces ---------------------------------------------------------------------------------------------------------
+
+
+class Attention(torch.autograd.Function):
+    """Allocate what a flash attention kernel does: q, k, v [N, H, L, d]."""
+
+    @staticmethod
+    def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+        out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        ctx.flops = 4 * q.numel() * q.shape[2] * (0.5 if causal else 1)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        kernels_npu.ops.work(ctx.flops, q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        q, k, v, out, _ = ctx.saved_tensors
+        grads = tuple(torch.empty_like(t) for t in (q, k, v))
+        kernels_npu.ops.work(2.5 * ctx.flops, q, k, v, out, grad, *grads)
+        return *grads, None
+
+
+class Profile(MemoryTracker):
+    """Count the memory of tensors on the meta device, and the work of each phase and block."""
+
+    def __init__(self, device: Device, results: dict):
+        """results: the cache of `call`, for several profiles."""
+        super().__init__(None)
+        self.device, self.results, self.blocks = device, results, {}
+        self.cp_group: str | None = None  # the name of the context-parallel group
+        self.work: Counter[tuple[str, str, str]] = Counter()  # phase, block, resource -> seconds, bytes or calls
+
+    def enter(self, block: str) -> None:
+        if self.phase == "backward" and block != self.block:
+            for p in self.blocks[self.block].parameters():
+                p.grad = None  # FSDP2 has reduced it
+        super().enter(block)
+
+    def count_work(self, flops: float, *tensors: torch.Tensor) -> None:
+        """Add the time of a kernel, which either its FLOPs or the memory traffic of its tensors limit."""
+        compute = flops / (self.device.tflops * 1e12 * MATMUL_EFFICIENCY)
+        memory = sum(t.nbytes for t in tensors) / (self.device.memory_gbs * 1e9 * MEMORY_EFFICIENCY)
+        resource = "compute" if compute > memory else "memory bandwidth"
+        self.work[self.phase, self.block, resource] += max(compute, memory)
+
+    def call(self, func, args: tuple, kwargs: dict):
+        """Reuse the shape of an earlier result: PyTorch computes shapes on the meta device slowly, in Python."""
+        flat = [t for a in args for t in (a if isinstance(a, (tuple, list)) else (a,))]
+        if func._schema.name not in SLOW_SHAPES or getattr(flat[0], "device", None) != torch.device("meta"):
+            return func(*args, **kwargs)
+        key = (func, *((a.shape, a.stride(), a.dtype) if isinstance(a, torch.Tensor) else a for a in flat),
+               *kwargs.items())
+        if key not in self.results:
+            out = func(*args, **kwargs)
+            self.results[key] = out.shape, out.stride(), out.dtype
+            return out
+        shape, stride, dtype = self.results[key]
+        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        name = func._schema.name.partition("::")[2]
+        if name == "alltoall_base_":
+            kind = "cp" if dist.ProcessGroup.unbox(args[2]).group_name == self.cp_group else "ep"
+            self.work[self.phase, self.block, f"{kind} bytes"] += args[1].nbytes
+            self.work[self.phase, self.block, f"{kind} calls"] += 1
+            return out
+        results = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, torch.Tensor)]
+        if not results or results[0].device.type != "meta" or "empty" in name:
+            return out
+        inputs = [t for a in args for t in (a if isinstance(a, (tuple, list)) else (a,)) if isinstance(t, torch.Tensor)]
+        storages = {id(t.untyped_storage()) for t in inputs}
+        if func._schema.is_mutable or id(results[0].untyped_storage()) not in storages:  # not a view
+            is_product = name in ("mm", "bmm", "addmm", "baddbmm")
+            flops = 2 * results[0].numel() * inputs[-1].shape[-2] if is_product else 0
+            self.count_work(flops, *inputs, *results)
+        return out
+
+
+SLOW_SHAPES = {f"aten::{name}" for name in (
+    "mul", "add", "sub", "rsub", "div", "neg", "pow", "rsqrt", "mean", "sum", "silu", "silu_backward", "gelu", "exp",
+    "gelu_backward", "cat", "stack", "clone", "_softmax", "_softmax_backward_data", "reciprocal")}
+
+
+class PlannedDevice(FakeDevice):
+    """A fake device that counts the work of its kernels."""
+
+    profile: Profile
+
+    def work(self, flops: float, *tensors: torch.Tensor) -> None:
+        self.profile.count_work(flops, *tensors)
+
+    def attention_sdpa(self, q, k, v, cu_seqlens, causal):
+        return kernels_npu._per_sequence(lambda *qkv: Attention.apply(*qkv, causal), q, k, v, cu_seqlens)
+
+
+# ---- collectives ----------------------------------------------------------------------------------------------------
+
+
+def all_to_all(nbytes: float, calls: float, size: int, device: Device) -> float:
+    """Return the seconds in which each of `size` neighbours sends `nbytes` in equal parts to all, in some calls."""
+    near = min(size, device.devices_per_node)
+    links = nbytes / (1e9 * LINK_EFFICIENCY)
+    seconds = max(links * (near - 1) / size / device.link_gbs, links * (1 - near / size) / device.network_gbs)
+    return seconds + calls * (LATENCY + (HOP_BETWEEN_NODES if size > near else HOP_IN_NODE))
+
+
+def ring(nbytes: float, size: int, stride: int, device: Device) -> float:
+    """Return the seconds of an all-gather or reduce-scatter of a tensor of `nbytes` over every `stride`-th rank.
+
+    Every byte enters each node once, through the network links of all devices of the group in that node.
+    """
+    if size == 1:
+        return 0.0
+    near = min(size, max(1, device.devices_per_node // stride))
+    nodes = size / near
+    links = nbytes / (1e9 * LINK_EFFICIENCY)
+    inside = links * (size - 1) / size / device.link_gbs if near > 1 else 0.0
+    between = links * (1 - 1 / nodes) / (near * device.network_gbs)
+    hops = (size - nodes) * HOP_IN_NODE + (nodes - 1) * HOP_BETWEEN_NODES
+    return max(inside, between) + LATENCY + hops
+
+
+# ---- layouts --------------------------------------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    cp: int
+    ep: int
+    fsdp: int
+    micro_batch: int
+    recompute: bool
+    offload: bool
+
+    def flags(self, world_size: int) -> list[str]:
+        flags = ["--context-parallel-size", self.cp, "--expert-parallel-size", self.ep]
+        flags += ["--fsdp-size", self.fsdp] if self.fsdp < world_size else []
+        flags += ["--micro-batch-size", self.micro_batch, "--recompute", "full" if self.recompute else "none"]
+        return [str(flag) for flag in flags] + ["--activation-offload"] * self.offload
+
+
+class Pieces(NamedTuple):
+    """What the blocks of a micro-batch need, whatever the sharding. Bytes exclude parameters."""
+
+    peaks: Counter[tuple[str, str]]  # phase and block -> bytes
+    kept: Counter[str]  # block -> bytes of activations until its backward
+    work: Counter[tuple[str, str, str]]  # as in `Profile`
+
+    def mix(self, other: Pieces, share: float) -> Pieces:
+        """Interpolate linearly between two measurements."""
+        return Pieces(*(Counter({key: (1 - share) * a[key] + share * b[key] for key in a | b})
+                        for a, b in zip(self, other, strict=True)))
+
+
+class Sharding(NamedTuple):
+    """What FSDP2 needs, by block: seconds of collectives and bytes."""
+
+    gather: Counter[str]
+    reduce: Counter[str]
+    gathered: Counter[str]  # all parameters of a block
+    outer: Counter[str]  # those that are not experts of expert parallelism: FSDP2 gathers them first
+    reduced: Counter[str]  # the float32 gradients of these
+    gradients: Counter[str]  # this rank's shard
+    static: float  # parameters and optimizer state
+    trainable: float  # parameters in this rank's shard
+
+
+class Planner:
+    """Evaluate layouts of a model; the flags that are not part of a layout are those of `args`."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.device = args, assumed_device(args)
+        kernels_npu.ops = PlannedDevice(torch.device("cpu"))
+        self.config = Qwen3VLConfig.from_json(args.init_from_hf_path)
+        self.shallow, self.removed, _ = shallow(self.config)
+        self.model = build_model(self.shallow, freezing_predicate(args))
+        self.dtype = model_settings(args)["compute_dtype"]
+        self.results: dict = {}
+        features = self.shallow.vision.deepstack_visual_indexes
+        self.order = []  # the blocks in forward order, the loss last
+        for i in range(self.shallow.vision.depth):
+            self.order.append(f"model.visual.blocks.{i}")
+            self.order += [f"model.visual.deepstack_merger_list.{features.index(i)}"] if i in features else []
+        layers = [f"model.language_model.layers.{i}" for i in range(self.shallow.text.num_hidden_layers)]
+        self.order += ["model.visual.merger", *layers, "lm_head"]
+        self.counts = Counter(dict.fromkeys(["", EMBEDDING, *self.order], 1))
+        for r in self.removed:
+            self.counts[r.like] += r.count
+
+    @functools.cache  # noqa: B019
+    def measure(self, cp: int, ep: int, micro_batch: int, recompute: bool) -> Pieces:
+        """Run a micro-batch of the shallow model without FSDP2."""
+        args = self.args
+        fake_process_group(cp - 1, math.lcm(cp, ep))
+        ops = kernels_npu.ops = PlannedDevice(torch.device("cpu"))
+        try:
+            state = FakeParallelState(ops, cp=cp, ep=ep)
+            profile = ops.profile = Profile(self.device, self.results)
+            profile.cp_group = state.cp_group.group_name if cp > 1 else None
+            model = build_model(self.shallow, freezing_predicate(args)).to(self.dtype)
+            state.world_size = 1  # `parallelize` applies everything but FSDP2, which one rank in float32 does without
+            configure_model(model, state, **model_settings(args) | {
+                "compute_dtype": torch.float32, "recompute": recompute, "offload": False})
+            batch = fake_batch(self.config, args.seq_length, micro_batch)
+            set_loss_weights([batch], args.loss_type, model, state)
+            shape = batch.pixel_values.shape
+            state.device = torch.device("meta")
+            batch = parallel.local_batch(replace(batch, pixel_values=torch.zeros(()).expand(shape)), state)
+            ops.expert_rows = len(batch.input_ids) * self.config.text.num_experts_per_tok
+            with profile:
+                profile.blocks = {"": model.model.visual.patch_embed, **dict(model.named_modules())}
+                profile.watch(model)
+                for p in model.parameters():
+                    profile.count(parallel.to_local(p), "parameters")
+                with profile.tag("batch"):
+                    pixels = torch.empty(shape, device="meta")
+                    batch = replace(batch, pixel_values=pixels[: len(batch.pixel_values)])
+                    del pixels
+                model.lm_head.register_forward_pre_hook(lambda *_: setattr(profile, "kind", "loss"))
+                model.lm_head.register_forward_hook(lambda *_: setattr(profile, "kind", "activations"))
+                with profile.tag("activations"):
+                    loss, _ = model(batch)
+                profile.phase = "backward"
+                with profile.tag("backward"):
+                    loss.backward()
+        finally:
+            dist.destroy_process_group()
+        entered = profile.entered
+        kept = Counter({block: entered[after]["activations"] - entered[block]["activations"]
+                        for block, after in itertools.pairwise(self.order)})
+        peaks = Counter({(phase, block): peak - parts["parameters"]
+                         for (_, phase, block), (peak, parts) in profile.peaks.items()})
+        return Pieces(peaks, kept, profile.work)
+
+    @functools.cache  # noqa: B019
+    def pieces(self, cp: int, ep: int, micro_batch: int, recompute: bool) -> Pieces:
+        """Return `measure`, interpolated between few micro-batch sizes and expert-parallel sizes.
+
+        Everything is linear in the tokens. An expert-parallel size above 1 only changes the number of local experts.
+        """
+        if micro_batch not in (1, MICRO_BATCHES[-1]):
+            first, last = (self.pieces(cp, ep, n, recompute) for n in (1, MICRO_BATCHES[-1]))
+            return first.mix(last, (micro_batch - 1) / (MICRO_BATCHES[-1] - 1))
+        experts = self.config.text.num_experts
+        if ep in (1, 2, experts) or experts % 2:
+            return self.measure(cp, ep, micro_batch, recompute)
+        few, many = (self.measure(cp, n, micro_batch, recompute) for n in (2, experts))
+        return few.mix(many, (1 / 2 - 1 / ep) / (1 / 2 - 1 / experts))
+
+    @functools.cache  # noqa: B019
+    def sharding(self, ep: int, fsdp: int) -> Sharding:
+        experts = [name for name, m in self.model.named_modules() if isinstance(m, Experts) and ep > 1]
+        groups: dict[tuple[str, bool], Counter] = {}
+        for name, p in self.model.named_parameters():
+            block = next((b for b in (EMBEDDING, *self.order) if name.startswith(b + ".")), "")
+            is_expert = any(name.startswith(e + ".") for e in experts)
+            full, shard = p.numel() // ep, p.numel() // fsdp
+            if not is_expert and not (p.ndim == 3 and any(size % fsdp == 0 for size in p.shape)):
+                shard = -(-p.shape[0] // fsdp) * (p.numel() // p.shape[0])  # FSDP2 pads the first dimension
+                full = shard * fsdp
+            elif not is_expert:
+                full = p.numel()
+            numbers = {"full": full, "shard": shard, "trainable": shard * p.requires_grad}
+            groups.setdefault((block, is_expert), Counter()).update(numbers)
+        s = Sharding(*(Counter() for _ in range(6)), 0, 0)
+        static = trainable = 0
+        for (block, is_expert), n in groups.items():
+            ranks, stride = (fsdp // ep, ep) if is_expert else (fsdp, 1)
+            s.gather[block] += ring(n["full"] * self.dtype.itemsize, ranks, stride, self.device)
+            if n["trainable"]:
+                s.reduce[block] += ring(4 * n["full"], ranks, stride, self.device)
+                s.reduce[block] += 2 * ring(4 * n["shard"], self.args.world_size // fsdp, fsdp, self.device)
+            s.gathered[block] += n["full"] * self.dtype.itemsize
+            if not is_expert:
+                s.outer[block] += n["full"] * self.dtype.itemsize
+                s.reduced[block] += 4 * n["full"] * (n["trainable"] > 0)
+            s.gradients[block] += 4 * n["trainable"]
+            static += self.counts[block] * (4 * n["shard"] + 8 * n["trainable"])
+            trainable += self.counts[block] * n["trainable"]
+        return s._replace(static=static, trainable=trainable)
+
+    @functools.cache  # noqa: B019
+    def flops(self, micro_batch: int) -> float:
+        batch = fake_batch(self.config, self.args.seq_length, micro_batch)
+        return step_flops(self.config, batch.cu_seqlens, batch.grid_thw, len(batch.supervised_index),
+                          trainable_components(self.model))
+
+    def seconds(self, layout: Layout, pieces: Pieces, s: Sharding) -> Counter[str]:
+        """Return the seconds of a micro-batch in which each resource is the bottleneck.
+
+        Kernels, FSDP2's traffic and copies to the host overlap within a block; all-to-alls overlap with nothing.
+        """
+        total: Counter[str] = Counter()
+        stays = {"", EMBEDDING, *self.order[-2:]}  # FSDP2 does not gather these a second time
+        for block, phase in itertools.product(self.counts, ("forward", "backward")):
+            work = {key: pieces.work[phase, block, key] for key in WORK}
+            kernels = work["compute"] + work["memory bandwidth"]
+            traffic = s.gather[block] if phase == "forward" else s.reduce[block]
+            if phase == "backward" and kernels and block not in stays:
+                traffic += s.gather[block]
+            copies = pieces.kept[block] / (self.device.host_gbs * 1e9 * LINK_EFFICIENCY) * layout.offload
+            overlapped = {"parameter traffic": traffic, "host copies": copies}
+            limit = max(overlapped, key=overlapped.get)
+            if overlapped[limit] > kernels:
+                total[limit] += self.counts[block] * overlapped[limit]
+            else:
+                total["compute"] += self.counts[block] * work["compute"]
+                total["memory bandwidth"] += self.counts[block] * work["memory bandwidth"]
+            for kind, size in (("cp", layout.cp), ("ep", layout.ep)):
+                exchange = all_to_all(work[f"{kind} bytes"], work[f"{kind} calls"], size, self.device)
+                total["all-to-all"] += self.counts[block] * exchange
+        return total
+
+    def peak(self, layout: Layout, pieces: Pieces, s: Sharding, accumulates: bool) -> float:
+        """Return the bytes at the peak. The moments are the phases of each block, and the end of the step."""
+        order, tied = self.order, self.config.tie_word_embeddings
+        if self.args.world_size == 1 and self.dtype == torch.float32:  # without FSDP2
+            s = s._replace(gathered=Counter(), outer=Counter(), reduced=Counter())
+        always = s.gathered[""] + s.gathered[EMBEDDING] * tied
+        always += next((s.gathered[b] for b in order if "deepstack" in b), 0)  # prefetched once too often
+        all_gradients = sum(self.counts[b] * s.gradients[b] for b in self.counts)
+        moments = [all_gradients, all_gradients + s.gathered[EMBEDDING] + s.reduced[EMBEDDING]]
+        positions = [(order.index(r.after), r) for r in self.removed]
+        for (phase, block), peak in pieces.peaks.items():
+            i = order.index(block) if block else -1
+            previous, following = order[max(0, i - 1)], order[min(i + 1, len(order) - 1)]
+            buffers = always + s.gathered[block]
+            if phase == "forward":
+                buffers += s.gathered[previous if block == order[-1] else following]
+            elif block == order[-1]:
+                buffers += s.gathered[previous]
+            else:
+                buffers += s.outer[previous] * (i > 0)
+                buffers += s.reduced[EMBEDDING if tied and following == order[-1] else following]
+            kept = -sum(pieces.kept[b] for b in order[: max(0, i - 1)]) * layout.offload
+            gradients = sum(s.gradients[b] for b in order[i + 1 :]) if phase == "backward" else 0
+            for position, r in positions:
+                if i > position:
+                    kept += r.count * pieces.kept[r.like] * (not layout.offload)
+                elif phase == "backward":
+                    gradients += r.count * s.gradients[r.like]
+            moments.append(peak + buffers + kept + (all_gradients if accumulates else gradients))
+        return s.static + max(moments)
+
+    def evaluate(self, layout: Layout) -> dict:
+        """Return a layout's row of plan.json. Raises UsageError if the layout cannot work."""
+        world = self.args.world_size
+        size, accumulation = batch_sizes(layout.micro_batch, self.args.global_batch_size, world // layout.cp)
+        pieces = self.pieces(layout.cp, layout.ep, layout.micro_batch, layout.recompute)
+        s = self.sharding(layout.ep, layout.fsdp)
+        seconds = self.seconds(layout, pieces, s)
+        seconds = Counter({resource: accumulation * n for resource, n in seconds.items()})
+        bandwidth = self.device.memory_gbs * 1e9 * MEMORY_EFFICIENCY
+        seconds["memory bandwidth"] += s.trainable * OPTIMIZER_BYTES / bandwidth
+        step = sum(seconds.values())
+        flops = size / layout.micro_batch * self.flops(layout.micro_batch)
+        return {
+            "flags": layout.flags(world),
+            "memory_gib": self.peak(layout, pieces, s, accumulation > 1) / 2**30,
+            "step_time_s": step,
+            "tokens_per_s_per_device": size * self.args.seq_length / step / world,
+            "mfu": flops / (step * world * self.device.tflops * 1e12),
+            "bound": max(seconds, key=seconds.get),
+            "step_parts_s": dict(seconds),
+        }
+
+    def layouts(self) -> list[Layout]:
+        """Return all layouts that divide."""
+        world, text, vision = self.args.world_size, self.config.text, self.config.vision
+        divisors = [n for n in range(1, world + 1) if world % n == 0]
+        heads, kv_heads = math.gcd(text.num_attention_heads, vision.num_heads), text.num_key_value_heads
+        cps = [n for n in divisors if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+        samples = self.args.global_batch_size
+        return [
+            Layout(cp, ep, fsdp, micro, recompute, offload)
+            for cp, ep, fsdp, micro in itertools.product(cps, divisors, divisors, MICRO_BATCHES)
+            for recompute, offload in ((False, False), (True, False), (True, True))
+            if fsdp % ep == 0 and (ep == 1 or text.num_experts and text.num_experts % ep == 0)
+            and not (samples and samples % (micro * world // cp))
+        ]
+
+
+def layout_of(args: argparse.Namespace) -> Layout:
+    settings = model_settings(args)
+    return Layout(args.context_parallel_size, args.expert_parallel_size, args.fsdp_size or args.world_size,
+                  args.micro_batch_size, settings["recompute"], settings["offload"])
+
+
+def with_layout(args: argparse.Namespace, layout: Layout) -> argparse.Namespace:
+    return argparse.Namespace(**vars(args) | {
+        "context_parallel_size": layout.cp, "expert_parallel_size": layout.ep, "fsdp_size": layout.fsdp,
+        "micro_batch_size": layout.micro_batch, "recompute": "full" if layout.recompute else "none",
+        "activation_offload": layout.offload})
+
+
+def rank_layouts(planner: Planner, memory_gib: float) -> list[tuple[Layout, dict]]:
+    """Return the layouts that fit the memory of a device with their rows of plan.json, the fastest first."""
+    rows = []
+    for layout in planner.layouts():
+        if planner.sharding(layout.ep, layout.fsdp).static < memory_gib * 2**30:
+            row = planner.evaluate(layout)
+            rows += [(layout, row)] if row["memory_gib"] <= memory_gib else []
+    return sorted(rows, key=lambda pair: -pair[1]["tokens_per_s_per_device"])
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Print the ten fastest layouts that fit the memory of a device, and write all that fit to plan.json in --save."""
+    planner = Planner(args)
+    memory = args.device_memory or planner.device.memory_gib
+    ranked = rank_layouts(planner, memory)
+    while ranked and predict(with_layout(args, ranked[0][0]))["peak_bytes"] > memory * 2**30:
+        del ranked[0]  # the pieces were too optimistic
+    if not ranked:
+        raise InputError(f"--device-memory {memory:g}: no layout fits: give a larger --world-size, or a smaller "
+                         "--seq-length or --loss-chunk-size")
+    print(f"{len(ranked)} layouts fit {memory:g} GiB; the fastest on {args.world_size} x "
+          f"{args.assume_device or DEFAULT_DEVICE} (docs/planner.md has the assumptions):")
+    print(f"{'CP':>3} {'EP':>3} {'FSDP':>5} {'batch':>5}  {'activations':12} {'memory':>10} {'step':>9} "
+          f"{'tokens/s':>8} {'MFU':>5}  bound")
+    for layout, row in ranked[:10]:
+        setting = "offload" if layout.offload else "recompute" if layout.recompute else "keep"
+        print(f"{layout.cp:3} {layout.ep:3} {layout.fsdp:5} {layout.micro_batch:5}  {setting:12} "
+              f"{row['memory_gib']:6.1f} GiB {row['step_time_s']:7.2f} s {row['tokens_per_s_per_device']:8.0f} "
+              f"{row['mfu']:5.2f}  {row['bound']}")
+    print(" ".join(ranked[0][1]["flags"]))
+    if args.save:
+        Path(args.save).mkdir(parents=True, exist_ok=True)
+        rows = [{key: value for key, value in row.items() if key != "step_parts_s"} for _, row in ranked]
+        (Path(args.save) / "plan.json").write_text(json.dumps(rows, indent=1) + "\n")
