@@ -15,6 +15,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ import torch.distributed as dist
 import kernels_npu
 import parallel
 from common import InputError, UsageError
-from model import Experts, Qwen3VLConfig, build_model, step_flops, trainable_components
+from model import Experts, Qwen3VLConfig, VisionConfig, build_model, step_flops, trainable_components
 from tools.dry_run import (
     FakeDevice,
     FakeParallelState,
@@ -42,7 +43,7 @@ EMBEDDING = "model.language_model.embed_tokens"
 DEFAULT_DEVICE = "ascend-910b"
 MICRO_BATCHES = (1, 2, 4, 8)
 WORK = ("compute", "memory bandwidth", "cp bytes", "cp calls", "ep bytes", "ep calls")
-OPTIMIZER_BYTES = 40  # memory traffic of a parameter: AdamW reads four and writes three values; norm and clipping, three
+OPTIMIZER_BYTES = 40  # memory traffic per parameter: AdamW moves seven float32 values, the norm and clipping three
 
 
 class Device(NamedTuple):
@@ -100,6 +101,13 @@ class Attention(torch.autograd.Function):
         grads = tuple(torch.empty_like(t) for t in (q, k, v))
         kernels_npu.ops.work(2.5 * ctx.flops, q, k, v, out, grad, *grads)
         return *grads, None
+
+
+def fake_positions(grid_thw: torch.Tensor, config: VisionConfig) -> tuple[torch.Tensor, ...]:
+    """Return the shapes of `model.patch_positions`, whose values need no device but a second of host time."""
+    patches = int(grid_thw.prod(1).sum())
+    index = functools.partial(torch.empty, dtype=torch.int64, device="meta")
+    return index(patches), index(patches), index(patches, 4), torch.empty(patches, 4, device="meta")
 
 
 class Profile(MemoryTracker):
@@ -289,7 +297,7 @@ class Planner:
             state.device = torch.device("meta")
             batch = parallel.local_batch(replace(batch, pixel_values=torch.zeros(()).expand(shape)), state)
             ops.expert_rows = len(batch.input_ids) * self.config.text.num_experts_per_tok
-            with profile:
+            with profile, mock.patch("model.patch_positions", fake_positions):
                 profile.blocks = {"": model.model.visual.patch_embed, **dict(model.named_modules())}
                 profile.watch(model)
                 for p in model.parameters():
@@ -477,11 +485,16 @@ def with_layout(args: argparse.Namespace, layout: Layout) -> argparse.Namespace:
 
 def rank_layouts(planner: Planner, memory_gib: float) -> list[tuple[Layout, dict]]:
     """Return the layouts that fit the memory of a device with their rows of plan.json, the fastest first."""
-    rows = []
-    for layout in planner.layouts():
-        if planner.sharding(layout.ep, layout.fsdp).static < memory_gib * 2**30:
-            row = planner.evaluate(layout)
-            rows += [(layout, row)] if row["memory_gib"] <= memory_gib else []
+    rows, too_large = [], set()
+    for layout in planner.layouts():  # by micro-batch size: a larger one needs more memory
+        key = layout._replace(micro_batch=0)
+        if key in too_large or planner.sharding(layout.ep, layout.fsdp).static > memory_gib * 2**30:
+            continue
+        row = planner.evaluate(layout)
+        if row["memory_gib"] <= memory_gib:
+            rows.append((layout, row))
+        else:
+            too_large.add(key)
     return sorted(rows, key=lambda pair: -pair[1]["tokens_per_s_per_device"])
 
 
