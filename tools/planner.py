@@ -118,6 +118,7 @@ class Profile(MemoryTracker):
         super().__init__(None)
         self.device, self.results, self.blocks = device, results, {}
         self.cp_group: str | None = None  # the name of the context-parallel group
+        self.inputs: dict[str, int] = {}  # block -> bytes of its first argument
         self.work: Counter[tuple[str, str, str]] = Counter()  # phase, block, resource -> seconds, bytes or calls
 
     def enter(self, block: str) -> None:
@@ -234,6 +235,7 @@ class Pieces(NamedTuple):
 
     peaks: Counter[tuple[str, str]]  # phase and block -> bytes
     kept: Counter[str]  # block -> bytes of activations until its backward
+    inputs: Counter[str]  # block -> bytes of its input, which recompute keeps and offload copies
     work: Counter[tuple[str, str, str]]  # as in `Profile`
 
     def mix(self, other: Pieces, share: float) -> Pieces:
@@ -300,6 +302,9 @@ class Planner:
             with profile, mock.patch("model.patch_positions", fake_positions):
                 profile.blocks = {"": model.model.visual.patch_embed, **dict(model.named_modules())}
                 profile.watch(model)
+                for name in self.order[:-1]:
+                    model.get_submodule(name).register_forward_pre_hook(
+                        lambda _, args, name=name: profile.inputs.update({name: args[0].nbytes}))
                 for p in model.parameters():
                     profile.count(parallel.to_local(p), "parameters")
                 with profile.tag("batch"):
@@ -318,9 +323,11 @@ class Planner:
         entered = profile.entered
         kept = Counter({block: entered[after]["activations"] - entered[block]["activations"]
                         for block, after in itertools.pairwise(self.order)})
+        # A DeepStack merger shares its input with the next block.
+        inputs = Counter({block: n for block, n in profile.inputs.items() if "deepstack" not in block})
         peaks = Counter({(phase, block): peak - parts["parameters"]
                          for (_, phase, block), (peak, parts) in profile.peaks.items()})
-        return Pieces(peaks, kept, profile.work)
+        return Pieces(peaks, kept, inputs, profile.work)
 
     @functools.cache  # noqa: B019
     def pieces(self, cp: int, ep: int, micro_batch: int, recompute: bool) -> Pieces:
@@ -388,7 +395,7 @@ class Planner:
             traffic = s.gather[block] if phase == "forward" else s.reduce[block]
             if phase == "backward" and kernels and block not in stays:
                 traffic += s.gather[block]
-            copies = pieces.kept[block] / (self.device.host_gbs * 1e9 * LINK_EFFICIENCY) * layout.offload
+            copies = pieces.inputs[block] / (self.device.host_gbs * 1e9 * LINK_EFFICIENCY) * layout.offload
             overlapped = {"parameter traffic": traffic, "host copies": copies}
             limit = max(overlapped, key=overlapped.get)
             if overlapped[limit] > kernels:
@@ -415,14 +422,16 @@ class Planner:
             i = order.index(block) if block else -1
             previous, following = order[max(0, i - 1)], order[min(i + 1, len(order) - 1)]
             buffers = always + s.gathered[block]
-            if phase == "forward":
-                buffers += s.gathered[previous if block == order[-1] else following]
+            if phase == "forward" and block == order[-1]:  # no later gather frees the buffer of the last one, if tied
+                buffers += s.gathered[previous] * (1 + tied)
+            elif phase == "forward":
+                buffers += s.gathered[following]
             elif block == order[-1]:
                 buffers += s.gathered[previous]
             else:
                 buffers += s.outer[previous] * (i > 0)
                 buffers += s.reduced[EMBEDDING if tied and following == order[-1] else following]
-            kept = -sum(pieces.kept[b] for b in order[: max(0, i - 1)]) * layout.offload
+            kept = -sum(pieces.inputs[b] for b in order[: max(0, i - 1)]) * layout.offload
             gradients = sum(s.gradients[b] for b in order[i + 1 :]) if phase == "backward" else 0
             for position, r in positions:
                 if i > position:
