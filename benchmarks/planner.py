@@ -35,7 +35,7 @@ LAYOUTS = (
     ("--recompute", "none", "--fsdp-size", "1"),
     ("--recompute", "full", "--expert-parallel-size", "2", "--context-parallel-size", "2"),
 )
-REPEATS = 5
+REPEATS = 4
 
 
 def fastest(action) -> float:
@@ -95,7 +95,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         (folder / "config.json").write_text(json.dumps(comparison.config(True)))
-        flags = ["--init-from-hf-path", directory, "--seq-length", "1024", "--global-batch-size", "4", "--fp32"]
+        flags = ["--init-from-hf-path", directory, "--seq-length", "256", "--global-batch-size", "4", "--fp32"]
         save = helpers.run_job(["--save", folder / "device"], 2, measure_device, 300)
         figures = json.loads((save / "device.json").read_text())
         planner.LATENCY = figures.pop("latency")

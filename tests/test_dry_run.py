@@ -263,7 +263,7 @@ def test_dry_run_missing_config(tmp_path, capsys):
 
 
 def deep_config(**kinds) -> dict:
-    """Return a configuration of which a dry run leaves out layers of each kind."""
+    """Return a configuration with so many layers that a dry run leaves out some of each kind."""
     raw = config_dict(**kinds)
     raw["text_config"] |= {"num_hidden_layers": 11} | ({"decoder_sparse_step": 2} if kinds else {})
     raw["vision_config"] |= {"depth": 9, "deepstack_visual_indexes": [2, 5]}

@@ -231,7 +231,7 @@ class Layout(NamedTuple):
 
 
 class Pieces(NamedTuple):
-    """What the blocks of a micro-batch need, whatever the sharding. Bytes exclude parameters."""
+    """Hold what the blocks of a micro-batch need, whatever the sharding. Bytes exclude parameters."""
 
     peaks: Counter[tuple[str, str]]  # phase and block -> bytes
     kept: Counter[str]  # block -> bytes of activations until its backward
@@ -245,7 +245,7 @@ class Pieces(NamedTuple):
 
 
 class Sharding(NamedTuple):
-    """What FSDP2 needs, by block: seconds of collectives and bytes."""
+    """Hold what FSDP2 needs, by block: seconds of collectives and bytes."""
 
     gather: Counter[str]
     reduce: Counter[str]
