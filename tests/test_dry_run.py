@@ -343,7 +343,7 @@ def test_few_layers_equal_all_layers_of_published_models(name, flags):
 def evaluate(argv) -> tuple[argparse.Namespace, planner.Planner, dict]:
     args = train.parse_args(["--dry-run", "--world-size", "8", "--seq-length", "2048", *map(str, argv)])
     one = planner.Planner(args)
-    return args, one, one.evaluate(planner.layout_of(args))
+    return args, one, one.evaluate(planner.layout_of(args), exact=True)
 
 
 @pytest.mark.parametrize("name, options", [
@@ -422,13 +422,14 @@ def test_plan(folder, tmp_path, capsys):
     assert 0 < len(rows) < len(one.layouts())  # some do not fit
     report = predict(capsys, *argv, *rows[0]["flags"])
     assert report["fits"] and report["peak_bytes"] / 2**30 == pytest.approx(rows[0]["memory_gib"], rel=0.03)
-    assert report["step_time_s"] == pytest.approx(rows[0]["step_time_s"])
+    assert report["step_time_s"] == pytest.approx(rows[0]["step_time_s"], rel=0.03)
 
 
 def test_plan_global_batch_size(folder):
     argv = ["--dry-run", "--plan", "--init-from-hf-path", str(folder / "dense"), "--world-size", "4"]
     layouts = planner.Planner(train.parse_args([*argv, "--global-batch-size", "4"])).layouts()
     assert {(x.cp, x.micro_batch) for x in layouts} == {(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)}
+    assert not planner.Planner(train.parse_args([*argv, "--global-batch-size", "3"])).layouts()
     assert {x.ep for x in layouts} == {1} and {x.fsdp for x in layouts} == {1, 2, 4}
 
 

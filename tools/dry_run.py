@@ -478,7 +478,7 @@ def dry_run(args: argparse.Namespace) -> None:
     if args.plan:
         return planner.plan(args)
     report = predict(args)
-    row = planner.Planner(args).evaluate(planner.layout_of(args))
+    row = planner.Planner(args).evaluate(planner.layout_of(args), exact=True)
     report |= {"assumed_device": args.assume_device or planner.DEFAULT_DEVICE}
     report |= {key: value for key, value in row.items() if key not in ("flags", "memory_gib")}
     memory = args.device_memory and args.device_memory * 2**30

@@ -441,11 +441,11 @@ class Planner:
             moments.append(peak + buffers + kept + (all_gradients if accumulates else gradients))
         return s.static + max(moments)
 
-    def evaluate(self, layout: Layout) -> dict:
-        """Return a layout's row of plan.json. Raises UsageError if the layout cannot work."""
+    def evaluate(self, layout: Layout, exact: bool = False) -> dict:
+        """Return a layout's row of plan.json. `exact` measures the layout's own pieces."""
         world = self.args.world_size
         size, accumulation = batch_sizes(layout.micro_batch, self.args.global_batch_size, world // layout.cp)
-        pieces = self.pieces(layout.cp, layout.ep, layout.micro_batch, layout.recompute)
+        pieces = (self.measure if exact else self.pieces)(layout.cp, layout.ep, layout.micro_batch, layout.recompute)
         s = self.sharding(layout.ep, layout.fsdp)
         seconds = self.seconds(layout, pieces, s)
         seconds = Counter({resource: accumulation * n for resource, n in seconds.items()})
@@ -510,6 +510,9 @@ def rank_layouts(planner: Planner, memory_gib: float) -> list[tuple[Layout, dict
 def plan(args: argparse.Namespace) -> None:
     """Print the ten fastest layouts that fit the memory of a device, and write all that fit to plan.json in --save."""
     planner = Planner(args)
+    if not planner.layouts():
+        raise UsageError(f"--global-batch-size {args.global_batch_size}: no layout of {args.world_size} ranks divides "
+                         f"it: give a multiple of {args.world_size}")
     memory = args.device_memory or planner.device.memory_gib
     ranked = rank_layouts(planner, memory)
     while ranked and predict(with_layout(args, ranked[0][0]))["peak_bytes"] > memory * 2**30:
