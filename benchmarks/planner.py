@@ -109,9 +109,10 @@ def main() -> None:
         given = ",".join(f"{name}={value}" for name, value in figures.items())
         rows = []
         for layout in LAYOUTS:
-            args = train.parse_args(["--dry-run", "--world-size", "2", "--init-from-hf-path", directory, *FLAGS, *layout,
-                                     "--device-figures", given])
-            predicted = planner.Planner(args).evaluate(planner.layout_of(args), exact=True)["step_time_s"]
+            args = train.parse_args(["--dry-run", "--world-size", "2", "--device-figures", given,
+                                     "--init-from-hf-path", directory, *FLAGS, *layout])
+            row = planner.Planner(args).evaluate(planner.layout_of(args), exact=True)
+            predicted = row["step_time_s"]
             rows.append((seconds[" ".join(layout)], predicted))
             print(f"measured {rows[-1][0]:7.2f} s   predicted {predicted:7.2f} s   {' '.join(layout)}", flush=True)
     pairs = [(a, b) for a in rows for b in rows if a[0] < 0.9 * b[0]]

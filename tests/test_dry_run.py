@@ -429,7 +429,6 @@ def test_plan_global_batch_size(folder):
     argv = ["--dry-run", "--plan", "--init-from-hf-path", str(folder / "dense"), "--world-size", "4"]
     layouts = planner.Planner(train.parse_args([*argv, "--global-batch-size", "4"])).layouts()
     assert {(x.cp, x.micro_batch) for x in layouts} == {(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)}
-    assert not planner.Planner(train.parse_args([*argv, "--global-batch-size", "3"])).layouts()
     assert {x.ep for x in layouts} == {1} and {x.fsdp for x in layouts} == {1, 2, 4}
 
 

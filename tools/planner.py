@@ -382,31 +382,35 @@ class Planner:
         return step_flops(self.config, batch.cu_seqlens, batch.grid_thw, len(batch.supervised_index),
                           trainable_components(self.model))
 
-    def seconds(self, layout: Layout, pieces: Pieces, s: Sharding) -> Counter[str]:
-        """Return the seconds of a micro-batch in which each resource is the bottleneck.
+    def seconds(self, layout: Layout, pieces: Pieces, s: Sharding) -> tuple[Counter[str], Counter[str]]:
+        """Return the seconds of a micro-batch by part, and the seconds in which each resource is the bottleneck.
 
-        Kernels, FSDP2's traffic and copies to the host overlap within a block; all-to-alls overlap with nothing.
+        Kernels, FSDP2's traffic and copies to the host overlap within a block; all-to-alls overlap with nothing. A part
+        of a resource that overlaps with kernels is the time that kernels wait for it.
         """
-        total: Counter[str] = Counter()
+        parts: Counter[str] = Counter()
+        bottlenecks: Counter[str] = Counter()
         stays = {"", EMBEDDING, *self.order[-2:]}  # FSDP2 does not gather these a second time
         for block, phase in itertools.product(self.counts, ("forward", "backward")):
-            work = {key: pieces.work[phase, block, key] for key in WORK}
+            work = {key: self.counts[block] * pieces.work[phase, block, key] for key in WORK}
             kernels = work["compute"] + work["memory bandwidth"]
             traffic = s.gather[block] if phase == "forward" else s.reduce[block]
             if phase == "backward" and kernels and block not in stays:
                 traffic += s.gather[block]
             copies = pieces.inputs[block] / (self.device.host_gbs * 1e9 * LINK_EFFICIENCY) * layout.offload
             overlapped = {"parameter traffic": traffic, "host copies": copies}
-            limit = max(overlapped, key=overlapped.get)
-            if overlapped[limit] > kernels:
-                total[limit] += self.counts[block] * overlapped[limit]
-            else:
-                total["compute"] += self.counts[block] * work["compute"]
-                total["memory bandwidth"] += self.counts[block] * work["memory bandwidth"]
+            slowest = max(overlapped, key=overlapped.get)
+            longest = self.counts[block] * overlapped[slowest]
+            for resource in ("compute", "memory bandwidth"):
+                parts[resource] += work[resource]
+                bottlenecks[resource] += work[resource] * (longest <= kernels)
+            parts[slowest] += max(0.0, longest - kernels)
+            bottlenecks[slowest] += longest * (longest > kernels)
             for kind, size in (("cp", layout.cp), ("ep", layout.ep)):
                 exchange = all_to_all(work[f"{kind} bytes"], work[f"{kind} calls"], size, self.device)
-                total["all-to-all"] += self.counts[block] * exchange
-        return total
+                parts["all-to-all"] += exchange
+                bottlenecks["all-to-all"] += exchange
+        return parts, bottlenecks
 
     def peak(self, layout: Layout, pieces: Pieces, s: Sharding, accumulates: bool) -> float:
         """Return the bytes at the peak. The moments are the phases of each block, and the end of the step."""
@@ -447,11 +451,11 @@ class Planner:
         size, accumulation = batch_sizes(layout.micro_batch, self.args.global_batch_size, world // layout.cp)
         pieces = (self.measure if exact else self.pieces)(layout.cp, layout.ep, layout.micro_batch, layout.recompute)
         s = self.sharding(layout.ep, layout.fsdp)
-        seconds = self.seconds(layout, pieces, s)
-        seconds = Counter({resource: accumulation * n for resource, n in seconds.items()})
-        bandwidth = self.device.memory_gbs * 1e9 * MEMORY_EFFICIENCY
-        seconds["memory bandwidth"] += s.trainable * OPTIMIZER_BYTES / bandwidth
-        step = sum(seconds.values())
+        parts, bottlenecks = self.seconds(layout, pieces, s)
+        optimizer = s.trainable * OPTIMIZER_BYTES / (self.device.memory_gbs * 1e9 * MEMORY_EFFICIENCY) / accumulation
+        parts["memory bandwidth"] += optimizer
+        bottlenecks["memory bandwidth"] += optimizer
+        step = accumulation * sum(parts.values())
         flops = size / layout.micro_batch * self.flops(layout.micro_batch)
         return {
             "flags": layout.flags(world),
@@ -459,8 +463,8 @@ class Planner:
             "step_time_s": step,
             "tokens_per_s_per_device": size * self.args.seq_length / step / world,
             "mfu": flops / (step * world * self.device.tflops * 1e12),
-            "bound": max(seconds, key=seconds.get),
-            "step_parts_s": dict(seconds),
+            "bound": max(bottlenecks, key=bottlenecks.get),
+            "step_parts_s": {part: accumulation * n for part, n in parts.items()},
         }
 
     def layouts(self) -> list[Layout]:
