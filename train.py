@@ -126,7 +126,8 @@ def make_parser() -> Parser:
                         help="number of steps in which the learning rate rises linearly from 0")
     warmup.add_argument("--lr-warmup-fraction", type=fraction, metavar="X",
                         help="length of the warm-up as a fraction of all steps")
-    add("--weight-decay", type=non_negative, default=0.0, help="AdamW's weight decay, for all parameters")
+    add("--weight-decay", type=non_negative, default=0.0,
+        help="AdamW's weight decay, for all parameters but vectors (biases and the weights of norms)")
     add("--adam-beta1", type=beta, default=0.9, help="decay rate of AdamW's first moment")
     add("--adam-beta2", type=beta, default=0.999, help="decay rate of AdamW's second moment")
     add("--adam-eps", type=positive, default=1e-8, help="term added to the denominator of AdamW's update")
@@ -313,19 +314,23 @@ def make_optimizer(
     """Return AdamW over the trainable parameters. To train with another optimizer, change this function.
 
     `set_learning_rates` scales a group's peak learning rate, `max_lr`. The learning rate of the last group is logged.
+    Vectors, which are biases and the weights of norms, have no weight decay.
     """
     groups = []
     for component in COMPONENTS:
-        params_of_mesh: dict[Any, list] = {}  # torch 2.7.1's fused AdamW accepts one device mesh per group
-        for name, p in model.named_parameters():
-            if p.requires_grad and component_of(name) == component:
-                params_of_mesh.setdefault(getattr(p, "device_mesh", None), []).append(p)
         component_lr = component_lrs.get(component)
         max_lr = lr if component_lr is None else component_lr
-        groups += [{"params": params, "max_lr": max_lr} for params in params_of_mesh.values()]
+        groups_of_component: dict[tuple, dict] = {}
+        for name, p in model.named_parameters():
+            if p.requires_grad and component_of(name) == component:
+                decay = weight_decay if p.ndim > 1 else 0.0
+                key = decay, getattr(p, "device_mesh", None)  # torch 2.7.1's fused AdamW accepts one mesh per group
+                group = groups_of_component.setdefault(key, {"params": [], "max_lr": max_lr, "weight_decay": decay})
+                group["params"].append(p)
+        groups += groups_of_component.values()
     if not groups:
         raise UsageError("every component is frozen: leave out one of the --freeze flags")
-    return kernels_npu.ops.adamw(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    return kernels_npu.ops.adamw(groups, lr=lr, betas=betas, eps=eps)
 
 
 def set_learning_rates(

@@ -35,6 +35,7 @@ from helpers import (
     without_timings,
 )
 from PIL import Image
+from transformers import Trainer
 
 import common
 import convert
@@ -91,22 +92,25 @@ def fails(argv: list, capsys) -> tuple[int, str]:
 
 
 def reference(folder: Path, model: str, dataset: str, *, micro=1, accumulation=1, loss_type="default", iters=6, lr=1e-3,
-              lrs=None, weight_decay=0.0, clip=1.0, warmup=0, aux_coef=0.0, frozen=(), options=None,
-              packed=None) -> list[tuple]:
+              lrs=None, weight_decay=0.0, eps=1e-8, clip=1.0, warmup=0, aux_coef=0.0, frozen=(), options=None,
+              packed=None, hf=None) -> list[tuple]:
     """Return (loss, gradient norm, learning rate) of each step of transformers' model, one sample per forward.
 
-    `packed` lists the samples of each micro-batch, of all steps.
+    `packed` lists the samples of each micro-batch, of all steps. `hf` is the model to train.
     """
-    hf = tiny.hf_model(MODELS[model])
+    hf = hf or tiny.hf_model(MODELS[model])
+    decayed = Trainer.get_decay_parameter_names(None, hf)
     processor = data.Processor(folder / model)
     rows = data.RowDataset([str(folder / dataset)])
     groups = []
     for component in COMPONENTS:
-        params = [p for n, p in hf.named_parameters() if component_of(n) == component]
-        for p in params:
-            p.requires_grad_(component not in frozen)
-        groups.append({"params": params, "max_lr": (lrs or {}).get(component, lr)})
-    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
+        for decays in (True, False):
+            params = [p for n, p in hf.named_parameters() if component_of(n) == component and (n in decayed) == decays]
+            for p in params:
+                p.requires_grad_(component not in frozen)
+            groups.append({"params": params, "max_lr": (lrs or {}).get(component, lr),
+                           "weight_decay": weight_decay if decays else 0.0})
+    optimizer = torch.optim.AdamW(groups, lr=lr, eps=eps)
     out = []
     for step in range(iters):
         factor = step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (iters - warmup)))
@@ -186,6 +190,31 @@ def test_train_equals_transformers(folder, tmp_path, case):
         assert m["loss"] == pytest.approx(loss, rel=1e-4), m["iteration"]
         assert m["grad_norm"] == pytest.approx(norm, rel=1e-4), m["iteration"]
         assert m["lr"] == pytest.approx(lr, abs=1e-12)
+
+
+@pytest.mark.parametrize("model", ["dense", "moe"])
+def test_weight_decay_equals_transformers(folder, tmp_path, model):
+    """After one step, the weights agree to 1e-6. The decay of a norm's weight would change it by 1e-4."""
+    flags = ["--weight-decay", 0.1, "--adam-eps", 1e-2, "--lr-decay-style", "constant"]
+    run(folder, tmp_path, *flags, model=model, dataset="images.json", iters=1)
+    hf = tiny.hf_model(MODELS[model])
+    reference(folder, model, "images.json", weight_decay=0.1, eps=1e-2, iters=1, hf=hf)
+    after = weights(tmp_path)
+    for name, value in hf.state_dict().items():
+        torch.testing.assert_close(after[name], tiny.our_layout(name, value), rtol=0, atol=1e-6, msg=name)
+
+
+def test_make_optimizer_groups(folder):
+    """Each component has a group with decay and one of vectors without; both have the component's learning rate."""
+    model = train.build_model(train.Qwen3VLConfig.from_json(folder / "dense"))
+    lrs = {"vision encoder": 2.0, "vision projector": 3.0}
+    optimizer = train.make_optimizer(model, lr=1.0, component_lrs=lrs, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        group = group_of[p]
+        assert group["max_lr"] == lrs.get(component_of(name), 1.0), name
+        assert group["weight_decay"] == (0.1 if p.ndim > 1 else 0), name
+    assert len(optimizer.param_groups) == 6 and optimizer.param_groups[-1]["max_lr"] == 1.0
 
 
 @pytest.mark.parametrize("loss_type", ["default", "per_sample", "per_token"])
