@@ -1365,15 +1365,12 @@ class Loader:
     resume_state: dict | list[dict] | None = None  # one rank's position, or all ranks' if their number may differ
     num_samples: int | None = None  # ends the stream after so many rows; the last batches of some ranks may be empty
 
-    def __post_init__(self):
-        self._rows_read, self._rows_bad = np.zeros((2, len(self.dataset.paths)), np.int64)
-        self._first_epoch = 0
-
     def __iter__(self) -> Iterator[Batch]:
         states = self.resume_state if isinstance(self.resume_state, list) else [self.resume_state or {}]
         if "rank_layout" in states[0] and not self.packing:
             raise InputError("the checkpoint's data was packed: give --packing, or --finetune to restart the data")
         self._first_epoch = states[0].get("epoch", 0)
+        self._rows_read, self._rows_bad = np.zeros((2, len(self.dataset.paths)), np.int64)
         items = self._packed(states) if self.packing else self._micro_batches(states[0])
         logged = set()
         for batch, failures in self._in_workers(self._load, items, self.num_workers, self.pin_memory):
@@ -1388,8 +1385,8 @@ class Loader:
     def check_bad_row_rate(self, rows_read: list[int], rows_bad: list[int], epoch: int) -> None:
         """Raise InputError if more than a tenth of a dataset's rows are bad.
 
-        `rows_read` and `rows_bad` are the rows of each file since the last call, summed over all ranks; `epoch` is the
-        current one.
+        `rows_read` and `rows_bad` are the rows of each file since the last call or the start of the iteration, summed
+        over all ranks; `epoch` is the current one.
         """
         self._rows_read += rows_read
         self._rows_bad += rows_bad

@@ -843,11 +843,13 @@ def report_nonfinite_step(iteration: int, step: StepResult, batches: list[data.B
 
 @torch.no_grad()
 def evaluate(model: Qwen3VL, loader: data.Loader, state: ParallelState, max_batches: int | None) -> float | None:
-    """Return the mean negative log-likelihood of the supervised held-out tokens, or None if a signal asks to stop.
+    """Return the mean negative log-likelihood of the supervised held-out tokens.
 
-    Each rank evaluates `max_batches` micro-batches (None: all). A row that cannot be used raises on every rank.
+    Return None if there are no such tokens, or if a signal asks to stop. Each rank evaluates `max_batches`
+    micro-batches (None: all). A row that cannot be used, or too many skipped ones, raise on every rank.
     """
     total, count = torch.zeros((), device=state.device), 0
+    rows = np.zeros((2, len(loader.dataset.paths)))  # read and bad ones of each file
     stream = itertools.islice(loader, max_batches)
     while True:
         batch, error = attempt(next, stream, None)
@@ -856,14 +858,22 @@ def evaluate(model: Qwen3VL, loader: data.Loader, state: ParallelState, max_batc
             raise_together(error, state)
         if ended or stop:
             break
+        rows += batch.rows_read, batch.rows_bad
         batch.loss_weights = torch.ones(len(batch.input_ids))  # and its aux_weight is 0
         state.current_sources = batch.sources
         batch = parallel.local_batch(batch, state)
         total += model(batch)[0]
         count += len(batch.supervised_index)
     parallel.reshard(model)
+    if stop:
+        return None
+    rows_of_ranks = np.reshape(state.sum_over_dp(*rows.flat), rows.shape).astype(int)
+    loader.check_bad_row_rate(*rows_of_ranks.tolist(), epoch=0)
     nll, tokens = state.sum(total, count)
-    return None if stop else nll / max(1, tokens)
+    if not tokens and state.rank == 0:
+        log.warning("--eval-dataset: the rows that were read have no supervised token, so that there is no eval_loss; "
+                    "check the rows with data.py check, or give more --eval-iters")
+    return nll / tokens if tokens else None
 
 
 # ---- from the command line to the loop ------------------------------------------------------------------------------

@@ -338,6 +338,40 @@ def test_evaluate_uses_each_row_once(folder, tmp_path):
     assert metrics[2]["eval_loss"] == metrics[1]["eval_loss"]  # evaluation does not change the training
 
 
+def write_held_out(path: Path, folder: Path, bad: int, count: int) -> Path:
+    """Write `count` rows and return the path. The first `bad` rows name a missing image."""
+    rows = [json.loads((folder / "text.json").read_text())[0] | {"images": ["missing.png"] * (i < bad)}
+            for i in range(count)]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_evaluate_without_supervised_tokens(folder, tmp_path, caplog, capsys):
+    """The first held-out rows are bad: the loss is null, not 0, and a warning says why."""
+    held_out = write_held_out(tmp_path / "rows.json", folder, 1, 20)
+    metrics = run(folder, tmp_path / "save", "--eval-dataset", held_out, "--eval-iters", 1, "--eval-interval", 1,
+                  "--on-bad-sample", "skip", iters=2)
+    assert [m["eval_loss"] for m in metrics] == [None, None]
+    assert caplog.text.count("have no supervised token, so that there is no eval_loss") == 2
+    assert "eval loss" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("bad", "fits"), [(2, True), (3, False), (20, False)])
+def test_evaluate_too_many_bad_rows(folder, tmp_path, capsys, bad, fits):
+    """A tenth of the held-out rows may be bad, however often they are read. More end the run, after a checkpoint."""
+    held_out = write_held_out(tmp_path / "rows.json", folder, bad, 20)
+    argv = train_argv(folder / "dense", folder / "text.json", tmp_path / "save", "--eval-dataset", held_out,
+                      "--eval-interval", 1, "--on-bad-sample", "skip", iters=3)
+    if fits:
+        train.main(argv)
+        assert all(m["eval_loss"] > 0 for m in read_metrics(tmp_path / "save"))
+    else:
+        status, error = fails(argv, capsys)
+        assert status == 1 and f"rows.json: {bad} of 20 rows read are bad" in error
+        assert [m["eval_loss"] for m in read_metrics(tmp_path / "save")] == [None]
+        assert convert.find_checkpoint(tmp_path / "save").name == "iter_0000001"
+
+
 def test_train_from_random_weights(folder, tmp_path):
     (folder / "bare").mkdir(exist_ok=True)
     for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
