@@ -92,10 +92,18 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{files} cannot be read as flags ({one_line(e)}): give one flag per line")
 
     def error(self, message: str):
-        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-        for word in re.findall(r"--[\w-]+", message) if "unrecognized" in message else ():
-            near = difflib.get_close_matches(word, flags, n=1)
-            message += f" (did you mean {near[0]}?)" if near else f" ({self.prog} --help lists the flags)"
+        names = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        flags = {name.replace("_", "-"): name for name in names}
+        words = message.split() if "unrecognized" in message else ()
+        unknown = [word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")]
+        # Only likely typing errors get a suggestion. At a lower cutoff, flags of Megatron would get a wrong one.
+        near = [difflib.get_close_matches(word, flags, n=1, cutoff=0.9)
+                or [flag for flag in flags if sorted(flag) == sorted(word)] for word in unknown]  # swapped letters
+        if any(near):
+            message += f" (did you mean {', '.join(flags[match[0]] for match in near if match)}?)"
+        if not all(near):
+            message += (f"; {self.prog} --help lists the flags, and the migration table in README.zh.md has those of "
+                        "MindSpeed-MM")
         raise UsageError(message)
 
 

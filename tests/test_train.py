@@ -498,6 +498,7 @@ def test_train_nonfinite_steps_end_the_run(folder, tmp_path, capsys):
     assert {m["loss"] for m in metrics} == {None}
 
 
+REQUIRED = ["--init-from-hf-path", "x"]
 ERRORS = [
     (["--train-iters", 0], 2, r"--train-iters: '0' is not an integer at least 1"),
     (["--eval-iters", 10**30], 2, r"--eval-iters: '1000.*' is not an integer at least 1 and at most 1e\+09"),
@@ -581,6 +582,21 @@ def test_train_without_save(folder, capsys):
     train.main(["--init-from-hf-path", str(folder / "moe"), "--dataset", str(folder / "text.json"), "--train-iters",
                 "1", "--num-workers", "0"])
     assert "done: nothing was saved, because --save is missing" in capsys.readouterr().out
+
+
+def test_parser_unknown_flags(capsys):
+    """Typing errors get a suggestion. Flags of MindSpeed-MM's scripts do not; the guide has them."""
+    for typo, flag in (("--seqlength", "--seq-length"), ("--laod", "--load"), ("--wieght-decay=1", "--weight-decay"),
+                       ("--micro_batch_size", "--micro-batch-size")):
+        _, error = fails([*REQUIRED, typo], capsys)
+        assert error.endswith(f"unrecognized arguments: {typo} (did you mean {flag}?)")
+    for foreign in ("--use-distributed-optimizer", "--distributed-backend nccl", "--log-tps", "--lr-warmup-init 0",
+                    "--context-parallel-algo ulysses_cp_algo", "--pipeline-model-parallel-size 1", "--use-flash-attn",
+                    "--ckpt-format torch", "--expert-model-parallel-size 2", "--calculate-per-token-loss", "--fp16",
+                    "--lr-decay-iters 5", "--train-samples 5", "--exit-interval 5", "--end-weight-decay 0"):
+        status, error = fails([*REQUIRED, *foreign.split()], capsys)
+        assert status == 2 and "did you mean" not in error
+        assert error.count("the migration table in README.zh.md") == 1
 
 
 def test_parser_damaged_flag_files(tmp_path, capsys):
