@@ -72,6 +72,11 @@ def read_json(path: str | Path, missing_ok: bool = False) -> dict:
     return content
 
 
+def print_line(text: str) -> None:
+    """Print a line to standard output in one write, so that lines of several threads do not mix."""
+    print(text + "\n", end="", flush=True)
+
+
 # ---- flags ---------------------------------------------------------------------------------------------------------
 
 

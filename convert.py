@@ -45,7 +45,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 import kernels_npu
-from common import InputError, Parser, is_peer_failure, number, one_line, read_json, run_program, shorten
+from common import InputError, Parser, is_peer_failure, number, one_line, print_line, read_json, run_program, shorten
 from model import Qwen3VLConfig, build_model
 from parallel import local_shard_and_offset, run_synced
 
@@ -676,6 +676,8 @@ def _save(
     earlier iterations are unchanged (see `atomic_directory`).
     """
     iteration, rank = int(final.name.removeprefix("iter_")), _rank()
+    if rank == 0:
+        print_line(f"saving checkpoint at iteration {iteration:7d} to {final.parent}")
 
     def write() -> list[tuple]:
         entries = _write_shard(staging / f"__{rank}_0.distcp", chunks, records)
@@ -700,6 +702,8 @@ def _save(
         failure = InputError(f"{final}: was not saved: {one_line(e)}; the iterations before it are as they were")
         failure.only_on_this_rank = getattr(e, "only_on_this_rank", False)  # for `run_program`
         raise failure from e
+    if rank == 0:
+        print_line(f"successfully saved checkpoint from iteration {iteration:7d} to {final.parent}")
     if retain:
         _on_rank_0(lambda: _prune(final.parent, iteration, retain), group)
 

@@ -577,9 +577,11 @@ class MetricsLog:
         metrics["eval_loss"] = None
         self.metrics = metrics
         self.sums.update(
-            iterations=1, loss=metrics["loss"], aux_loss=metrics["aux_loss"] or 0.0, seconds=metrics["step_time_s"],
-            tokens=metrics["tokens"], flops=metrics["model_flops"],
+            iterations=1, seconds=metrics["step_time_s"], tokens=metrics["tokens"], samples=metrics["samples"],
+            flops=metrics["model_flops"], skipped_samples=metrics["skipped_samples"],
         )
+        if not metrics["skipped_iterations"]:
+            self.sums.update(applied_steps=1, loss=metrics["loss"], aux_loss=metrics["aux_loss"] or 0.0)
         if self.file:
             self.line_start = self.file.tell()
             self._write_line()
@@ -596,7 +598,7 @@ class MetricsLog:
                 if key != "iteration" and value is not None:
                     self.board.add_scalar(key, value, self.metrics["iteration"])
         if self.metrics["iteration"] % self.log_interval == 0 or eval_loss is not None:
-            print(self._log_line(), flush=True)
+            common.print_line(self._log_line())
             self.sums.clear()
 
     def _write_line(self) -> None:
@@ -612,32 +614,33 @@ class MetricsLog:
             raise InputError(f"{self.file.name}: cannot be written ({e.strerror})") from e
 
     def _log_line(self) -> str:
-        """Return a line in the format of Megatron's logs: losses, times and rates are means since the last line."""
-        m, sums = self.metrics, self.sums
-        seconds_per_iteration = sums["seconds"] / sums["iterations"]
-        tokens_per_device = sums["tokens"] / sums["seconds"] / self.world_size
-        parts = [
-            f"iteration {m['iteration']:8d}/{self.train_iters:8d}",
-            f"consumed samples: {self.consumed_samples:12d}",
-            f"elapsed time per iteration (ms): {seconds_per_iteration * 1000:.1f}",
-            f"learning rate: {m['lr']:.6E}",
-            f"global batch size: {self.global_batch_size:5d}",
-            f"{self.loss_name}: {sums['loss'] / sums['iterations']:.6E}",
-            f"grad norm: {m['grad_norm']:.3f}",
-            f"tokens per second per device: {tokens_per_device:.0f}",
+        """Return a line in the format of Megatron's logs. Losses, times and rates are means since the last line.
+
+        Scripts split the line at colons, those of the time stamp included. The order of its first values must stay.
+        """
+        m, sums, nan = self.metrics, self.sums, math.nan
+        device_seconds = sums["seconds"] * self.world_size
+        row_tokens = sums["iterations"] * self.global_batch_size * (self.packed_length or nan)
+        aux_loss = nan if m["aux_loss"] is None else sums["aux_loss"]
+        values = [
+            ("consumed samples", self.consumed_samples, "12d"),
+            ("elapsed time per iteration (ms)", 1000 * sums["seconds"] / sums["iterations"], ".1f"),
+            ("learning rate", m["lr"], ".6E"),
+            ("global batch size", self.global_batch_size, "5d"),
+            (self.loss_name, sums["loss"] / (sums["applied_steps"] or nan), ".6E"),
+            ("loss scale", 1.0, ".1f"),
+            ("grad norm", m["grad_norm"], ".3f"),
+            ("tokens per sample", sums["tokens"] / (sums["samples"] or nan), ".1f"),
+            ("tokens per second per device", sums["tokens"] / device_seconds, ".0f"),
+            ("MFU", sums["flops"] / (device_seconds * (kernels_npu.ops.peak_flops() or nan)), ".2f"),
+            ("rows filled (%)", 100 * sums["tokens"] / row_tokens, ".1f"),
+            ("load balancing loss", aux_loss / (sums["applied_steps"] or nan), ".4f"),
+            ("eval loss", nan if m["eval_loss"] is None else m["eval_loss"], ".6E"),
+            ("skipped samples", sums["skipped_samples"], "d"),
+            ("number of skipped iterations", sums["iterations"] - sums["applied_steps"], "d"),
         ]
-        if peak_flops := kernels_npu.ops.peak_flops():
-            parts.append(f"MFU: {sums['flops'] / (sums['seconds'] * self.world_size * peak_flops):.2f}")
-        if self.packed_length:
-            parts.append(f"rows filled (%): {100 * m['tokens'] / (self.global_batch_size * self.packed_length):.1f}")
-        if sums["aux_loss"]:
-            parts.append(f"load balancing loss: {sums['aux_loss'] / sums['iterations']:.4f}")
-        if m["eval_loss"] is not None:
-            parts.append(f"eval loss: {m['eval_loss']:.6E}")
-        if m["skipped_samples"]:
-            parts.append(f"skipped samples: {m['skipped_samples']}")
-        if m["skipped_iterations"]:
-            parts.append(f"number of skipped iterations: {m['skipped_iterations']}")
+        parts = [time.strftime("[%Y-%m-%d %H:%M:%S]") + f" iteration {m['iteration']:8d}/{self.train_iters:8d}"]
+        parts += [f"{name}: {value:{form}}" for name, value, form in values if math.isfinite(value)]
         return " " + " | ".join(parts) + " |"
 
     def close(self, iteration: int) -> None:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -400,16 +401,20 @@ def test_train_bf16_keeps_float32_parameters(folder, tmp_path):
     assert {v.dtype for v in weights(tmp_path / "bf16").values()} == {torch.float32}
 
 
+def log_lines(output: str) -> list[str]:
+    return [line for line in output.splitlines() if re.match(r" \[[^]]*\] iteration ", line)]
+
+
 def test_metrics_log(folder, tmp_path, capsys):
     metrics = run(folder, tmp_path, "--micro-batch-size", 2, "--global-batch-size", 4, "--log-interval", 2,
                   "--seq-length", 90, iters=5)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" iteration")]
+    lines = log_lines(capsys.readouterr().out)
     assert [m["iteration"] for m in metrics] == [1, 2, 3, 4, 5]
     assert [int(re.search(r"iteration +(\d+)/ +5 \|", line)[1]) for line in lines] == [2, 4]
     tokens, seconds = (sum(m[key] for m in metrics[:2]) for key in ("tokens", "step_time_s"))
     assert float(re.search(r"per device: (\S+)", lines[0])[1]) == pytest.approx(tokens / seconds, abs=0.5)
     for word in ("consumed samples:", "elapsed time per iteration (ms):", "learning rate:", "global batch size:     4",
-                 "lm loss:", "grad norm:", "tokens per second per device:"):
+                 "lm loss:", "loss scale: 1.0 |", "grad norm:", "tokens per sample:", "tokens per second per device:"):
         assert word in lines[0]
     assert float(re.search(r"lm loss: (\S+)", lines[0])[1]) == pytest.approx(
         (metrics[0]["loss"] + metrics[1]["loss"]) / 2, rel=1e-6)  # the mean since the last line
@@ -427,17 +432,96 @@ def test_metrics_log_eval_loss(folder, tmp_path, capsys):
                   "--log-interval", 5, iters=5)
     assert [m["iteration"] for m in metrics] == [1, 2, 3, 4, 5]
     assert [m["eval_loss"] is not None for m in metrics] == [False, True, False, True, True]
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" iteration")]
+    lines = log_lines(capsys.readouterr().out)
     logged = {int(re.search(r"iteration +(\d+)/", line)[1]): float(re.search(r"eval loss: (\S+)", line)[1])
               for line in lines}
     assert logged == {m["iteration"]: pytest.approx(m["eval_loss"]) for m in metrics if m["eval_loss"]}
+
+
+# Megatron's and MindSpeed-MM's scripts read their logs with such commands. LOG is the log's path.
+STEP_TIMES = [
+    "grep 'elapsed time per iteration' LOG | awk -F ':' '{print $5}' | awk -F '|' '{print $1}'",
+    "grep 'elapsed time per iteration' LOG | awk -F '[:,|]' '{print $7}'",
+    "grep 'elapsed time per iteration' LOG | awk -F 'elapsed time per iteration [(]ms[)]:' '{print $2}' "
+    "| awk -F '|' '{print $1}'",
+]
+BATCH_SIZES = [
+    "grep 'global batch size' LOG | awk -F 'global batch size:' '{print $2}' | awk -F '|' '{print $1}'",
+    "sed -nE 's:.* iteration +([0-9]+)/.* consumed samples\\: +([0-9]+) .*:\\2 \\1:p' LOG | awk '{print $1 / $2}'",
+]
+TOKENS_PER_SAMPLE = "grep 'tokens per sample' LOG | awk -F 'tokens per sample:' '{print $2}' | awk -F '|' '{print $1}'"
+SAVE_PATH = "grep 'saving checkpoint at iteration' LOG | tail -n 1 | awk -F ' to ' '{print $2}' | awk '{print $1}'"
+
+
+def test_log_line_scripts(folder, tmp_path, capsys):
+    metrics = run(folder, tmp_path / "save", "--global-batch-size", 3, "--save-interval", 2, iters=5)
+    (tmp_path / "train.log").write_text(capsys.readouterr().out)
+
+    def read(command: str) -> list[str]:
+        command = command.replace("LOG", str(tmp_path / "train.log"))
+        return subprocess.run(command, shell=True, check=True, capture_output=True, text=True).stdout.split()
+
+    for command in STEP_TIMES:
+        expected = [pytest.approx(1000 * m["step_time_s"], abs=0.051) for m in metrics]
+        assert list(map(float, read(command))) == expected, command
+    for command in BATCH_SIZES:
+        assert read(command) == ["3"] * 5, command
+    assert list(map(float, read(TOKENS_PER_SAMPLE))) == [pytest.approx(m["tokens"] / 3, abs=0.051) for m in metrics]
+    assert read(SAVE_PATH) == [str(tmp_path / "save")]
+
+
+def test_log_line_format(capsys, monkeypatch):
+    """Zero is a value. What cannot be computed is left out, and a step that was not applied has no part in the loss."""
+    monkeypatch.setattr(time, "strftime", lambda form: form.replace("%Y-%m-%d %H:%M:%S", "2026-01-08 10:00:00"))
+    metrics_log = train.MetricsLog(
+        types.SimpleNamespace(rank=0, world_size=2), 0, save=None, tensorboard_dir=None, log_interval=1,
+        train_iters=2000, global_batch_size=16, packed_length=None, loss_name="lm loss")
+    metrics = {"iteration": 10, "loss": 0.0, "aux_loss": 0.0, "grad_norm": 0.0, "lr": 0.0, "samples": 16,
+               "tokens": 13000, "step_time_s": 0.8124, "model_flops": 1.0, "skipped_samples": 0,
+               "skipped_iterations": 0}
+    metrics_log.write(160, **metrics)
+    metrics_log.finish(0.0)
+    skipped = {"iteration": 11, "loss": math.nan, "grad_norm": math.inf, "samples": 0, "skipped_samples": 2,
+               "skipped_iterations": 1}
+    metrics_log.write(176, **metrics | skipped)
+    metrics_log.finish(None)
+    zeros, not_applied = capsys.readouterr().out.splitlines()
+    assert zeros == (
+        " [2026-01-08 10:00:00] iteration       10/    2000 | consumed samples:          160 | elapsed time per "
+        "iteration (ms): 812.4 | learning rate: 0.000000E+00 | global batch size:    16 | lm loss: 0.000000E+00 | "
+        "loss scale: 1.0 | grad norm: 0.000 | tokens per sample: 812.5 | tokens per second per device: 8001 | "
+        "load balancing loss: 0.0000 | eval loss: 0.000000E+00 | skipped samples: 0 | "
+        "number of skipped iterations: 0 |")
+    assert not_applied == (
+        " [2026-01-08 10:00:00] iteration       11/    2000 | consumed samples:          176 | elapsed time per "
+        "iteration (ms): 812.4 | learning rate: 0.000000E+00 | global batch size:    16 | loss scale: 1.0 | "
+        "tokens per second per device: 8001 | skipped samples: 2 | number of skipped iterations: 1 |")
+
+
+@pytest.mark.parametrize("flags", [[], ["--async-save"]])
+def test_log_lines_of_a_save(folder, tmp_path, monkeypatch, flags):
+    """The second line of a save follows when its iteration is complete."""
+    lines = []
+
+    def print_line(text: str) -> None:
+        tracker = tmp_path / convert.TRACKER
+        lines.append((text, tracker.read_text() if tracker.exists() else None))
+
+    monkeypatch.setattr(convert, "print_line", print_line)
+    run(folder, tmp_path, "--save-interval", 2, *flags, iters=3)
+    assert lines == [
+        (f"saving checkpoint at iteration       2 to {tmp_path}", None),
+        (f"successfully saved checkpoint from iteration       2 to {tmp_path}", "2"),
+        (f"saving checkpoint at iteration       3 to {tmp_path}", "2"),
+        (f"successfully saved checkpoint from iteration       3 to {tmp_path}", "3"),
+    ]
 
 
 def test_metrics_log_loss_name(folder, tmp_path, monkeypatch, capsys):
     """The log line names another loss function by its `log_name`."""
     monkeypatch.setattr(weighted_cross_entropy, "log_name", "dpo loss", raising=False)
     run(folder, tmp_path, iters=1)
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(" iteration"))
+    (line,) = log_lines(capsys.readouterr().out)
     assert " | dpo loss: " in line and "lm loss" not in line
 
 
