@@ -9,8 +9,8 @@ stream of micro-batches (`Loader`). The program converts and inspects datasets (
 
 Token ids, positions and pixels equal those of transformers' Qwen3-VL processor with its Pillow image processor; video
 prompts equal those of transformers 4.57. One difference is intended: only this file writes control tokens. An
-"<|im_end|>" in a row's text becomes the ordinary tokens of its characters. Added tokens that are not special, such as
-<think>, stay tokens. The only markup is `<image>` and `<video>` in user turns.
+"<|im_end|>" in a row's text becomes the ordinary tokens of its characters. Other added tokens, such as <think> and
+<|box_start|>, stay tokens. The only markup is `<image>` and `<video>` in user turns.
 
 Shapes: T tokens, P patches, N images and videos, Nv media tokens, Ns supervised tokens.
 """
@@ -231,8 +231,21 @@ def encode_options(args: argparse.Namespace) -> EncodeOptions:
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 PLACEHOLDER = re.compile("(<image>|<video>)")
-STILL_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".ppm")
-IMAGE_SUFFIXES = (*STILL_SUFFIXES, ".gif", ".webp")
+OTHER_PLACEHOLDER = re.compile(r"<\|?(image|video)[ _-]?\d*\|?>", re.IGNORECASE)  # <image 1>, <|image_1|>, <Image>
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".ppm", ".gif", ".webp", ".avif")
+
+# The keys that are used. All others are metadata, which `data.py check` counts, unless they are in the tuples below.
+ROW_KEYS = ("id", "messages", "conversations", "system", "image", "images", "video", "videos")
+MESSAGE_KEYS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+PART_KEYS = ("type", "text", "image", "video", "path", "image_url", "min_pixels", "max_pixels", "resized_height",
+             "resized_width", "fps", "sample_fps", "nframes", "min_frames", "max_frames", "total_pixels", "video_start",
+             "video_end")
+# Keys that are not supported. A row that has one is refused, because it would mean something else without the key.
+PROMPT_KEYS = ("tools", "tool_calls", "functions", "function_call", "objects", "audio", "audios")
+TRAINING_KEYS = ("chosen", "rejected", "rejected_response", "rejected_messages", "label", "kto_tag", "channel",
+                 "loss_scale", "loss_mask")  # these have no effect on the prompts of infer.py
+MESSAGE_TRAINING_KEYS = (*TRAINING_KEYS, "loss", "weight", "train", "training")  # of messages and content parts
+EMPTY = (None, "", [], {})  # a key with such a value counts as absent: tools that write tables fill in absent keys
 
 
 @dataclass
@@ -256,21 +269,30 @@ def parse_row(row: dict, for_generation: bool = False) -> list[Turn]:
     """Convert a row to turns: an optional system turn, then user and assistant turns alternately.
 
     The two formats are `{"messages": [{"role", "content"}], "images", "videos"}` and `{"conversations": [{"from",
-    "value"}], "image", "video"}`. `<image>` and `<video>` are placeholders in user turns only, as in transformers'
-    chat template. Content may also be a list of `{"type": "text" | "image" | "video", ...}`; placeholders in its texts
-    are ordinary text. `for_generation` drops a final answer. Raises InputError.
+    "value"}], "image", "video"}`. Both may have the system turn's text under `system`. `<image>` and `<video>` are
+    placeholders in user turns only, as in transformers' chat template. Content may also be a list of `{"type": "text" |
+    "image" | "video", ...}`; placeholders in its texts are ordinary text. `for_generation` drops a final answer.
+    Raises InputError.
     """
     if not isinstance(row, dict):
         raise InputError(f"a row must be an object with 'messages' or 'conversations', not {shorten(row)}")
-    name = "messages" if "messages" in row else "conversations"
-    role_key, text_key = ("role", "content") if name == "messages" else ("from", "value")
+    _refuse_keys(row, for_generation)
+    names = [name for name in MESSAGE_KEYS if row.get(name) not in EMPTY]
+    if len(names) > 1:
+        raise InputError("the row has both 'messages' and 'conversations': keep one")
+    name = names[0] if names else "messages"
+    role_key, text_key = MESSAGE_KEYS[name]
     if name not in row:
         keys = ", ".join(row) or "none"
         raise InputError(f"the row has neither 'messages' nor 'conversations'; its keys: {keys[:200]}")
     if not isinstance(row[name], list) or not row[name]:
         raise InputError(f"'{name}' must be a list of turns, not {shorten(row[name])}")
 
-    turns = []
+    turns, system = [], row.get("system")
+    if system not in EMPTY:
+        if not isinstance(system, str):
+            raise InputError(f"'system' must be a string, not {shorten(system)}")
+        turns.append(Turn("system", [system]))
     for i, message in enumerate(row[name]):
         if not isinstance(message, dict) or role_key not in message or text_key not in message:
             raise InputError(f"{name}[{i}] must be an object with '{role_key}' and '{text_key}'")
@@ -279,10 +301,10 @@ def parse_row(row: dict, for_generation: bool = False) -> list[Turn]:
             found = shorten(message[role_key])
             raise InputError(f"{name}[{i}]: unknown {role_key} {found}, use one of {', '.join(ROLES)}")
         expected = "assistant" if turns and turns[-1].role == "user" else "user"
-        if role != expected and not (role == "system" and i == 0):
+        if role != expected and not (role == "system" and not turns):
             raise InputError(
-                f"{name}[{i}] has the role {role} where {expected} is expected: after an optional first system turn, "
-                "user and assistant must alternate"
+                f"{name}[{i}] has the role {role} where {expected} is expected: after an optional first system turn "
+                "(or the row's key 'system'), user and assistant must alternate"
             )
         turns.append(Turn(role, _split_content(message[text_key], role, f"{name}[{i}].{text_key}")))
 
@@ -293,6 +315,39 @@ def parse_row(row: dict, for_generation: bool = False) -> list[Turn]:
         raise InputError(f"'{name}' must end with a turn of the {last}: there is no {missing}")
     _fill_placeholders(turns, _list_media(row, "image"), _list_media(row, "video"))
     return turns
+
+
+def _row_objects(row: dict) -> Iterator[tuple[str, dict, tuple[str, ...], tuple[str, ...]]]:
+    """Yield the path of each object (the row, its messages, their parts), the object, its used and training keys."""
+    yield "", row, ROW_KEYS, TRAINING_KEYS
+    for name, keys in MESSAGE_KEYS.items():
+        messages = row.get(name)
+        for i, message in enumerate(messages if isinstance(messages, list) else ()):
+            if isinstance(message, dict):
+                yield f"{name}[{i}].", message, keys, MESSAGE_TRAINING_KEYS
+                parts = message.get(keys[1])
+                for k, part in enumerate(parts if isinstance(parts, list) else ()):
+                    if isinstance(part, dict):
+                        yield f"{name}[{i}].{keys[1]}[{k}].", part, PART_KEYS, MESSAGE_TRAINING_KEYS
+
+
+def _refuse_keys(row: dict, for_generation: bool) -> None:
+    """Raise InputError if the row has a key that is not supported."""
+    for path, item, _, training_keys in _row_objects(row):
+        for key in PROMPT_KEYS if for_generation else PROMPT_KEYS + training_keys:
+            if key in item and item[key] not in EMPTY:
+                raise InputError(f"'{path}{key}' is not supported, and the row means something else without it: remove "
+                                 "the key, or the row")
+
+
+def unused_keys(row: dict) -> set[str]:
+    """Return the names of a row's keys that have no effect, such as "source" and "messages[].name"."""
+    return {
+        re.sub(r"\[\d+\]", "[]", path) + key
+        for path, item, used_keys, training_keys in _row_objects(row)
+        for key, value in item.items()
+        if key not in used_keys + PROMPT_KEYS + training_keys and value not in EMPTY
+    }
 
 
 def split_row(row: dict) -> list[dict]:
@@ -333,7 +388,8 @@ def _list_media(row: dict, kind: str) -> list[Media]:
     key, value = keys[0], row[keys[0]]
     if not isinstance(value, list):
         return [Media(kind, key, value)]
-    if key == "video" and all(isinstance(item, str) and item.lower().endswith(STILL_SUFFIXES) for item in value):
+    are_images = all(isinstance(item, str) and item.lower().endswith(IMAGE_SUFFIXES) for item in value)
+    if key == "video" and are_images and len(value) > 1:  # else it is one animation
         return [Media(kind, key, value)]  # a list of frames is one video
     return [Media(kind, f"{key}[{i}]", item) for i, item in enumerate(value)]
 
@@ -342,6 +398,10 @@ def _fill_placeholders(turns: list[Turn], images: list[Media], videos: list[Medi
     """Put the row's media into its placeholders, or before the first user text if the row has no placeholders."""
     slots = [part for turn in turns for part in turn.parts if isinstance(part, Media)]
     if not slots:
+        texts = "\n".join(part for turn in turns if turn.role == "user" for part in turn.parts)
+        if (images or videos) and (other := OTHER_PLACEHOLDER.search(texts)):
+            raise InputError(f"{other[0]} in a user's turn is not a placeholder: write <image> or <video> there, or "
+                             "another text")
         first = next(turn for turn in turns if turn.role == "user")
         first.parts[:0] = images + videos
         return
@@ -608,6 +668,11 @@ CONTROL_TOKENS = {
     "image_token_id": "<|image_pad|>",
     "video_token_id": "<|video_pad|>",
 }
+TEXT_TOKENS = (*CONTROL_TOKENS.values(), "<|endoftext|>", "<|vision_pad|>")  # stay text when a row's text has them
+# Qwen3-VL-Instruct's published chat template: SHA-256 without the white space outside of literals.
+INSTRUCT_TEMPLATE = "c63fdc8ee923fc9bcdde5a86415249142538e4b2aaa27c43ce6f743db4db5d5a"
+LITERAL_OR_SPACE = re.compile(r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|\s+""", re.DOTALL)
+THINKING_PROMPT = re.compile(r"""<think>(\\n|\s)*(["'{]|$)""")  # the end of a Thinking model's generation prompt
 
 
 @dataclass
@@ -643,15 +708,8 @@ class Processor:
         video_maxlen: int = 64,
     ):
         path = Path(hf_dir, "tokenizer.json")
-        if not path.exists():
-            raise InputError(f"{path} does not exist: the model's tokenizer is needed")
-        try:
-            self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers has no exception classes of its own
-            raise InputError(f"{path} cannot be read as a tokenizer: {one_line(error)}") from error
-        self.tokenizer.encode_special_tokens = True  # control tokens in a text become ordinary tokens
-        self.tokenizer.no_padding()  # the file may ask for padding and truncation
-        self.tokenizer.no_truncation()
+        self.tokenizer, self._special_ids = _load_tokenizer(path)
+        _check_chat_template(hf_dir)
 
         config_path = Path(hf_dir, "config.json")
         config = read_json(config_path, missing_ok=True)
@@ -689,7 +747,7 @@ class Processor:
 
     def decode(self, ids: list[int] | Tensor) -> str:
         """Return the text of token ids, without special tokens."""
-        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        return self.tokenizer.decode([i for i in map(int, ids) if i not in self._special_ids])
 
     def _encode_text(self, text: str) -> list[int]:
         try:
@@ -954,6 +1012,50 @@ def mrope_positions(length: int, spans: list[tuple[int, int, int]]) -> np.ndarra
         position += max(rows, columns)
     positions[:, done:] = np.arange(position, position + length - done)
     return positions
+
+
+def _load_tokenizer(path: Path) -> tuple[Tokenizer, set[int]]:
+    """Return the tokenizer and the ids of the special tokens. Raises InputError.
+
+    The tokenizer encodes special tokens as text. All but TEXT_TOKENS lose the mark, and so become their ids.
+    """
+    if not path.exists():
+        raise InputError(f"{path} does not exist: the model's tokenizer is needed")
+    try:
+        content = json.loads(path.read_bytes())
+        special = [token for token in content.get("added_tokens", []) if token["special"]]
+        for token in special:
+            token["special"] = token["content"] in TEXT_TOKENS
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # tokenizers has no exception classes of its own
+        raise InputError(f"{path} cannot be read as a tokenizer: {one_line(error)}") from error
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_padding()  # the file may ask for padding and truncation
+    tokenizer.no_truncation()
+    return tokenizer, {token["id"] for token in special}
+
+
+def _check_chat_template(hf_dir: str | Path) -> None:
+    """Warn if the directory's chat template is not the one that `Processor` follows. Raises InputError.
+
+    transformers looks for the template in the same files, in the same order.
+    """
+    path = Path(hf_dir, "chat_template.jinja")
+    template = path.read_text("utf-8", "replace") if path.exists() else None
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if not template:
+            path = Path(hf_dir, name)
+            template = read_json(path, missing_ok=True).get("chat_template")
+    if not template:
+        return
+    template = str(template)
+    if THINKING_PROMPT.search(template.rpartition("add_generation_prompt")[2]):
+        raise InputError(f"{path} is the chat template of a Thinking model, whose prompts end with <think>: such "
+                         "models are not supported yet, give an Instruct model")
+    digest = hashlib.sha256(LITERAL_OR_SPACE.sub(r"\1", template).encode()).hexdigest()
+    if digest != INSTRUCT_TEMPLATE and os.environ.get("RANK", "0") == "0":
+        logger.warning("%s is not the chat template of Qwen3-VL-Instruct and is not used: rows are rendered as "
+                       "Qwen3-VL-Instruct's does, <|im_start|>role, newline, content, <|im_end|>, newline", path)
 
 
 def _end_token_ids(hf_dir: str | Path) -> set[int]:

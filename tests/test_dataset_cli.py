@@ -107,6 +107,12 @@ def test_llava_rows(coco, capsys):
     convert(coco, coco.parent / "train2017.json")  # the images are below its folder
     assert json.loads((coco.parent / "train2017.json").read_text())[0]["images"] == [
         "./COCO2017/train2017/000000033471.jpg"]
+    rows_with_keys = [llava_rows()[0] | {"system": "s", "source": "x"}]
+    rows_with_keys[0]["conversations"][1]["weight"] = 0
+    write(coco.parent / "keys.json", rows_with_keys)
+    convert(coco, coco / "keys.json", annotations="keys.json")
+    (row,) = json.loads((coco / "keys.json").read_text())
+    assert (row["system"], row["source"], row["messages"][1]["weight"]) == ("s", "x", 0)  # nothing is lost
     (coco / "elsewhere").mkdir()
     convert(coco, coco / "elsewhere/out.json")
     assert json.loads((coco / "elsewhere/out.json").read_text())[0]["images"] == [
@@ -261,6 +267,49 @@ def test_check_statistics(rows, hf, capsys):
     assert "\x1b" not in out and "\0" not in out
     assert re.search(r"(?m)^ +5 +2 +6 +3 +0 .*a\.json$", out) and re.search(r"(?m)^ +5 +2 +9 +0 +1 .*b\.jsonl$", out)
     assert f"{a} row 2 as {a} row 1" in out
+
+
+def test_check_lists_unused_keys(tmp_path, hf, capsys):
+    rows = [{"id": i, "messages": say("a", "b"), "source": "x", "empty": None} for i in range(3)]
+    rows[0]["messages"][0]["name"] = rows[0]["messages"][1]["name"] = EVIL
+    rows[1] |= {"Image": "p.png", "images": ["none.png"], EVIL: 1}
+    write(tmp_path / "rows.json", rows)
+    with pytest.raises(InputError, match="1 of 3 rows are bad"):
+        check(hf, tmp_path / "rows.json", num_workers=0, report=tmp_path / "r.html")
+    lines = capsys.readouterr().out.partition(report.UNUSED_KEYS)[2].strip().splitlines()
+    assert [line.split(maxsplit=1) for line in lines[:4]] == [
+        ["3", "source"], ["1", EVIL[:100]], ["1", "Image"], ["1", "messages[].name"]]
+    page = Page((tmp_path / "r.html").read_text())
+    assert "source: 3" in page.texts and "messages[].name: 1" in page.texts and not page.tags["script"]
+    write(tmp_path / "rows.json", [{"id": 1, "messages": say("a", "b")}])
+    check(hf, tmp_path / "rows.json", num_workers=0)
+    assert report.UNUSED_KEYS not in capsys.readouterr().out
+
+
+def test_check_refuses_unsupported_keys(tmp_path, hf, capsys):
+    write(tmp_path / "rows.json", [
+        {"messages": say("a", "b"), "tools": [{"name": "f"}]},
+        {"messages": [say("a")[0], {"role": "assistant", "content": "b", "loss": False}]},
+        {"messages": say("a", "b"), "system": "s"},
+    ])
+    with pytest.raises(InputError, match="2 of 3 rows are bad"):
+        check(hf, tmp_path / "rows.json", num_workers=0)
+    out = capsys.readouterr().out
+    assert "row 1: 'tools' is not supported" in out and "row 2: 'messages[1].loss' is not supported" in out
+    assert figures_in(out)["turns"] == 3 and report.UNUSED_KEYS not in out
+
+
+def test_check_reports_chat_template(tmp_path):
+    """Each program says once how it renders rows, and refuses a Thinking model."""
+    folder = tiny.hf_dir(tmp_path / "hf", tiny.config_dict())
+    rows = write(tmp_path / "rows.json", [{"messages": say("a", "b")}])
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    argv = ("data.py", "check", "--init-from-hf-path", folder, "--dataset", rows, "--num-workers", "2")
+    done = shell(*argv)
+    assert done.returncode == 0 and done.stderr.count("is not the chat template of Qwen3-VL-Instruct") == 1
+    (folder / "chat_template.jinja").write_text("{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}")
+    done = shell(*argv)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "Thinking model" in done.stderr
 
 
 def test_check_with_any_number_of_workers(rows, hf, capsys):

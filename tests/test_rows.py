@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from reference import HALF, assert_equal, chat, transformers_messages
+from reference import HALF, TEMPLATE, assert_equal, chat, transformers_messages
+from transformers import AddedToken, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from common import InputError, UsageError
-from data import IGNORE, EncodeOptions, Processor, RowDataset
+from data import IGNORE, TRAINING_KEYS, EncodeOptions, Media, Processor, RowDataset, parse_row, unused_keys
 
 # ---- tokenizer and prompts ------------------------------------------------------------------------------------------
 
@@ -110,6 +112,215 @@ def test_encode_control_tokens_in_text(images, processor, reference):
     copy = pickle.loads(pickle.dumps(processor))  # as a spawned worker gets it
     assert copy.encode(chat(text, text), media_dir=images).input_ids.tolist() == ids
     assert reference.encode(chat(text, text)["messages"])[0].tolist().count(processor.im_end_token_id) == 4
+
+
+@pytest.fixture(scope="module")
+def extended(qwen_dir, tmp_path_factory):
+    """Return a processor and transformers' tokenizer of a directory with added tokens of several kinds."""
+    folder = tmp_path_factory.mktemp("extended")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(qwen_dir / "tokenizer.json"))
+    stripping = AddedToken("<|pad_both|>", lstrip=True, rstrip=True, special=True, normalized=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|act|>", "[POINT]", stripping]})
+    tokenizer.add_tokens(["<loc_1>", "<loc_12>", AddedToken("word", single_word=True)])
+    tokenizer.save_pretrained(folder)
+    return Processor(folder), tokenizer
+
+
+TOKENS = ["<|box_start|>", "<|box_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|quad_start|>",
+          "<think>", "</think>", "<tool_call>", "<|fim_prefix|>", "<|act|>", "[POINT]", "<|pad_both|>", "<loc_1>",
+          "<loc_12>", "word"]
+
+
+def test_encode_special_tokens_equal_transformers(extended, images):
+    """All tokens but the chat template's become their ids, in each position and in each kind of turn."""
+    processor, tokenizer = extended
+    texts = [f"{a}{gap}{b}" for a in TOKENS for b in TOKENS for gap in ("", " ", "\n", "x", " (1,2),(3,4) ")]
+    texts += [form.format(token) for token in TOKENS for form in (
+        "{}", " {} ", "in{}side", "a {} b", "\n{}\n\n", "<{}>", "{0}{0}{0}", "<|{}|>", "e\u0301{}\u0301", "字{}。")]
+    texts += ["<|box_start", "box_start|>", "<|box_start|><|im_en", "< |box_start|>", "words sword word.", ""]
+    for text in texts:
+        assert processor._encode_text(text) == tokenizer(text, add_special_tokens=False)["input_ids"], repr(text)
+
+    text = "<|object_ref_start|>a bus<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|> <|act|><loc_1>"
+    turns = {"system": text, "user": text, "assistant": text}
+    messages = [{"role": role, "content": content} for role, content in turns.items()]
+    expected = tokenizer.apply_chat_template(messages, chat_template=TEMPLATE, tokenize=True, return_dict=False)
+    names = {"user": "human", "assistant": "gpt"}
+    conversations = [{"from": names[role], "value": turns[role]} for role in names]
+    for row in ({"messages": messages}, {"messages": messages[1:], "system": text},
+                {"conversations": conversations, "system": text}):
+        sample = processor.encode(row, images)
+        assert sample.input_ids.tolist() == expected
+        assert sample.labels[sample.labels != IGNORE].tolist() == processor._encode_text(text) + expected[-2:]
+    copy = pickle.loads(pickle.dumps(processor))
+    assert copy._encode_text(text) == processor._encode_text(text)
+    assert processor.decode(expected) == tokenizer.decode(expected, skip_special_tokens=True)
+    assert processor.decode(processor._encode_text(text)) == "a bus(1,2),(3,4) <loc_1>"
+
+
+def test_encode_template_tokens_stay_text(extended):
+    processor, _ = extended
+    for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+                  "<|video_pad|>", "<|vision_pad|>"):
+        ids = processor._encode_text(f"<|box_start|>{token} a{token}<|act|>")
+        added = [i for i in ids if i >= 151643]
+        assert added == [processor.tokenizer.token_to_id(t) for t in ("<|box_start|>", "<|act|>")]
+        assert processor.decode(ids) == f"{token} a{token}"
+
+
+# ---- keys and placeholders -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("empty", [None, "", [], {}])
+def test_parse_row_system_key(empty):
+    """The system prompt is the first turn in both formats. Keys with an empty value count as absent."""
+    messages = chat("a", "b")["messages"]
+    conversations = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    expected = parse_row(chat("system:S", "a", "b"))
+    absent = dict.fromkeys(("tools", "rejected", "label", "audios", "category"), empty)
+    for row in ({"messages": messages, "conversations": empty}, {"conversations": conversations, "messages": empty}):
+        assert parse_row(row | absent | {"system": "S"}) == expected
+        assert parse_row(row | absent | {"system": empty}) == expected[1:]
+    turns = [{**message, "loss": empty, "tool_calls": empty} for message in messages]
+    assert parse_row({"messages": turns}) == expected[1:]
+
+
+@pytest.mark.parametrize("key", "tools functions objects chosen rejected rejected_response rejected_messages audio "
+                         "audios loss_scale loss_mask channel label kto_tag".split())
+def test_parse_row_unsupported_key(key):
+    row = chat("a", "b", **{key: ["x"]})
+    with pytest.raises(InputError, match=f"^'{key}' is not supported"):
+        parse_row(row)
+    if key in TRAINING_KEYS:
+        assert len(parse_row(row, for_generation=True)) == 1
+    else:
+        with pytest.raises(InputError, match=f"^'{key}' is not supported"):
+            parse_row(row, for_generation=True)
+
+
+@pytest.mark.parametrize("value", [False, True, 0, 1, 0.5])
+@pytest.mark.parametrize("key", ["loss", "weight", "train", "tool_calls", "loss_scale", "channel"])
+def test_parse_row_unsupported_key_of_message(key, value):
+    row = chat("a", "b")
+    row["messages"][1][key] = value
+    with pytest.raises(InputError, match=rf"^'messages\[1\]\.{key}' is not supported"):
+        parse_row(row)
+    row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", key: value}]}
+    with pytest.raises(InputError, match=rf"^'conversations\[1\]\.{key}' is not supported"):
+        parse_row(row)
+    row = chat("a", "b")
+    row["messages"][1]["content"] = [{"type": "text", "text": "b", key: value}]
+    with pytest.raises(InputError, match=rf"^'messages\[1\]\.content\[0\]\.{key}' is not supported"):
+        parse_row(row)
+
+
+def test_unused_keys():
+    part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
+    image = {"type": "image", "image": "a.png", "max_pixels": 9, "sample_fps": 1, "detail": "low"}
+    row = {
+        "id": 1, "source": "coco", "Image": "a.jpg", "weight": 2, "loss": 0.5, "meta": None, "images": [],
+        "messages": [{"role": "user", "content": [part, image], "name": "x"},
+                     {"role": "assistant", "content": "b", "value": "c"}],
+    }
+    assert unused_keys(row) == {"source", "Image", "weight", "loss", "messages[].name", "messages[].value",
+                                "messages[].content[].cache_control", "messages[].content[].detail"}
+    assert [turn.role for turn in parse_row(row)] == ["user", "assistant"]
+    talk = {"conversations": [{"from": "human", "value": "a", "role": "x"}, 7], "messages": 5}
+    assert unused_keys(talk) == {"conversations[].role"}
+
+
+NUMBERED = ["<image 1>", "<image1>", "<image_1>", "<image-2>", "<|image_1|>", "<|image|>", "<Image 1>", "<IMAGE>",
+            "<video 1>"]
+
+
+@pytest.mark.parametrize("other", NUMBERED)
+def test_parse_row_numbered_placeholder(other):
+    with pytest.raises(InputError, match=f"^{re.escape(other)} in a user's turn is not a placeholder: write <image>"):
+        parse_row(chat(f"Compare {other}\nwith it", "b", images=["a.png"]))
+    with pytest.raises(InputError, match="is not a placeholder"):
+        parse_row(chat("a", "b", other, "d", video="a.mp4"))
+    # It is text without media, beside a plain placeholder, and in an answer.
+    assert parse_row(chat(other, "b"))[0].parts == [other]
+    assert [p for p in parse_row(chat(f"<image>{other}", "b", image="a.png"))[0].parts if p] == [
+        Media("image", "image", "a.png"), other]
+    assert len(parse_row(chat("a", other, image="a.png"))) == 2
+
+
+def test_parse_row_placeholder_in_a_text_part():
+    row = chat("", "b", images=["a.png"])
+    row["messages"][0]["content"] = [{"type": "text", "text": "<image>What?"}]
+    with pytest.raises(InputError, match="^<image> in a user's turn is not a placeholder"):
+        parse_row(row)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp", "gif", "avif", "WEBP"])
+def test_parse_row_video_of_frames(suffix):
+    frames = [f"f{i}.{suffix}" for i in range(4)]
+    assert parse_row(chat("<video>?", "b", video=frames))[0].parts[1] == Media("video", "video", frames)
+    assert parse_row(chat("?", "b", video=frames[:1]))[0].parts[0] == Media("video", "video[0]", frames[0])
+    assert len(parse_row(chat("?", "b", videos=frames))[0].parts) == 5  # each is an animation
+
+
+# ---- chat template ---------------------------------------------------------------------------------------------------
+
+THINKING = TEMPLATE.replace("assistant\\n' }}\n{%- endif %}", "assistant\\n<think>\\n' }}\n{%- endif %}")
+HYBRID = "{% if add_generation_prompt %}<|im_start|>assistant\n{% if brief %}<think>\n\n</think>\n\n{% endif %}"
+INDENTED = "\n\n" + TEMPLATE.replace("\n    ", "\r\n  ").replace("{%- set", "{%-\tset") + "\n\n"
+FILES = ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"]
+
+
+def write_template(folder: Path, file: str, template: str) -> Path:
+    folder = tiny.hf_dir(folder, tiny.config_dict())
+    (folder / file).write_text(template if file.endswith("jinja") else json.dumps({"chat_template": template}))
+    return folder
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("template, warns", [
+    (TEMPLATE, False),
+    (INDENTED, False),
+    ("", False),
+    (TEMPLATE.replace("<|im_end|>\\n", "<|im_end|>"), True),
+    (TEMPLATE.replace("'\\n\\n'", "'\\n \\n'"), True),
+    ("{{ messages }}", True),
+    ("{# it does not mention <think> in its prompt #}" + TEMPLATE, True),
+    (HYBRID, True),
+])
+def test_processor_compares_chat_template(tmp_path, caplog, monkeypatch, file, template, warns):
+    folder = write_template(tmp_path, file, template)
+    Processor(folder)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == warns
+    assert not warns or messages[0].startswith(f"{folder / file} is not the chat template of Qwen3-VL-Instruct")
+    monkeypatch.setenv("RANK", "1")
+    Processor(folder)
+    assert len(caplog.records) == warns
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("template", [
+    THINKING,
+    '{% if add_generation_prompt %}{{ "<|im_start|>assistant\n<think>\n" }}{% endif %}',
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
+    "{% if add_generation_prompt %}{{'<|im_start|>assistant\\n'}}{% if enable_thinking %}{{'<think>\\n'}}{% else %}"
+    "{{'<think>\\n\\n</think>\\n\\n'}}{% endif %}{% endif %}",
+])
+def test_processor_refuses_thinking_template(tmp_path, file, template):
+    folder = write_template(tmp_path, file, template)
+    with pytest.raises(InputError, match=f"{file} is the chat template of a Thinking model.*not supported yet"):
+        Processor(folder)
+
+
+def test_processor_chat_template_order(tmp_path, caplog):
+    """The files take precedence as in transformers."""
+    write_template(tmp_path, "tokenizer_config.json", THINKING)
+    write_template(tmp_path, "chat_template.json", "{{ messages }}")
+    Processor(tmp_path)
+    assert "chat_template.json is not the chat template" in caplog.text
+    caplog.clear()
+    write_template(tmp_path, "chat_template.jinja", TEMPLATE)
+    Processor(tmp_path)
+    assert not caplog.records
 
 
 # ---- supervision -----------------------------------------------------------------------------------------------------
@@ -320,7 +531,13 @@ BAD_ROWS = [
     ({"messages": []}, r"'messages' must be a list of turns, not \[\]"),
     ({"messages": [{"role": "user"}, ANSWER]}, r"messages\[0\] must be an object with 'role' and 'content'"),
     ({"conversations": [{"from": "human", "value": 3}]}, r"conversations\[0\].value must be a string, not 3"),
+    ({"messages": [QUESTION, ANSWER], "conversations": [7]}, "both 'messages' and 'conversations': keep one"),
     ({"messages": [{"role": "tool", "content": "x"}]}, r"messages\[0\]: unknown role 'tool'"),
+    ({"messages": [QUESTION, {"role": "observation", "content": "x"}]}, r"messages\[1\]: unknown role 'observation'"),
+    ({"conversations": [{"from": "function_call", "value": "x"}]}, r"conversations\[0\]: unknown from 'function_call'"),
+    ({"messages": [QUESTION, ANSWER], "system": ["x"]}, r"'system' must be a string, not \['x'\]"),
+    (chat("system:x", "x", "x", system="y"), r"messages\[0\] has the role system where user .*the row's key 'system'"),
+    (chat("x", "x", tools=[{"name": "f"}]), "'tools' is not supported"),
     ({"messages": [{"role": ["user"], "content": "x"}]}, r"messages\[0\]: unknown role"),
     ({"messages": [ANSWER]}, r"messages\[0\] has the role assistant where user"),
     ({"messages": [QUESTION] * 2}, r"messages\[1\] has the role user where assistant"),

@@ -15,7 +15,7 @@ import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -30,6 +30,7 @@ from tools.report import visible
 
 CHUNK = 16  # rows that a worker reads at a time
 MAX_REASONS, MAX_EXAMPLES = 40, 10  # kinds of bad rows that are counted separately, and rows of each on the page
+MAX_KEYS = 40  # keys without an effect that are listed
 MAX_SHOWN = 12  # rows that the page renders
 
 
@@ -41,7 +42,7 @@ def convert_llava(annotations: str, image_dir: str, output: str, overwrite: bool
 
     Rows with a missing image are left out, as in the guide's script. Image paths are relative to the output's folder
     ("./train2017/X.jpg" for an output in COCO2017, as in the guide) if the images are below it, so that
-    training needs no --dataset-dir. Otherwise the paths are absolute.
+    training needs no --dataset-dir. Otherwise the paths are absolute. Other keys of rows and messages are kept.
     """
     if not os.path.isdir(image_dir):
         raise InputError(f"{image_dir} is not a folder: give COCO's image folder train2017 as --image_dir")
@@ -63,7 +64,7 @@ def convert_llava(annotations: str, image_dir: str, output: str, overwrite: bool
                 missing += absent[: 3 - len(missing)]
                 continue
             relative = [os.path.relpath(path, folder) for path in paths]
-            row = {key: row[key] for key in ("id",) if key in row} | {"messages": messages}
+            row = {key: row[key] for key in row if key not in ("image", "conversations")} | {"messages": messages}
             row["images"] = [p if r.startswith("..") else f"./{r}" for p, r in zip(paths, relative, strict=True)]
             stream.write((separator if written else start) + json.dumps(row))
             written += 1
@@ -95,7 +96,8 @@ def _parse_llava(row: dict, source: str) -> tuple[list[str], list[dict]]:
         if turn.get("from") not in ("human", "gpt"):
             raise InputError(f"{source}: conversations[{i}] is from {repr(turn.get('from'))[:80]}, not human or gpt")
         role = {"human": "user", "gpt": "assistant"}[turn["from"]]
-        messages.append({"role": role, "content": turn["value"]})
+        other_keys = {key: turn[key] for key in turn if key not in ("from", "value")}
+        messages.append(other_keys | {"role": role, "content": turn["value"]})
     return images, messages
 
 
@@ -128,6 +130,7 @@ class RowInfo(NamedTuple):
     image_tokens: list[int]  # tokens of each image
     content: int  # hash of the ids and pixels; 0 for a bad row
     identity: int  # hash of the file and id; 0 for a row without an id
+    unused_keys: Iterable[str] = ()  # keys that have no effect
 
 
 class RowReader:
@@ -151,14 +154,17 @@ class RowReader:
 
     def read(self, index: int) -> RowInfo:
         source, identity, file = self.name(index), 0, self.dataset.span(index).file
+        unused: set[str] = set()
         try:
             row, source, media_dir = self.dataset[index]
-            if isinstance(row, dict) and row.get("id") is not None:
-                identity = _hash(f"{file} {row['id']}".encode("utf-8", "surrogatepass"))
+            if isinstance(row, dict):
+                unused = data.unused_keys(row)
+                if row.get("id") is not None:
+                    identity = _hash(f"{file} {row['id']}".encode("utf-8", "surrogatepass"))
             sample = self.processor.encode(row, media_dir=media_dir, source=source, options=self.options)
         except InputError as error:
             reason = str(error).removeprefix(source).lstrip(": ")[:500]
-            return RowInfo(source, reason, {"rows": 1, "bad": 1}, [], 0, identity)
+            return RowInfo(source, reason, {"rows": 1, "bad": 1}, [], 0, identity, unused)
         media = report.list_media(sample, self.processor)
         image_tokens = [tokens for kind, _, tokens in media if kind == "image"]
         supervised = int((sample.labels != data.IGNORE).sum())
@@ -175,7 +181,7 @@ class RowReader:
         }
         # Hash every 48th pixel value. The hash is of pixels, not paths, to find one image under two names.
         content = _hash(sample.input_ids.numpy().tobytes(), sample.pixel_values[:, ::48].numpy().tobytes())
-        return RowInfo(source, "", counts, image_tokens, content, identity)
+        return RowInfo(source, "", counts, image_tokens, content, identity, unused)
 
 
 def _hash(*parts: bytes) -> int:
@@ -191,6 +197,7 @@ class Statistics:
         self.files = [Counter() for _ in reader.dataset.paths]
         self.tokens, self.supervised_percent, self.images, self.image_tokens = (Counter() for _ in range(4))
         self.contents, self.identities = np.zeros((2, rows), np.uint64)
+        self.unused_keys: Counter[str] = Counter()
         self.first_rows: dict[str, int] = {}  # trait -> the first row that has it
         self.reasons: dict[str, list] = {}  # kind of reason -> [number of rows, (source, reason), ...]
 
@@ -199,6 +206,7 @@ class Statistics:
         counts = row.counts
         self.files[self.reader.dataset.span(index).file].update(counts)
         self.contents[index], self.identities[index] = row.content, row.identity
+        self.unused_keys.update(row.unused_keys)
         if row.reason:  # reasons that differ only in paths, quotations and numbers are of one kind
             kind = re.sub(r"\S*/\S*|'[^']*'|\"[^\"]*\"|(?<![\w-])\d+", "…", row.reason)[:150]
             known = kind in self.reasons or len(self.reasons) < MAX_REASONS
@@ -257,6 +265,7 @@ class Statistics:
                 ("tokens per image", histogram(self.image_tokens)),
             ],
             datasets=list(zip(self.reader.dataset.paths, self.files, strict=True)),
+            unused_keys=sorted(self.unused_keys.items(), key=lambda item: (-item[1], item[0]))[:MAX_KEYS],
             reasons=sorted(self.reasons.items(), key=lambda item: -item[1][0]),
             repeats=[(self.reader.name(i), self.reader.name(first)) for i, first in repeats[:20].tolist()],
         )
@@ -345,6 +354,9 @@ def _as_text(summary: report.Summary) -> Iterator[str]:
     yield "\n" + "".join(f"{name:>12}" for name in report.COLUMNS) + "  dataset"
     for path, counts in summary.datasets:
         yield "".join(f"{counts[name]:12,}" for name in report.COLUMNS) + f"  {visible(path)}"
+    if summary.unused_keys:
+        yield f"\n{report.UNUSED_KEYS}"
+        yield from (f"{count:12,}  {visible(key[:100])}" for key, count in summary.unused_keys)
     if summary.repeats:
         yield "\nrows with the same content, for example"
         yield from (f"  {visible(row)} as {visible(first)}" for row, first in summary.repeats[:5])
