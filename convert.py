@@ -5,7 +5,8 @@ source, so that a process holds only a few chunks beside its own shard.
 
 A checkpoint has the format of torch.distributed.checkpoint (DCP), which `dcp.load` reads: tensors in chunks of at most
 CHUNK_BYTES, parameters and buffers under their Hugging Face names, optimizer state as `optimizer.KEY.NAME`. Beside them
-lie `checksums.json` and each rank's `trainer_state_rank_00000.pt`. Reading an untrusted checkpoint runs no code.
+lie `checksums.json`, `settings.json` and each rank's `trainer_state_rank_00000.pt`. Reading an untrusted checkpoint
+runs no code.
 
     python convert.py hf_to_dcp --hf_dir DIR --dcp_dir DIR
     python convert.py dcp_to_hf --load_dir ITER_DIR --save_dir DIR --model_assets_dir HF_DIR
@@ -52,6 +53,7 @@ from parallel import local_shard_and_offset, run_synced
 CHUNK_BYTES = 16 << 20
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
+SETTINGS = "settings.json"
 INDEX = "model.safetensors.index.json"
 SAFETENSORS_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 BUFFER_TYPES = {"I64": torch.int64, "I32": torch.int32}
@@ -191,6 +193,15 @@ def load_trainer_state(directory: Path, rank: int) -> dict | None:
 def load_data_positions(directory: Path) -> list[dict]:
     """Return the "data" of every rank's trainer state, ordered by rank. Raises InputError."""
     return [_read_trainer_state(path)["data"] for path in sorted(directory.glob("trainer_state_rank_*.pt"))]
+
+
+def read_settings(directory: Path) -> dict:
+    """Return the settings that a checkpoint was saved with, {} for one without them. Raises InputError."""
+    path = directory / SETTINGS
+    if not path.exists():
+        return {}
+    _read_verified(path, _read_checksums(directory))
+    return read_json(path)
 
 
 def _read_trainer_state(path: Path) -> dict:
@@ -667,7 +678,7 @@ def _chunks_to_save(model: nn.Module, optimizer: Optimizer | None) -> Iterator[T
 
 
 def _save(
-    final: Path, chunks: Iterable[TensorChunk], trainer_state: dict | None, retain: int | None,
+    final: Path, chunks: Iterable[TensorChunk], trainer_state: dict | None, settings: dict | None, retain: int | None,
     group: dist.ProcessGroup | None,
 ) -> None:
     """Write the iteration directory `final` and point the tracker to it; every rank of `group` calls this.
@@ -688,6 +699,8 @@ def _save(
 
     def describe() -> None:
         _write_metadata(staging, itertools.chain(*entries_of_ranks), records)
+        if settings is not None:
+            _write_bytes(staging / SETTINGS, json.dumps(settings, indent=1).encode(), records)
         CheckpointWeights(staging)  # every tensor has all of its values
 
     try:
@@ -720,22 +733,24 @@ class CheckpointWriter:
 
     def save(
         self, save_dir: str | Path, iteration: int, model: nn.Module, optimizer: Optimizer | None = None,
-        trainer_state: dict | None = None, retain: int | None = None,
+        trainer_state: dict | None = None, retain: int | None = None, settings: dict | None = None,
     ) -> Path:
         """Write `save_dir/iter_XXXXXXX`, or start to write it in the background, and return it; every rank calls this.
 
         `trainer_state` is this rank's: plain types and tensors, with "iteration" (int) and "data" (dict). `retain` is
-        the number of iterations to keep, among those up to this one. Raises the errors of `_save`.
+        the number of iterations to keep, among those up to this one. `settings` are the run's, for `read_settings`:
+        JSON types, the same on every rank. Raises the errors of `_save`.
         """
         self.wait()  # the previous save still reads the copies
         final, chunks = Path(save_dir) / f"iter_{iteration:07d}", _chunks_to_save(model, optimizer)
         if self._thread is None:
-            _save(final, chunks, trainer_state, retain, None)
+            _save(final, chunks, trainer_state, settings, retain, None)
         else:
             copies = [(name, shape, offset, self._copy((name, offset), values))
                       for name, shape, offset, values in chunks]
             kernels_npu.ops.synchronize()
-            self._saving = self._thread.submit(_save, final, copies, copy.deepcopy(trainer_state), retain, self._group)
+            self._saving = self._thread.submit(_save, final, copies, copy.deepcopy(trainer_state),
+                                               copy.deepcopy(settings), retain, self._group)
         return final
 
     def _copy(self, key: tuple, values: Tensor) -> Tensor:

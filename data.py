@@ -192,19 +192,22 @@ def add_media_flags(group: argparse._ArgumentGroup) -> None:
         for limit, change in (("min", "enlarge smaller"), ("max", "shrink larger")):
             group.add_argument(f"--{kind}-{limit}-pixels", type=number(int, 1), metavar="N",
                                help=f"{change} {kind}s to N pixels, {pixels} (default: the model's setting)")
-    group.add_argument("--video-fps", type=number(float, 0.001, 1e6), default=2.0, metavar="X",
-                       help="frames to sample per second of video")
-    group.add_argument("--video-maxlen", type=number(int, 2), default=64, metavar="N",
-                       help="maximum number of frames to sample from a video")
+    group.add_argument("--video-fps", type=number(float, 0.001, 1e6), metavar="X",
+                       help="frames to sample per second of video (default: 2.0)")
+    group.add_argument("--video-maxlen", type=number(int, 2), metavar="N",
+                       help="maximum number of frames to sample from a video (default: 64)")
 
 
-def media_limits(args: argparse.Namespace) -> dict[str, float | None]:
-    """Return these flags as arguments of `Processor`. Raises UsageError if a minimum is above its maximum."""
+def media_limits(args: argparse.Namespace) -> dict[str, float]:
+    """Return those of these flags that were given, as arguments of `Processor`.
+
+    Raises UsageError if a minimum is above its maximum.
+    """
     for kind in ("image", "video"):
         low, high = getattr(args, f"{kind}_min_pixels"), getattr(args, f"{kind}_max_pixels")
         if low and high and low > high:
             raise UsageError(f"--{kind}-min-pixels {low} is above --{kind}-max-pixels {high}: give a smaller one")
-    return {name: getattr(args, name) for name in MEDIA_LIMITS}
+    return {name: getattr(args, name) for name in MEDIA_LIMITS if getattr(args, name) is not None}
 
 
 def add_row_flags(group: argparse._ArgumentGroup) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -498,6 +499,21 @@ def test_load_optimizer_after_freezing(tmp_path, caplog):
     assert "2 of 4 trainable parameters (0.weight" in caplog.text
     assert set(resumed.state) == set(again[1].parameters())
     train(again, resumed, 1, seed=0)  # the others can be trained
+
+
+def test_read_settings_returns_what_was_saved(make_hf, tmp_path):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for the background; see conftest.py
+    settings = {"media_limits": {"image_max_pixels": 4096, "video_fps": 0.5}, "adapters": {"rank": 4}}
+    saved = save_checkpoint(tmp_path, 1, nn.Linear(2, 2), settings=settings)
+    assert convert.read_settings(saved) == settings
+    with convert.CheckpointWriter(True, timedelta(minutes=1)) as writer:
+        in_background = writer.save(tmp_path, 2, nn.Linear(2, 2), settings=settings)
+    assert convert.read_settings(in_background) == settings and convert.verify(in_background)
+    assert convert.read_settings(save_checkpoint(tmp_path, 3, nn.Linear(2, 2))) == {}
+    assert convert.read_settings(convert.hf_to_dcp(make_hf("dense, tied"), tmp_path / "dcp")) == {}
+    flip(saved / convert.SETTINGS)
+    with pytest.raises(InputError, match="settings.json: is damaged"):
+        convert.read_settings(saved)
 
 
 def test_save_checkpoint_retains_newest(tmp_path):
