@@ -45,6 +45,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+import data
 import kernels_npu
 from common import InputError, Parser, is_peer_failure, number, one_line, read_json, run_program, shorten
 from model import Qwen3VLConfig, build_model
@@ -77,6 +78,9 @@ class Source(Protocol):
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         """Return a slice of a tensor in its stored type. It may be a view of shared memory: never write to it."""
+
+    def file_of(self, name: str) -> Path:
+        """Return the file that holds a tensor, or the first one that does."""
 
 
 # ---- tensors and their chunks --------------------------------------------------------------------------------------
@@ -248,6 +252,18 @@ def _check_names_and_shapes(tensors: dict[str, TensorInfo], model: nn.Module, pa
                              f"{list(shape)}; use the config.json that belongs to these weights")
 
 
+def _check_tied_copy(source: Source, model: nn.Module) -> None:
+    """Raise InputError if the source holds another lm_head.weight than the embedding that the model uses for it."""
+    copy, embedding = "lm_head.weight", "model.language_model.embed_tokens.weight"
+    if copy in stored_tensors(model) or not {copy, embedding} <= source.tensors.keys():
+        return
+    (dtype, shape), (_, copy_shape) = source.tensors[embedding], source.tensors[copy]
+    chunks = _row_chunks(shape, dtype.itemsize)
+    if shape != copy_shape or any((source.read(copy, *at) != source.read(embedding, *at)).any() for at in chunks):
+        raise InputError(f"{source.file_of(copy)}: {copy} differs from {embedding}, but config.json says that they are "
+                         "one (tie_word_embeddings is true): set that to false to use both, or remove lm_head.weight")
+
+
 def hf_has_weights(hf_dir: str | Path) -> bool:
     """Return whether a Hugging Face directory holds safetensors, as one file or as an index of several."""
     return any((Path(hf_dir) / name).exists() for name in ("model.safetensors", INDEX))
@@ -328,7 +344,11 @@ class HuggingFaceWeights:
                 self._transposed.add(name)
                 self.tensors[name] = dtype, tensor.shape
         _check_names_and_shapes(self.tensors, model, self.path)
+        _check_tied_copy(self, model)
         return self
+
+    def file_of(self, name: str) -> Path:
+        return self.path / next(file for file, names in self.files.items() if name in names)
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         """Return a slice of a tensor, in the published layout. It may be a view of the mapped file."""
@@ -461,7 +481,11 @@ class CheckpointWeights:
         """Compare names and shapes with the model's and return self. Raises InputError."""
         weights = {name: info for name, info in self.tensors.items() if not name.startswith("optimizer.")}
         _check_names_and_shapes(weights, model, self.path)
+        _check_tied_copy(self, model)
         return self
+
+    def file_of(self, name: str) -> Path:
+        return self.path / self._chunks[name][0][2].relative_path
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         """Return a slice of a tensor, assembled from the chunks that overlap it."""
@@ -879,11 +903,12 @@ _ASSET = re.compile(r".*(?<!\.index)\.json|.*\.(txt|jinja|model)|(LICEN[SC]E|NOT
 
 
 def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str | Path, dtype: str | None = None,
-              overwrite: bool = False, max_shard_gb: float = 5) -> Path:
+              overwrite: bool = False, max_shard_gb: float = 5, keep_preprocessor: bool = False) -> Path:
     """Write a checkpoint's parameters and buffers as a Hugging Face directory, with the base model's assets.
 
     `dtype` ('bfloat16', ...) is the parameters' type, by default the one in the assets' config.json, or else the stored
-    type. Buffers keep their own.
+    type. Buffers keep their own. The preprocessor files get the limits of the training run and a line is printed,
+    unless `keep_preprocessor`.
     """
     assets = Path(model_assets_dir)
     config = Qwen3VLConfig.from_json(assets)
@@ -897,6 +922,13 @@ def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str 
     output = _output_tensors({name: source.tensors[name] for name in names}, parameters, dtype)
     shards = _split_into_shards(output, max_shard_gb * 1e9)
     total = sum(map(_nbytes, output.values()))
+    limits = {} if keep_preprocessor else read_settings(source.path).get("media_limits", {})
+    preprocessors = data.preprocessor_files(assets, limits) if limits else {}
+    files = {path.name: path.read_bytes() for path in assets.glob("*")
+             if path.is_file() and _ASSET.fullmatch(path.name) and path.name != CHECKSUMS}
+    files |= {name: json.dumps(content, indent=2).encode() for name, content in preprocessors.items()}
+    if dtype is not None:
+        files["config.json"] = _config_with_dtype(files["config.json"], dtype)
     with _conversion(final, total) as (staging, records, bar):
         weight_map = {}
         for i, shard in enumerate(shards):
@@ -906,12 +938,11 @@ def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str 
                 _write_safetensors(file, {name: output[name] for name in shard}, source, bar)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_bytes(staging / INDEX, json.dumps(index, indent=2).encode(), records)
-        for path in sorted(assets.glob("*")):
-            if path.is_file() and _ASSET.fullmatch(path.name) and path.name != CHECKSUMS:
-                data = path.read_bytes()
-                if path.name == "config.json" and dtype is not None:
-                    data = _config_with_dtype(data, dtype)
-                _write_bytes(staging / path.name, data, records)
+        for name, content in sorted(files.items()):
+            _write_bytes(staging / name, content, records)
+    if preprocessors:
+        print(f"{final}: wrote the training run's {data.describe_limits(limits)} into {' and '.join(preprocessors)} "
+              "(--keep-preprocessor copies the base model's files)")
     return final
 
 
@@ -977,13 +1008,13 @@ def _write_safetensors(file: _HashedFile, tensors: dict[str, TensorInfo], source
             bar.update(values.nbytes)
 
 
-def _config_with_dtype(data: bytes, dtype: str) -> bytes:
+def _config_with_dtype(content: bytes, dtype: str) -> bytes:
     """Return config.json with the type of the weights; unchanged bytes if it names that type already."""
-    config = json.loads(data)
+    config = json.loads(content)
     parts = (config, config["text_config"], config["vision_config"])
     entries = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if key in part] or [(config, "dtype")]
     if all(part.get(key) == dtype for part, key in entries):
-        return data
+        return content
     for part, key in entries:
         part[key] = dtype
     return json.dumps(config, indent=2, ensure_ascii=False).encode()
@@ -1024,9 +1055,9 @@ def _verify_one(path: Path) -> str:
         for name, record in records.items():
             digest = hashlib.sha256()
             with open(path / name, "rb") as file:
-                while data := file.read(1 << 20):
-                    digest.update(data)
-                    bar.update(len(data))
+                while block := file.read(1 << 20):
+                    digest.update(block)
+                    bar.update(len(block))
             if digest.hexdigest() != record["sha256"]:
                 raise InputError(f"{path / name}: has other contents than were written; use another checkpoint")
     return f"{path}: {len(records)} files, {sum(sizes.values()) / 1e9:.3f} GB, all as written"
@@ -1049,6 +1080,9 @@ def main(argv: list[str]) -> None:
                        help="directory to copy the configuration, tokenizer and licence from")
     to_hf.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
                        help="type of the written weights (default: the one in config.json, else as stored)")
+    to_hf.add_argument("--keep-preprocessor", action="store_true",
+                       help="copy the preprocessor files as they are, without the training run's limits of pixels and "
+                       "frames")
     to_hf.add_argument("--max-shard-size", type=number(float, 0, above=True), default=5.0, metavar="GB",
                        help="largest size of a safetensors file")
     for command in (to_dcp, to_hf):
@@ -1064,7 +1098,7 @@ def main(argv: list[str]) -> None:
         print("wrote", hf_to_dcp(args.hf_dir, args.dcp_dir, args.overwrite))
     elif args.command == "dcp_to_hf":
         print("wrote", dcp_to_hf(args.load_dir, args.save_dir, args.model_assets_dir, args.dtype, args.overwrite,
-                                 args.max_shard_size))
+                                 args.max_shard_size, args.keep_preprocessor))
     else:
         print("\n".join(verify(args.dir)))
 
