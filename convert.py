@@ -5,7 +5,8 @@ source, so that a process holds only a few chunks beside its own shard.
 
 A checkpoint has the format of torch.distributed.checkpoint (DCP), which `dcp.load` reads: tensors in chunks of at most
 CHUNK_BYTES, parameters and buffers under their Hugging Face names, optimizer state as `optimizer.KEY.NAME`. Beside them
-lie `checksums.json` and each rank's `trainer_state_rank_00000.pt`. Reading an untrusted checkpoint runs no code.
+lie `checksums.json`, `settings.json` and each rank's `trainer_state_rank_00000.pt`. Reading an untrusted checkpoint
+runs no code.
 
     python convert.py hf_to_dcp --hf_dir DIR --dcp_dir DIR
     python convert.py dcp_to_hf --load_dir ITER_DIR --save_dir DIR --model_assets_dir HF_DIR
@@ -44,6 +45,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+import data
 import kernels_npu
 from common import InputError, Parser, is_peer_failure, number, one_line, print_line, read_json, run_program, shorten
 from model import Qwen3VLConfig, build_model
@@ -52,6 +54,7 @@ from parallel import local_shard_and_offset, run_synced
 CHUNK_BYTES = 16 << 20
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
+SETTINGS = "settings.json"
 INDEX = "model.safetensors.index.json"
 SAFETENSORS_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 BUFFER_TYPES = {"I64": torch.int64, "I32": torch.int32}
@@ -75,6 +78,9 @@ class Source(Protocol):
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         """Return a slice of a tensor in its stored type. It may be a view of shared memory: never write to it."""
+
+    def file_of(self, name: str) -> Path:
+        """Return the file that holds a tensor, or the first one that does."""
 
 
 # ---- tensors and their chunks --------------------------------------------------------------------------------------
@@ -193,6 +199,15 @@ def load_data_positions(directory: Path) -> list[dict]:
     return [_read_trainer_state(path)["data"] for path in sorted(directory.glob("trainer_state_rank_*.pt"))]
 
 
+def read_settings(directory: Path) -> dict:
+    """Return the settings that a checkpoint was saved with, {} for one without them. Raises InputError."""
+    path = directory / SETTINGS
+    if not path.exists():
+        return {}
+    _read_verified(path, _read_checksums(directory))
+    return read_json(path)
+
+
 def _read_trainer_state(path: Path) -> dict:
     content = _read_verified(path, _read_checksums(path.parent))
     try:
@@ -235,6 +250,18 @@ def _check_names_and_shapes(tensors: dict[str, TensorInfo], model: nn.Module, pa
         if name in tensors and tensors[name][1] != shape:
             raise InputError(f"{path}: {name} has shape {shorten(list(tensors[name][1]))}, config.json requires "
                              f"{list(shape)}; use the config.json that belongs to these weights")
+
+
+def _check_tied_copy(source: Source, model: nn.Module) -> None:
+    """Raise InputError if the source holds another lm_head.weight than the embedding that the model uses for it."""
+    copy, embedding = "lm_head.weight", "model.language_model.embed_tokens.weight"
+    if copy in stored_tensors(model) or not {copy, embedding} <= source.tensors.keys():
+        return
+    (dtype, shape), (_, copy_shape) = source.tensors[embedding], source.tensors[copy]
+    chunks = _row_chunks(shape, dtype.itemsize)
+    if shape != copy_shape or any((source.read(copy, *at) != source.read(embedding, *at)).any() for at in chunks):
+        raise InputError(f"{source.file_of(copy)}: {copy} differs from {embedding}, but config.json says that they are "
+                         "one (tie_word_embeddings is true): set that to false to use both, or remove lm_head.weight")
 
 
 def hf_has_weights(hf_dir: str | Path) -> bool:
@@ -317,7 +344,11 @@ class HuggingFaceWeights:
                 self._transposed.add(name)
                 self.tensors[name] = dtype, tensor.shape
         _check_names_and_shapes(self.tensors, model, self.path)
+        _check_tied_copy(self, model)
         return self
+
+    def file_of(self, name: str) -> Path:
+        return self.path / next(file for file, names in self.files.items() if name in names)
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         """Return a slice of a tensor, in the published layout. It may be a view of the mapped file."""
@@ -450,7 +481,11 @@ class CheckpointWeights:
         """Compare names and shapes with the model's and return self. Raises InputError."""
         weights = {name: info for name, info in self.tensors.items() if not name.startswith("optimizer.")}
         _check_names_and_shapes(weights, model, self.path)
+        _check_tied_copy(self, model)
         return self
+
+    def file_of(self, name: str) -> Path:
+        return self.path / self._chunks[name][0][2].relative_path
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         """Return a slice of a tensor, assembled from the chunks that overlap it."""
@@ -667,7 +702,7 @@ def _chunks_to_save(model: nn.Module, optimizer: Optimizer | None) -> Iterator[T
 
 
 def _save(
-    final: Path, chunks: Iterable[TensorChunk], trainer_state: dict | None, retain: int | None,
+    final: Path, chunks: Iterable[TensorChunk], trainer_state: dict | None, settings: dict | None, retain: int | None,
     group: dist.ProcessGroup | None,
 ) -> None:
     """Write the iteration directory `final` and point the tracker to it; every rank of `group` calls this.
@@ -690,6 +725,8 @@ def _save(
 
     def describe() -> None:
         _write_metadata(staging, itertools.chain(*entries_of_ranks), records)
+        if settings is not None:
+            _write_bytes(staging / SETTINGS, json.dumps(settings, indent=1).encode(), records)
         CheckpointWeights(staging)  # every tensor has all of its values
 
     try:
@@ -724,22 +761,24 @@ class CheckpointWriter:
 
     def save(
         self, save_dir: str | Path, iteration: int, model: nn.Module, optimizer: Optimizer | None = None,
-        trainer_state: dict | None = None, retain: int | None = None,
+        trainer_state: dict | None = None, retain: int | None = None, settings: dict | None = None,
     ) -> Path:
         """Write `save_dir/iter_XXXXXXX`, or start to write it in the background, and return it; every rank calls this.
 
         `trainer_state` is this rank's: plain types and tensors, with "iteration" (int) and "data" (dict). `retain` is
-        the number of iterations to keep, among those up to this one. Raises the errors of `_save`.
+        the number of iterations to keep, among those up to this one. `settings` are the run's, for `read_settings`:
+        JSON types, the same on every rank. Raises the errors of `_save`.
         """
         self.wait()  # the previous save still reads the copies
         final, chunks = Path(save_dir) / f"iter_{iteration:07d}", _chunks_to_save(model, optimizer)
         if self._thread is None:
-            _save(final, chunks, trainer_state, retain, None)
+            _save(final, chunks, trainer_state, settings, retain, None)
         else:
             copies = [(name, shape, offset, self._copy((name, offset), values))
                       for name, shape, offset, values in chunks]
             kernels_npu.ops.synchronize()
-            self._saving = self._thread.submit(_save, final, copies, copy.deepcopy(trainer_state), retain, self._group)
+            self._saving = self._thread.submit(_save, final, copies, copy.deepcopy(trainer_state),
+                                               copy.deepcopy(settings), retain, self._group)
         return final
 
     def _copy(self, key: tuple, values: Tensor) -> Tensor:
@@ -868,11 +907,12 @@ _ASSET = re.compile(r".*(?<!\.index)\.json|.*\.(txt|jinja|model)|(LICEN[SC]E|NOT
 
 
 def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str | Path, dtype: str | None = None,
-              overwrite: bool = False, max_shard_gb: float = 5) -> Path:
+              overwrite: bool = False, max_shard_gb: float = 5, keep_preprocessor: bool = False) -> Path:
     """Write a checkpoint's parameters and buffers as a Hugging Face directory, with the base model's assets.
 
     `dtype` ('bfloat16', ...) is the parameters' type, by default the one in the assets' config.json, or else the stored
-    type. Buffers keep their own.
+    type. Buffers keep their own. The preprocessor files get the limits of the training run and a line is printed,
+    unless `keep_preprocessor`.
     """
     assets = Path(model_assets_dir)
     config = Qwen3VLConfig.from_json(assets)
@@ -886,6 +926,13 @@ def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str 
     output = _output_tensors({name: source.tensors[name] for name in names}, parameters, dtype)
     shards = _split_into_shards(output, max_shard_gb * 1e9)
     total = sum(map(_nbytes, output.values()))
+    limits = {} if keep_preprocessor else read_settings(source.path).get("media_limits", {})
+    preprocessors = data.preprocessor_files(assets, limits) if limits else {}
+    files = {path.name: path.read_bytes() for path in assets.glob("*")
+             if path.is_file() and _ASSET.fullmatch(path.name) and path.name != CHECKSUMS}
+    files |= {name: json.dumps(content, indent=2).encode() for name, content in preprocessors.items()}
+    if dtype is not None:
+        files["config.json"] = _config_with_dtype(files["config.json"], dtype)
     with _conversion(final, total) as (staging, records, bar):
         weight_map = {}
         for i, shard in enumerate(shards):
@@ -895,12 +942,11 @@ def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str 
                 _write_safetensors(file, {name: output[name] for name in shard}, source, bar)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_bytes(staging / INDEX, json.dumps(index, indent=2).encode(), records)
-        for path in sorted(assets.glob("*")):
-            if path.is_file() and _ASSET.fullmatch(path.name) and path.name != CHECKSUMS:
-                data = path.read_bytes()
-                if path.name == "config.json" and dtype is not None:
-                    data = _config_with_dtype(data, dtype)
-                _write_bytes(staging / path.name, data, records)
+        for name, content in sorted(files.items()):
+            _write_bytes(staging / name, content, records)
+    if preprocessors:
+        print(f"{final}: wrote the training run's {data.describe_limits(limits)} into {' and '.join(preprocessors)} "
+              "(--keep-preprocessor copies the base model's files)")
     return final
 
 
@@ -966,13 +1012,13 @@ def _write_safetensors(file: _HashedFile, tensors: dict[str, TensorInfo], source
             bar.update(values.nbytes)
 
 
-def _config_with_dtype(data: bytes, dtype: str) -> bytes:
+def _config_with_dtype(content: bytes, dtype: str) -> bytes:
     """Return config.json with the type of the weights; unchanged bytes if it names that type already."""
-    config = json.loads(data)
+    config = json.loads(content)
     parts = (config, config["text_config"], config["vision_config"])
     entries = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if key in part] or [(config, "dtype")]
     if all(part.get(key) == dtype for part, key in entries):
-        return data
+        return content
     for part, key in entries:
         part[key] = dtype
     return json.dumps(config, indent=2, ensure_ascii=False).encode()
@@ -1013,9 +1059,9 @@ def _verify_one(path: Path) -> str:
         for name, record in records.items():
             digest = hashlib.sha256()
             with open(path / name, "rb") as file:
-                while data := file.read(1 << 20):
-                    digest.update(data)
-                    bar.update(len(data))
+                while block := file.read(1 << 20):
+                    digest.update(block)
+                    bar.update(len(block))
             if digest.hexdigest() != record["sha256"]:
                 raise InputError(f"{path / name}: has other contents than were written; use another checkpoint")
     return f"{path}: {len(records)} files, {sum(sizes.values()) / 1e9:.3f} GB, all as written"
@@ -1038,6 +1084,9 @@ def main(argv: list[str]) -> None:
                        help="directory to copy the configuration, tokenizer and licence from")
     to_hf.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
                        help="type of the written weights (default: the one in config.json, else as stored)")
+    to_hf.add_argument("--keep-preprocessor", action="store_true",
+                       help="copy the preprocessor files as they are, without the training run's limits of pixels and "
+                       "frames")
     to_hf.add_argument("--max-shard-size", type=number(float, 0, above=True), default=5.0, metavar="GB",
                        help="largest size of a safetensors file")
     for command in (to_dcp, to_hf):
@@ -1053,7 +1102,7 @@ def main(argv: list[str]) -> None:
         print("wrote", hf_to_dcp(args.hf_dir, args.dcp_dir, args.overwrite))
     elif args.command == "dcp_to_hf":
         print("wrote", dcp_to_hf(args.load_dir, args.save_dir, args.model_assets_dir, args.dtype, args.overwrite,
-                                 args.max_shard_size))
+                                 args.max_shard_size, args.keep_preprocessor))
     else:
         print("\n".join(verify(args.dir)))
 

@@ -446,9 +446,12 @@ def check_save_directory(save: Path, model: Qwen3VL, saves_optimizer: bool) -> N
 
 def save_iteration(
     iteration: int, resume_state: dict, *, writer: convert.CheckpointWriter, directory: str, model: Qwen3VL,
-    optimizer: Optimizer | None, state: ParallelState, save_rng: bool, retain: int | None,
+    optimizer: Optimizer | None, state: ParallelState, save_rng: bool, retain: int | None, settings: dict,
 ) -> None:
-    """Save all that an exact resume needs: weights, optimizer, random number generators, the position in the data."""
+    """Save all that an exact resume needs: weights, optimizer, random number generators, the position in the data.
+
+    `settings` are those that conversion and inference need (see `convert.read_settings`).
+    """
     trainer_state = {
         "iteration": iteration,
         "data": resume_state,
@@ -462,7 +465,7 @@ def save_iteration(
             "python": list(random.getstate()[1]),
             "numpy": np.random.get_state()[1].tolist(),
         }
-    writer.save(directory, iteration, model, optimizer, trainer_state, retain)
+    writer.save(directory, iteration, model, optimizer, trainer_state, retain, settings)
 
 
 # ---- the loss's weights ---------------------------------------------------------------------------------------------
@@ -970,6 +973,7 @@ def setup(
         save_fn = functools.partial(
             save_iteration, writer=writer, directory=args.save, model=model, state=state, save_rng=not args.no_save_rng,
             optimizer=None if args.no_save_optim else optimizer, retain=args.save_retain,
+            settings={"media_limits": data.media_limits(args)},
         )
     if eval_loader:
         eval_fn = functools.partial(evaluate, model, eval_loader, state, args.eval_iters)

@@ -539,6 +539,13 @@ def test_train_loop_writes_metrics_before_saving(folder, tmp_path, monkeypatch):
     assert seen == [(1, 1), (2, 2)]
 
 
+def test_save_iteration_stores_the_media_limits_that_were_given(folder, tmp_path):
+    run(folder, tmp_path / "a", "--image-max-pixels", 4096, "--video-fps", 2, iters=1)
+    run(folder, tmp_path / "b", iters=1)
+    for save, expected in (("a", {"image_max_pixels": 4096, "video_fps": 2.0}), ("b", {})):
+        assert convert.read_settings(tmp_path / save / "iter_0000001") == {"media_limits": expected}
+
+
 def test_train_loop_saves_before_bad_eval_row(folder, tmp_path, capsys):
     """A held-out row that cannot be used does not lose the steps since the last checkpoint."""
     (tmp_path / "held_out.json").write_text('[{"messages": "none"}]')
