@@ -470,11 +470,11 @@ def _fill_placeholders(turns: list[Turn], images: list[Media], videos: list[Medi
 
 # A file's content may differ from its suffix. Without these lists Pillow would start Ghostscript for PostScript, and
 # FFmpeg would open the addresses in a playlist, in other folders or on the network. Pillow tries the formats in this
-# order; the last three have no signature. It reads MPO as JPEG. Builds of Pillow may lack some formats.
+# order; the last two have no signature. It reads MPO as JPEG. Builds of Pillow may lack some formats.
 Image.init()
 IMAGE_FORMATS = [name for name in (
     "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "BLP", "CUR", "DCX", "DDS", "DIB", "FLI",
-    "ICNS", "ICO", "MSP", "PCX", "PSD", "QOI", "SGI", "SUN", "XBM", "XPM", "IM", "SPIDER", "TGA",
+    "ICNS", "ICO", "MSP", "PCX", "PSD", "QOI", "SGI", "SUN", "XBM", "XPM", "SPIDER", "TGA",
 ) if name in Image.OPEN]
 IMAGE_SUFFIXES = tuple(
     suffix for suffix, name in Image.registered_extensions().items() if name in (*IMAGE_FORMATS, "MPO"))
@@ -993,10 +993,13 @@ class Processor:
         elif video.sample_fps is None:
             count = min(available, int(high))
         else:
+            seconds = available / video.fps
+            if video.times is not None:
+                seconds = video.times[last + 1] - video.times[first]
             given = (options.fps, options.min_frames, options.max_frames, options.video_start, options.video_end)
             multiple = self.temporal_patch_size if any(value is not None for value in given) else 1
             low = math.ceil(low / multiple) * multiple
-            count = min(max(int(available / video.fps * video.sample_fps), low), int(high), available)
+            count = min(max(int(seconds * video.sample_fps), low), int(high), available)
             count -= count % multiple
         if not multiple <= count <= available:
             raise InputError(f"cannot take {count} frames of {available}: change 'nframes' or 'max_frames'")
