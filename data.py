@@ -8,7 +8,8 @@ stream of micro-batches (`Loader`). The program converts and inspects datasets (
     python data.py check --dataset rows.json --init-from-hf-path DIR --report report.html
 
 Token ids, positions and pixels equal those of transformers' Qwen3-VL processor with its Pillow image processor; video
-prompts equal those of transformers 4.57. One difference is intended: only this file writes control tokens. An
+prompts equal those of transformers 4.57. Options in a row, such as `max_pixels`, act as in the Qwen team's
+qwen-vl-utils. Two differences are intended. Rotated videos are upright. And only this file writes control tokens: an
 "<|im_end|>" in a row's text becomes the ordinary tokens of its characters. Other added tokens, such as <think> and
 <|box_start|>, stay tokens. The only markup is `<image>` and `<video>` in user turns.
 
@@ -292,7 +293,7 @@ class MediaOptions:
 
 
 NO_OPTIONS = MediaOptions()
-VIDEO_OPTIONS = tuple(f.name for f in fields(MediaOptions))
+VIDEO_OPTIONS = tuple(f.name for f in fields(MediaOptions) if f.name != "source_fps")
 IMAGE_OPTIONS = VIDEO_OPTIONS[: VIDEO_OPTIONS.index("total_pixels")]
 
 
@@ -421,7 +422,7 @@ def _media_part(part: dict, kind: str, key: str) -> Media:
     """Return the image or video of a content part. Tools that write tables may have added empty keys to the part."""
     sources = [part[name] for name in (kind, f"{kind}_url", "path", "url") if name in part]
     spec = next((source for source in sources if source not in NO_MEDIA), "" if sources else None)
-    return Media(kind, key, spec, {name: part[name] for name in VIDEO_OPTIONS[:-1] if part.get(name) is not None})
+    return Media(kind, key, spec, {name: part[name] for name in VIDEO_OPTIONS if part.get(name) is not None})
 
 
 def _list_media(row: dict, kind: str) -> list[Media]:
@@ -484,24 +485,22 @@ FFMPEG_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": "asf,avi,flv
 
 def read_spec(media: Media) -> tuple[str | list, MediaOptions]:
     """Return where an image or video is, as a path or list of paths, and its options. Raises InputError."""
-    path, options = media.spec, media.options
+    path, inner = media.spec, {}
     if isinstance(path, dict):
         inner = {key: value for key, value in path.items() if value is not None}
         key = next((key for key in ("path", "url", media.kind) if key in inner), None)
         if key is None:
             raise InputError(f"a path is needed, not {shorten(path)}")
         path = inner.pop(key)
-        if media.kind == "video" and "fps" in inner:
-            inner["source_fps"] = inner.pop("fps")
-        options = options | inner
-    for name, value in options.items():
+    for name, value in (*media.options.items(), *inner.items()):
         if name not in (IMAGE_OPTIONS if media.kind == "image" else VIDEO_OPTIONS):
             raise InputError(f"'{name}' is not an option of {media.kind}s: remove it")
         least = 0 if name in ("video_start", "video_end") else 0.001
         if type(value) not in (int, float) or not least <= value <= 1e12:
-            name = name.removeprefix("source_")
             raise InputError(f"'{name}' must be a number from {least} to 1e12, not {shorten(value)}")
-    return path, MediaOptions(**options)
+    if "fps" in inner:
+        inner["source_fps"] = inner.pop("fps")
+    return path, MediaOptions(**media.options | inner)
 
 
 def resolve_path(path: str, media_dir: str | Path, confine: bool) -> Path:
