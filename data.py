@@ -8,7 +8,8 @@ stream of micro-batches (`Loader`). The program converts and inspects datasets (
     python data.py check --dataset rows.json --init-from-hf-path DIR --report report.html
 
 Token ids, positions and pixels equal those of transformers' Qwen3-VL processor with its Pillow image processor; video
-prompts equal those of transformers 4.57. One difference is intended: only this file writes control tokens. An
+prompts equal those of transformers 4.57. Options in a row, such as `max_pixels`, act as in the Qwen team's
+qwen-vl-utils. Two differences are intended. Rotated videos are upright. And only this file writes control tokens: an
 "<|im_end|>" in a row's text becomes the ordinary tokens of its characters. Other added tokens, such as <think> and
 <|box_start|>, stay tokens. The only markup is `<image>` and `<video>` in user turns.
 
@@ -18,11 +19,13 @@ Shapes: T tokens, P patches, N images and videos, Nv media tokens, Ns supervised
 from __future__ import annotations
 
 import argparse
+import base64
 import codecs
 import contextlib
 import functools
 import gc
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -40,7 +43,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -240,20 +243,18 @@ def encode_options(args: argparse.Namespace) -> EncodeOptions:
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 PLACEHOLDER = re.compile("(<image>|<video>)")
 OTHER_PLACEHOLDER = re.compile(r"<\|?(image|video)[ _-]?\d*\|?>", re.IGNORECASE)  # <image 1>, <|image_1|>, <Image>
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".ppm", ".gif", ".webp", ".avif")
 
 # The keys that are used. All others are metadata, which `data.py check` counts, unless they are in the tuples below.
 ROW_KEYS = ("id", "messages", "conversations", "system", "image", "images", "video", "videos")
 MESSAGE_KEYS = {"messages": ("role", "content"), "conversations": ("from", "value")}
-PART_KEYS = ("type", "text", "image", "video", "path", "image_url", "min_pixels", "max_pixels", "resized_height",
-             "resized_width", "fps", "sample_fps", "nframes", "min_frames", "max_frames", "total_pixels", "video_start",
-             "video_end")
+PART_KEYS = ("type", "text", "image", "image_url", "video", "video_url", "path", "url")  # and MediaOptions
 # Keys that are not supported. A row that has one is refused, because it would mean something else without the key.
-PROMPT_KEYS = ("tools", "tool_calls", "functions", "function_call", "objects", "audio", "audios")
+PROMPT_KEYS = ("tools", "tool_calls", "functions", "function_call", "objects", "audio", "audios", "raw_fps")
 TRAINING_KEYS = ("chosen", "rejected", "rejected_response", "rejected_messages", "label", "kto_tag", "channel",
                  "loss_scale", "loss_mask")  # these have no effect on the prompts of infer.py
 MESSAGE_TRAINING_KEYS = (*TRAINING_KEYS, "loss", "weight", "train", "training")  # of messages and content parts
 EMPTY = (None, "", [], {})  # a key with such a value counts as absent: tools that write tables fill in absent keys
+NO_MEDIA = (*EMPTY, [None])
 
 
 @dataclass
@@ -262,7 +263,46 @@ class Media:
 
     kind: str  # "image" or "video"
     key: str  # the key that names it, for error messages: "images[0]"
-    spec: str | list | dict | None  # a path, a list of paths or {"path": ..., "fps": ...}; None for a placeholder
+    # A path, a list of paths or {"path": ..., "fps": ...}. A placeholder has None, or "" if the row need not fill it.
+    spec: str | list | dict | None
+    options: dict = field(default_factory=dict)  # fields of MediaOptions, not checked yet
+
+
+@dataclass(frozen=True)
+class MediaOptions:
+    """Settings of one image or video in a row, with the names and meanings of the Qwen team's qwen-vl-utils.
+
+    Those that are None are the processor's.
+    """
+
+    min_pixels: float | None = None  # height x width of an image, or of each frame of a video
+    max_pixels: float | None = None
+    resized_height: float | None = None  # a size instead of pixel limits, which `smart_resize` rounds
+    resized_width: float | None = None
+    # Of videos only:
+    total_pixels: float | None = None  # height x width of a video's frame pairs together
+    fps: float | None = None  # frames to take per second
+    sample_fps: float | None = None  # of frames: the rate at which they were taken from a video
+    nframes: float | None = None  # number of frames to take
+    min_frames: float | None = None
+    max_frames: float | None = None
+    video_start: float | None = None  # seconds
+    video_end: float | None = None
+    source_fps: float | None = None  # `fps` of {"path": ..., "fps": ...}: the video's own rate
+
+    def __post_init__(self):
+        for pair in (("nframes", "fps"), ("sample_fps", "fps")):
+            if None not in (getattr(self, name) for name in pair):
+                raise InputError(f"'{pair[0]}' and '{pair[1]}' exclude each other: keep one")
+        if (self.resized_height is None) != (self.resized_width is None):
+            raise InputError("'resized_height' and 'resized_width' belong together: give both or none")
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise InputError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}: give a smaller one")
+
+
+NO_OPTIONS = MediaOptions()
+VIDEO_OPTIONS = tuple(f.name for f in fields(MediaOptions) if f.name != "source_fps")
+IMAGE_OPTIONS = VIDEO_OPTIONS[: VIDEO_OPTIONS.index("total_pixels")]
 
 
 @dataclass
@@ -336,7 +376,7 @@ def _row_objects(row: dict) -> Iterator[tuple[str, dict, tuple[str, ...], tuple[
                 parts = message.get(keys[1])
                 for k, part in enumerate(parts if isinstance(parts, list) else ()):
                     if isinstance(part, dict):
-                        yield f"{name}[{i}].{keys[1]}[{k}].", part, PART_KEYS, MESSAGE_TRAINING_KEYS
+                        yield f"{name}[{i}].{keys[1]}[{k}].", part, PART_KEYS + VIDEO_OPTIONS, MESSAGE_TRAINING_KEYS
 
 
 def _refuse_keys(row: dict, for_generation: bool) -> None:
@@ -379,16 +419,23 @@ def _split_content(content, role: str, key: str) -> list[str | Media]:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             parts.append(part["text"])
-        elif kind in ("image", "video") and role == "user":
-            parts.append(Media(kind, f"{key}[{i}]", part.get(kind, part.get("path"))))
+        elif kind in ("image", "image_url", "video", "video_url") and role == "user":
+            parts.append(_media_part(part, kind.removesuffix("_url"), f"{key}[{i}]"))
         else:
             raise InputError(f"{key}[{i}] must be of type 'text', or in a user's turn 'image' or 'video'")
     return parts
 
 
+def _media_part(part: dict, kind: str, key: str) -> Media:
+    """Return the image or video of a content part. Tools that write tables may have added empty keys to the part."""
+    sources = [part[name] for name in (kind, f"{kind}_url", "path", "url") if name in part]
+    spec = next((source for source in sources if source not in NO_MEDIA), "" if sources else None)
+    return Media(kind, key, spec, {name: part[name] for name in VIDEO_OPTIONS if part.get(name) is not None})
+
+
 def _list_media(row: dict, kind: str) -> list[Media]:
     """Return the media under the row's keys `image` and `images`, or `video` and `videos`."""
-    keys = [key for key in (kind, kind + "s") if row.get(key) not in (None, [])]
+    keys = [key for key in (kind, kind + "s") if row.get(key) not in NO_MEDIA]
     if len(keys) > 1:
         raise InputError(f"the row has both '{keys[0]}' and '{keys[1]}': keep one")
     if not keys:
@@ -404,6 +451,10 @@ def _list_media(row: dict, kind: str) -> list[Media]:
 
 def _fill_placeholders(turns: list[Turn], images: list[Media], videos: list[Media]) -> None:
     """Put the row's media into its placeholders, or before the first user text if the row has no placeholders."""
+    media = {"image": images, "video": videos}
+    for turn in turns:
+        turn.parts = [part for part in turn.parts
+                      if isinstance(part, str) or part.spec != "" or media[part.kind]]
     slots = [part for turn in turns for part in turn.parts if isinstance(part, Media)]
     if not slots:
         texts = "\n".join(part for turn in turns if turn.role == "user" for part in turn.parts)
@@ -413,28 +464,55 @@ def _fill_placeholders(turns: list[Turn], images: list[Media], videos: list[Medi
         first = next(turn for turn in turns if turn.role == "user")
         first.parts[:0] = images + videos
         return
-    for kind, given in (("image", images), ("video", videos)):
-        empty = [slot for slot in slots if slot.kind == kind and slot.spec is None]
+    for kind, given in media.items():
+        empty = [slot for slot in slots if slot.kind == kind and slot.spec in NO_MEDIA]
         if len(empty) != len(given):
             raise InputError(
                 f"the user's turns have {len(empty)} <{kind}> placeholders, but the row has {len(given)} {kind}s: "
                 "give as many of one as of the other"
             )
-        for slot, media in zip(empty, given, strict=True):
-            slot.key, slot.spec = media.key, media.spec
+        for slot, item in zip(empty, given, strict=True):
+            slot.key, slot.spec = item.key, item.spec
 
 
 # ---- images and videos -------------------------------------------------------------------------------------------
 
 # A file's content may differ from its suffix. Without these lists Pillow would start Ghostscript for PostScript, and
-# FFmpeg would open the addresses in a playlist, in other folders or on the network.
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-VIDEO_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": "asf,avi,flv,gif,matroska,webm,mov,mp4,m4a,3gp,3g2,"
+# FFmpeg would open the addresses in a playlist, in other folders or on the network. Pillow tries the formats in this
+# order; the last two have no signature. It reads MPO as JPEG. Builds of Pillow may lack some formats.
+Image.init()
+IMAGE_FORMATS = [name for name in (
+    "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "BLP", "CUR", "DCX", "DDS", "DIB", "FLI",
+    "ICNS", "ICO", "MSP", "PCX", "PSD", "QOI", "SGI", "SUN", "XBM", "XPM", "SPIDER", "TGA",
+) if name in Image.OPEN]
+IMAGE_SUFFIXES = tuple(
+    suffix for suffix, name in Image.registered_extensions().items() if name in (*IMAGE_FORMATS, "MPO"))
+FFMPEG_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": "asf,avi,flv,gif,matroska,webm,mov,mp4,m4a,3gp,3g2,"
                  "mj2,mpeg,mpegts,mpegvideo,mpegtsraw,mxf,ogg,wtv,h264,hevc,ivf,m4v,nut,yuv4mpegpipe,apng"}
 
 
+def read_spec(media: Media) -> tuple[str | list, MediaOptions]:
+    """Return where an image or video is, as a path or list of paths, and its options. Raises InputError."""
+    path, inner = media.spec, {}
+    if isinstance(path, dict):
+        inner = {key: value for key, value in path.items() if value is not None}
+        key = next((key for key in ("path", "url", media.kind) if key in inner), None)
+        if key is None:
+            raise InputError(f"a path is needed, not {shorten(path)}")
+        path = inner.pop(key)
+    for name, value in (*media.options.items(), *inner.items()):
+        if name not in (IMAGE_OPTIONS if media.kind == "image" else VIDEO_OPTIONS):
+            raise InputError(f"'{name}' is not an option of {media.kind}s: remove it")
+        least = 0 if name in ("video_start", "video_end") else 0.001
+        if type(value) not in (int, float) or not least <= value <= 1e12:
+            raise InputError(f"'{name}' must be a number from {least} to 1e12, not {shorten(value)}")
+    if "fps" in inner:
+        inner["source_fps"] = inner.pop("fps")
+    return path, MediaOptions(**media.options | inner)
+
+
 def resolve_path(path: str, media_dir: str | Path, confine: bool) -> Path:
-    """Return `path`, relative to `media_dir`.
+    """Return `path`, which may begin with "file://", relative to `media_dir`.
 
     Raises InputError if the file does not exist, or if `confine` is set and it is outside `media_dir`.
     """
@@ -442,7 +520,7 @@ def resolve_path(path: str, media_dir: str | Path, confine: bool) -> Path:
         raise InputError(f"a path is needed, not {shorten(path)}")
     if path.startswith(("http://", "https://", "data:")):
         raise InputError(f"{path[:80]} is not a file on disk: download it first")
-    full = Path(media_dir, path)
+    full = Path(media_dir, path.removeprefix("file://"))
     if confine and not Path(os.path.realpath(full)).is_relative_to(os.path.realpath(media_dir)):
         raise InputError(f"{path} is outside {media_dir}, which --confine-paths forbids")
     if not os.path.exists(full):
@@ -450,19 +528,33 @@ def resolve_path(path: str, media_dir: str | Path, confine: bool) -> Path:
     return full
 
 
-def load_image(path: Path, decode: bool = True) -> Image.Image:
+def find_image(path: str, media_dir: str | Path, confine: bool) -> Path | str:
+    """Return the file of an image, as `resolve_path` does, or a "data:image/...;base64,..." URL as it is."""
+    if isinstance(path, str) and re.match("data:image/[^,]*;base64,", path):
+        return path
+    return resolve_path(path, media_dir, confine)
+
+
+def load_image(path: Path | str, decode: bool = True) -> Image.Image:
     """Load an image in RGB, rotated as its EXIF data says, equal to transformers 5.23's. Raises InputError.
 
     An alpha channel is dropped, but a single transparent colour (of a palette or some PNG files) becomes white: that
     is what transformers' `load_image` and image processor do together. Without `decode` only the header is read, and
-    only `size` is valid. It may be the size before rotation, which gives the same number of tokens.
+    only `size` is valid. It may be the size before rotation, which gives the same number of tokens. `path` is a file,
+    or as a string a "data:image/...;base64,..." URL.
     """
-    with _decoding(path, "an image"), Image.open(path, formats=IMAGE_FORMATS) as image:
+    name = path if isinstance(path, Path) else path[:60]
+    with _decoding(name, "an image"), Image.open(_image_source(path), formats=IMAGE_FORMATS) as image:
         if not decode:
             return image
         ImageOps.exif_transpose(image, in_place=True)
         image = image.convert("RGB")
         return image if image.info.get("transparency") is None else _on_white(image)
+
+
+def _image_source(path: Path | str) -> Path | io.BytesIO:
+    """Return what Pillow opens: a file, or the content of a "data:" URL."""
+    return path if isinstance(path, Path) else io.BytesIO(base64.b64decode(path.partition(",")[2]))
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -472,12 +564,15 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _decoding(path: Path, kind: str) -> Iterator[None]:
+def _decoding(path: Path | str, kind: str) -> Iterator[None]:
     """Convert whatever a decoder raises for a damaged file to an InputError."""
     try:
         yield
     except InputError:
         raise
+    except UnidentifiedImageError as error:
+        reason = f"it is damaged, or in none of the formats {', '.join(sorted((*IMAGE_FORMATS, 'MPO')))}"
+        raise InputError(f"{path} cannot be read as {kind}: {reason}") from error
     except Exception as error:
         raise InputError(f"{path} cannot be read as {kind}: {one_line(error)}") from error
 
@@ -491,41 +586,60 @@ class Video:
     # If the rate varies: each frame's time and the end of the last, in seconds from the first, [num_frames + 1].
     # None if the rate is constant: frame i is shown at i / fps.
     times: np.ndarray | None
+    sample_fps: float | None  # frames to take per second; None takes all of them
     # Decodes the frames with these rising numbers one at a time, as a full-size frame takes much memory.
     read: Callable[[list[int]], Iterator[Image.Image]]
     header: Callable[[int], Image.Image]  # returns a frame that is not decoded: only its `size` is valid
 
+    def frame_range(self, start: float | None, end: float | None) -> tuple[int, int]:
+        """Return the numbers of the first and last frame between two times in seconds. Raises InputError."""
+        first, last = 0, self.num_frames - 1
+        starts = None if self.times is None else self.times[:-1]
+        if start is not None:
+            first = math.ceil(start * self.fps) if starts is None else int(np.searchsorted(starts, start))
+        if end is not None:
+            number = math.floor(end * self.fps) if starts is None else int(np.searchsorted(starts, end, "right")) - 1
+            last = min(last, number)
+        if first >= last:
+            seconds = self.num_frames / self.fps
+            raise InputError(f"'video_start' and 'video_end' leave less than two frames of a video of {seconds:.2f} s")
+        return first, last
 
-def open_video(spec: str | list | dict, media_dir: str | Path, confine: bool, default_fps: float) -> Video:
+
+def open_video(
+    path: str | list, media_dir: str | Path, confine: bool, default_fps: float, options: MediaOptions = NO_OPTIONS
+) -> Video:
     """Open the video that a row names. Raises InputError.
 
-    It is a list of images, a folder of images (sorted by the numbers in their names), an animated image, a video file,
-    or `{"path": any of these, "fps": rate}`. A rate given there takes precedence over the file's. Images without a rate
-    count as sampled at `default_fps`, as in the Qwen team's own tools.
+    It is a list of images, a folder of images (sorted by the numbers in their names), an animated image or a video
+    file. `options.source_fps` takes precedence over the file's rate. A video is sampled at `options.fps`, else at
+    `default_fps`. As in the Qwen team's own tools, images count as sampled already, at `options.sample_fps` or
+    `options.fps`, else at `default_fps`. Images with a `source_fps` are sampled like a file.
     """
-    path, fps = (spec.get("path"), spec.get("fps")) if isinstance(spec, dict) else (spec, None)
-    if fps is not None and (type(fps) not in (int, float) or not 0.001 <= fps <= 1e6):
-        raise InputError(f"'fps' must be a number of frames per second, 0.001 or more, not {shorten(fps)}")
     if isinstance(path, list):
-        paths = [resolve_path(item, media_dir, confine) for item in path]
+        paths = [find_image(item, media_dir, confine) for item in path]
     else:
         full = resolve_path(path, media_dir, confine)
         if not full.is_dir():
-            is_animation = full.suffix.lower() in (*IMAGE_SUFFIXES, ".apng")
-            return _open_animation(full, fps) if is_animation else _open_video_file(full, fps)
+            if options.sample_fps is not None:
+                raise InputError("'sample_fps' is the rate of a list of frames: give 'fps' for a video file")
+            open_file = _open_animation if full.suffix.lower() in IMAGE_SUFFIXES else _open_video_file
+            return open_file(full, options.source_fps, options.fps or default_fps)
         names = [name for name in os.listdir(full) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."]
         names.sort(key=lambda name: [int(s) if s.isdecimal() else s for s in re.split("([0-9]+)", name)])
         paths = [resolve_path(os.path.join(path, name), media_dir, confine) for name in names]
+    rate = options.sample_fps or options.fps or default_fps
     return Video(
         num_frames=len(paths),
-        fps=float(fps or default_fps),
+        fps=float(options.source_fps or rate),
         times=None,
+        sample_fps=rate if options.source_fps else None,
         read=lambda numbers: (load_image(paths[i]) for i in numbers),
         header=lambda i: load_image(paths[i], decode=False),
     )
 
 
-def _open_animation(path: Path, fps: float | None) -> Video:
+def _open_animation(path: Path, fps: float | None, sample_fps: float) -> Video:
     """Open an animated GIF, WebP or PNG. Transparent pixels become white, as PyAV decodes a GIF."""
 
     def frames() -> Iterator[Image.Image]:
@@ -548,7 +662,7 @@ def _open_animation(path: Path, fps: float | None) -> Video:
         times = np.cumsum([0, *durations]) / 1000
         fps = count / times[-1]
         times = None if _is_steady(times, fps) else times
-    return Video(count, float(fps), times, read, header=lambda _: image)
+    return Video(count, float(fps), times, sample_fps, read, header=lambda _: image)
 
 
 MIN_COMPLETE = 0.9  # a file with a smaller share of its frames was cut off; headers and old codecs miscount a few
@@ -561,11 +675,11 @@ def _open_container(path: Path):
         import av
     except ImportError as error:
         raise InputError(f"{path}: reading video files needs PyAV: pip install av") from error
-    return av.open(f"file:{path}", options=VIDEO_OPTIONS)
+    return av.open(f"file:{path}", options=FFMPEG_OPTIONS)
 
 
-def _open_video_file(path: Path, fps: float | None) -> Video:
-    """Open a video file. Like transformers, ignore a rotation stored in it.
+def _open_video_file(path: Path, fps: float | None, sample_fps: float) -> Video:
+    """Open a video file. Its header gives the size before rotation.
 
     Reading all packets, without decoding, counts the frames and gives their times: headers may lack both.
     """
@@ -605,7 +719,7 @@ def _open_video_file(path: Path, fps: float | None) -> Video:
         with _decoding(path, "a video"):
             yield from _decode_frames(path, numbers, ticks, keys)
 
-    return Video(count, float(fps), times, read, header=lambda _: header)
+    return Video(count, float(fps), times, sample_fps, read, header=lambda _: header)
 
 
 def _decode_frames(path: Path, numbers: list[int], ticks: np.ndarray, keys: np.ndarray) -> Iterator[Image.Image]:
@@ -631,7 +745,33 @@ def _decode_frames(path: Path, numbers: list[int], ticks: np.ndarray, keys: np.n
                 position, frame = position + 1, following
             if position < number and position + 1 < MIN_COMPLETE * len(ticks):
                 raise ValueError(f"it has {len(ticks)} frames, but only {position + 1} can be decoded")
-            yield frame.to_image()  # past the end, the last one: in old AVI files some packets hold no frame
+            yield _upright_image(frame)  # past the end, the last one: in old AVI files some packets hold no frame
+
+
+# A display matrix (a, b, c, d) shows the stored point (x, y) at (a x + c y, b x + d y). Pillow turns counterclockwise.
+UPRIGHT = {
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+}
+
+
+def _upright_image(frame) -> Image.Image:
+    """Return PyAV's frame as an image, turned as its display matrix says.
+
+    Phones store portrait videos lying. Players and torchcodec turn them; transformers with PyAV does not.
+    """
+    image = frame.to_image()
+    side_data = frame.side_data.get("DISPLAYMATRIX")
+    if side_data is None:
+        return image
+    matrix = np.round(np.frombuffer(side_data, np.int32)[[0, 1, 3, 4]] / 65536).astype(int)
+    turn = UPRIGHT.get(tuple(matrix.tolist()))
+    return image if turn is None else image.transpose(turn)
 
 
 def _is_steady(times: np.ndarray, fps: float) -> bool:
@@ -769,18 +909,43 @@ class Processor:
         except TypeError as error:  # scraped data often holds half of an emoji
             raise InputError("a text holds half of a surrogate pair (\\ud800 to \\udfff)") from error
 
-    def process_image(self, image: Image.Image, decode: bool = True) -> tuple[np.ndarray | None, tuple[int, int, int]]:
+    def process_image(
+        self, image: Image.Image, decode: bool = True, options: MediaOptions = NO_OPTIONS
+    ) -> tuple[np.ndarray | None, tuple[int, int, int]]:
         """Return the patches [P, 1536] float32 and the grid (1, rows, columns) of an RGB image.
 
         The patches equal transformers' bit for bit. Without `decode` they are None, and only the image's size matters.
         """
-        factor = self.patch_size * self.merge_size
-        height, width = smart_resize(image.height, image.width, 1, 1, factor, *self.image_pixels)
+        height, width = self._given_size(options) or smart_resize(
+            image.height, image.width, 1, 1, self.patch_size * self.merge_size,
+            *_override_limits(self.image_pixels, options.min_pixels, options.max_pixels),
+        )
         grid = 1, height // self.patch_size, width // self.patch_size
         return self._patchify([image], 1, grid, self.image) if decode else None, grid
 
+    def _given_size(self, options: MediaOptions) -> tuple[int, int] | None:
+        """Return the options' size, if any, rounded and limited to 4 to 16384 tokens as in qwen-vl-utils."""
+        if options.resized_height is None:
+            return None
+        factor = self.patch_size * self.merge_size
+        limits = 4 * factor**2, 16384 * factor**2
+        return smart_resize(options.resized_height, options.resized_width, 1, 1, factor, *limits)
+
+    def _frame_limits(self, options: MediaOptions, count: int) -> tuple[float, float]:
+        """Return the limits of height * width of each of `count` frames, as qwen-vl-utils computes them.
+
+        A frame has at most 768 tokens. Unlike there, absent options are the processor's limits divided by `count`.
+        """
+        low, total = self.video_pixels
+        if options.total_pixels is not None:
+            total = options.total_pixels * self.temporal_patch_size
+        low = options.min_pixels or low / count
+        high = max(min(768 * (self.patch_size * self.merge_size) ** 2, total / count), int(low * 1.05))
+        high = min(options.max_pixels or high, high)
+        return min(low, high), high
+
     def process_video(
-        self, video: Video, decode: bool = True
+        self, video: Video, decode: bool = True, options: MediaOptions = NO_OPTIONS
     ) -> tuple[np.ndarray | None, tuple[int, int, int], list[float]]:
         """Return a video's patches [P, 1536], grid (frame pairs, rows, columns) and each frame pair's time in seconds.
 
@@ -790,15 +955,22 @@ class Processor:
         """
         if video.num_frames < 2:
             raise InputError(f"a video needs two frames, this has {video.num_frames}")
-        numbers = self._choose_frames(video)
+        numbers = self._choose_frames(video, options)
         frames = video.read(numbers) if decode else map(video.header, numbers)
         first = next(frames)
         width, height = first.size
         factor = self.patch_size * self.merge_size
         scale = max(1.0, factor / height, factor / width)  # as transformers 5; 4.57 refuses sides below `factor`
         height, width = int(height * scale), int(width * scale)
-        height, width = smart_resize(height, width, len(numbers), self.temporal_patch_size, factor, *self.video_pixels)
         pairs = -(-len(numbers) // self.temporal_patch_size)
+        if options.resized_height is not None:
+            height, width = self._given_size(options)
+        elif any((options.min_pixels, options.max_pixels, options.total_pixels)):
+            limits = self._frame_limits(options, pairs * self.temporal_patch_size)
+            height, width = smart_resize(height, width, 1, 1, factor, *limits)
+        else:
+            height, width = smart_resize(
+                height, width, len(numbers), self.temporal_patch_size, factor, *self.video_pixels)
         grid = pairs, height // self.patch_size, width // self.patch_size
 
         def checked_frames() -> Iterator[Image.Image]:
@@ -819,17 +991,35 @@ class Processor:
         groups = [times[i : i + self.temporal_patch_size] for i in range(0, len(times), self.temporal_patch_size)]
         return patches, grid, [(group[0] + group[-1]) / 2 for group in groups]
 
-    def _choose_frames(self, video: Video) -> list[int]:
+    def _choose_frames(self, video: Video, options: MediaOptions) -> list[int]:
         """Choose evenly spaced frames: by number as transformers does, or by time if the frame rate varies.
 
-        By time, a frame that is the nearest to several sampling times is taken once.
+        Options round the number of frames to full temporal patches, as qwen-vl-utils does. By time, a frame that is the
+        nearest to several sampling times is taken once.
         """
-        count = max(int(video.num_frames / video.fps * self.video_fps), self.video["min_frames"])
-        count = min(count, self.video_maxlen, video.num_frames)
+        first, last = video.frame_range(options.video_start, options.video_end)
+        available, multiple = last - first + 1, 1
+        low, high = options.min_frames or self.video["min_frames"], options.max_frames or self.video_maxlen
+        if options.nframes is not None:
+            multiple = self.temporal_patch_size
+            count = round(options.nframes / multiple) * multiple
+        elif video.sample_fps is None:
+            count = min(available, int(high))
+        else:
+            seconds = available / video.fps
+            if video.times is not None:
+                seconds = video.times[last + 1] - video.times[first]
+            given = (options.fps, options.min_frames, options.max_frames, options.video_start, options.video_end)
+            multiple = self.temporal_patch_size if any(value is not None for value in given) else 1
+            low = math.ceil(low / multiple) * multiple
+            count = min(max(int(seconds * video.sample_fps), low), int(high), available)
+            count -= count % multiple
+        if not multiple <= count <= available:
+            raise InputError(f"cannot take {count} frames of {available}: change 'nframes' or 'max_frames'")
         if video.times is None:
-            return np.linspace(0, video.num_frames - 1, count).round().astype(int).tolist()
+            return np.linspace(first, last, count).round().astype(int).tolist()
         starts = video.times[:-1]
-        targets = np.linspace(0, starts[-1], count)
+        targets = np.linspace(starts[first], starts[last], count)
         after = np.searchsorted(starts, targets).clip(min=1)
         is_earlier_nearer = targets - starts[after - 1] <= starts[after] - targets
         return np.unique(np.where(is_earlier_nearer, after - 1, after)).tolist()
@@ -971,13 +1161,14 @@ class Processor:
                 continue
             decode = decode and len(encoded.ids) <= space  # the turn does not fit: its pixels are not used
             try:
+                path, media_options = read_spec(part)
                 if part.kind == "image":
-                    path = resolve_path(part.spec, media_dir, confine)
-                    pixels, grid = self.process_image(load_image(path, decode), decode)
+                    image = load_image(find_image(path, media_dir, confine), decode)
+                    pixels, grid = self.process_image(image, decode, media_options)
                     captions, pad = [""], self.image_token_id
                 else:
-                    video = open_video(part.spec, media_dir, confine, self.video_fps)
-                    pixels, grid, times = self.process_video(video, decode)
+                    video = open_video(path, media_dir, confine, self.video_fps, media_options)
+                    pixels, grid, times = self.process_video(video, decode, media_options)
                     captions, pad = [f"<{time:.1f} seconds>" for time in times], self.video_token_id
             except InputError as error:
                 raise InputError(f"{part.key}: {error}") from error
@@ -1112,16 +1303,24 @@ def _media_settings(hf_dir: str | Path, kind: str) -> dict:
     return settings
 
 
-def _pixel_limits(kind: str, settings: dict, minimum: int | None, maximum: int | None) -> tuple[int, int]:
-    """Return the limits given, else the preprocessor's (`min_pixels` before `size`), else the released models'.
+def _override_limits(limits: tuple, minimum: float | None, maximum: float | None) -> tuple:
+    """Return pixel limits in which those given replace the others.
 
-    A single given limit moves the other one if necessary: a maximum below the model's minimum becomes both.
+    A single given limit moves the other one if necessary: a maximum below the other limit becomes both.
     """
+    low, high = limits
+    return (
+        minimum if minimum is not None else min(low, maximum or low),
+        maximum if maximum is not None else max(high, minimum or high),
+    )
+
+
+def _pixel_limits(kind: str, settings: dict, minimum: int | None, maximum: int | None) -> tuple[int, int]:
+    """Return the limits given, else the preprocessor's (`min_pixels` before `size`), else the released models'."""
     size, defaults = settings.get("size", {}), DEFAULT_PIXELS[kind]
     low = settings.get("min_pixels") or size.get("shortest_edge") or defaults[0]
     high = settings.get("max_pixels") or size.get("longest_edge") or defaults[1]
-    low = minimum if minimum is not None else min(low, maximum or low)
-    high = maximum if maximum is not None else max(high, minimum or high)
+    low, high = _override_limits((low, high), minimum, maximum)
     if not 0 <= low <= high or high < 1:
         raise InputError(f"{kind}_min_pixels {low} must not be above {kind}_max_pixels {high}")
     return low, high

@@ -571,7 +571,7 @@ BAD_ROWS = [
     (chat("x", "x", videos=[{"path": ["rgb.png"] * 2, "fps": 1e-320}]), "'fps' must be a number"),
     (chat("x", "x", images=["a\n\nb"]), r"images\[0\]: .*a b does not exist"),
     (chat("x", "x", images=[{"bytes": "x" * 5000}]), r"images\[0\]: a path is needed, not {'bytes'"),
-    (chat("x", "x", videos=[{"fps": 2}]), r"videos\[0\]: a path is needed, not None"),
+    (chat("x", "x", videos=[{"fps": 2}]), r"videos\[0\]: a path is needed, not {'fps': 2}"),
     ({"messages": [{"role": "user", "content": [{"type": "audio"}]}, ANSWER]}, r"content\[0\] must be of type 'text'"),
 ]
 
