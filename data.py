@@ -40,6 +40,7 @@ from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import BinaryIO, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 import torch
@@ -242,19 +243,20 @@ def encode_options(args: argparse.Namespace) -> EncodeOptions:
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 PLACEHOLDER = re.compile("(<image>|<video>)")
-OTHER_PLACEHOLDER = re.compile(r"<\|?(image|video)[ _-]?\d*\|?>", re.IGNORECASE)  # <image 1>, <|image_1|>, <Image>
+# <image 1>, <|image_1|>, <Image>, <|image_pad|>
+OTHER_PLACEHOLDER = re.compile(r"<\|?(image|video)([ _-]?\d*|_pad)\|?>", re.IGNORECASE)
 
 # The keys that are used. All others are metadata, which `data.py check` counts, unless they are in the tuples below.
 ROW_KEYS = ("id", "messages", "conversations", "system", "image", "images", "video", "videos")
 MESSAGE_KEYS = {"messages": ("role", "content"), "conversations": ("from", "value")}
-PART_KEYS = ("type", "text", "image", "image_url", "video", "video_url", "path", "url")  # and MediaOptions
+PART_CONTENTS = ("text", "image", "image_url", "video", "video_url")
+PART_KEYS = ("type", *PART_CONTENTS, "path", "url")  # and MediaOptions
 # Keys that are not supported. A row that has one is refused, because it would mean something else without the key.
 PROMPT_KEYS = ("tools", "tool_calls", "functions", "function_call", "objects", "audio", "audios", "raw_fps")
 TRAINING_KEYS = ("chosen", "rejected", "rejected_response", "rejected_messages", "label", "kto_tag", "channel",
                  "loss_scale", "loss_mask")  # these have no effect on the prompts of infer.py
 MESSAGE_TRAINING_KEYS = (*TRAINING_KEYS, "loss", "weight", "train", "training")  # of messages and content parts
 EMPTY = (None, "", [], {})  # a key with such a value counts as absent: tools that write tables fill in absent keys
-NO_MEDIA = (*EMPTY, [None])
 
 
 @dataclass
@@ -311,6 +313,13 @@ class Turn:
 
     role: str
     parts: list[str | Media]
+
+
+def is_no_media(value) -> bool:
+    """Return whether a value names no image or video, such as "", [null] or {"path": null, "bytes": null}."""
+    if isinstance(value, list):
+        return all(item is None for item in value)
+    return all(item in EMPTY for item in value.values()) if isinstance(value, dict) else value in EMPTY
 
 
 def parse_row(row: dict, for_generation: bool = False) -> list[Turn]:
@@ -376,7 +385,11 @@ def _row_objects(row: dict) -> Iterator[tuple[str, dict, tuple[str, ...], tuple[
                 parts = message.get(keys[1])
                 for k, part in enumerate(parts if isinstance(parts, list) else ()):
                     if isinstance(part, dict):
-                        yield f"{name}[{i}].{keys[1]}[{k}].", part, PART_KEYS + VIDEO_OPTIONS, MESSAGE_TRAINING_KEYS
+                        path, used_keys = f"{name}[{i}].{keys[1]}[{k}].", PART_KEYS + VIDEO_OPTIONS
+                        yield path, part, used_keys, MESSAGE_TRAINING_KEYS
+                        for key in ("image_url", "video_url"):
+                            if isinstance(part.get(key), dict):
+                                yield f"{path}{key}.", part[key], used_keys, MESSAGE_TRAINING_KEYS
 
 
 def _refuse_keys(row: dict, for_generation: bool) -> None:
@@ -417,25 +430,27 @@ def _split_content(content, role: str, key: str) -> list[str | Media]:
     parts = []
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            parts.append(part["text"])
-        elif kind in ("image", "image_url", "video", "video_url") and role == "user":
-            parts.append(_media_part(part, kind.removesuffix("_url"), f"{key}[{i}]"))
-        else:
+        is_text = kind == "text" and isinstance(part.get("text"), str)
+        if not is_text and (kind not in PART_CONTENTS[1:] or role != "user"):
             raise InputError(f"{key}[{i}] must be of type 'text', or in a user's turn 'image' or 'video'")
+        kind = kind.removesuffix("_url")
+        for name in PART_CONTENTS:
+            if not name.startswith(kind) and not is_no_media(part.get(name)):
+                raise InputError(f"{key}[{i}] is of type '{part['type']}' but has '{name}': give that a part of its own")
+        parts.append(part["text"] if is_text else _media_part(part, kind, f"{key}[{i}]"))
     return parts
 
 
 def _media_part(part: dict, kind: str, key: str) -> Media:
     """Return the image or video of a content part. Tools that write tables may have added empty keys to the part."""
     sources = [part[name] for name in (kind, f"{kind}_url", "path", "url") if name in part]
-    spec = next((source for source in sources if source not in NO_MEDIA), "" if sources else None)
+    spec = next((source for source in sources if not is_no_media(source)), "" if sources else None)
     return Media(kind, key, spec, {name: part[name] for name in VIDEO_OPTIONS if part.get(name) is not None})
 
 
 def _list_media(row: dict, kind: str) -> list[Media]:
     """Return the media under the row's keys `image` and `images`, or `video` and `videos`."""
-    keys = [key for key in (kind, kind + "s") if row.get(key) not in NO_MEDIA]
+    keys = [key for key in (kind, kind + "s") if not is_no_media(row.get(key))]
     if len(keys) > 1:
         raise InputError(f"the row has both '{keys[0]}' and '{keys[1]}': keep one")
     if not keys:
@@ -459,13 +474,13 @@ def _fill_placeholders(turns: list[Turn], images: list[Media], videos: list[Medi
     if not slots:
         texts = "\n".join(part for turn in turns if turn.role == "user" for part in turn.parts)
         if (images or videos) and (other := OTHER_PLACEHOLDER.search(texts)):
-            raise InputError(f"{other[0]} in a user's turn is not a placeholder: write <image> or <video> there, or "
-                             "another text")
+            raise InputError(f"{other[0]} in a user's turn is not a placeholder: write <image> or <video> there, in a "
+                             "list of parts a part such as {'type': 'image'}, or another text")
         first = next(turn for turn in turns if turn.role == "user")
         first.parts[:0] = images + videos
         return
     for kind, given in media.items():
-        empty = [slot for slot in slots if slot.kind == kind and slot.spec in NO_MEDIA]
+        empty = [slot for slot in slots if slot.kind == kind and not slot.spec]
         if len(empty) != len(given):
             raise InputError(
                 f"the user's turns have {len(empty)} <{kind}> placeholders, but the row has {len(given)} {kind}s: "
@@ -500,6 +515,7 @@ def read_spec(media: Media) -> tuple[str | list, MediaOptions]:
         if key is None:
             raise InputError(f"a path is needed, not {shorten(path)}")
         path = inner.pop(key)
+    inner.pop("detail", None)  # of OpenAI's image_url: a model's setting that Qwen3-VL lacks
     for name, value in (*media.options.items(), *inner.items()):
         if name not in (IMAGE_OPTIONS if media.kind == "image" else VIDEO_OPTIONS):
             raise InputError(f"'{name}' is not an option of {media.kind}s: remove it")
@@ -512,25 +528,30 @@ def read_spec(media: Media) -> tuple[str | list, MediaOptions]:
 
 
 def resolve_path(path: str, media_dir: str | Path, confine: bool) -> Path:
-    """Return `path`, which may begin with "file://", relative to `media_dir`.
+    """Return `path`, which may be a "file://" URL, relative to `media_dir`.
 
     Raises InputError if the file does not exist, or if `confine` is set and it is outside `media_dir`.
     """
     if not isinstance(path, str) or not path or "\0" in path:
         raise InputError(f"a path is needed, not {shorten(path)}")
-    if path.startswith(("http://", "https://", "data:")):
+    if re.match(r"(?!file)[a-z]\w+://|data:", path, re.IGNORECASE):
         raise InputError(f"{path[:80]} is not a file on disk: download it first")
     full = Path(media_dir, path.removeprefix("file://"))
+    if path.startswith("file://") and not os.path.exists(full):
+        full = Path(media_dir, unquote(path.removeprefix("file://")))  # as Path.as_uri() writes it
     if confine and not Path(os.path.realpath(full)).is_relative_to(os.path.realpath(media_dir)):
         raise InputError(f"{path} is outside {media_dir}, which --confine-paths forbids")
     if not os.path.exists(full):
-        raise InputError(f"{full} does not exist")
+        raise InputError(f"{str(full)[:1000]} does not exist")
     return full
 
 
 def find_image(path: str, media_dir: str | Path, confine: bool) -> Path | str:
-    """Return the file of an image, as `resolve_path` does, or a "data:image/...;base64,..." URL as it is."""
-    if isinstance(path, str) and re.match("data:image/[^,]*;base64,", path):
+    """Return the file of an image, as `resolve_path` does, or a "data:image/...;base64,..." URL as it is.
+
+    Qwen's examples write "data:image;base64,...".
+    """
+    if isinstance(path, str) and re.match("data:image[^,]*;base64,", path, re.IGNORECASE):
         return path
     return resolve_path(path, media_dir, confine)
 

@@ -131,6 +131,12 @@ def test_image_part_sources(processor, images):
         {"type": "image_url", "image_url": {"url": url}},
         {"type": "image_url", "image_url": "small.png"},
     ]
+    (images / "a copy%20.png").write_bytes(path.read_bytes())
+    parts += [{"type": "image_url", "image_url": {"url": url, "detail": "auto"}},
+              {"type": "image", "image": url.replace("image/png", "image/png;charset=utf-8")},
+              {"type": "image", "image": url.replace("image/png", "image")},  # as in the Qwen team's examples
+              {"type": "image", "image": (images / "a copy%20.png").as_uri()},
+              {"type": "image", "image": f"file://{images}/a copy%20.png"}]
     rows = [*map(part_row, parts), chat("<image>?", "!", images=[url]), chat("<image>?", "!", image={"path": url})]
     for row in rows:
         sample = processor.encode(row, media_dir=images, options=EncodeOptions(confine_paths=True))
@@ -148,6 +154,8 @@ def test_image_part_sources(processor, images):
 @pytest.mark.parametrize(("part", "message"), [
     ({"type": "image", "image": "https://a/b.png"}, "https://a/b.png is not a file on disk: download it first"),
     ({"type": "image_url", "image_url": {"url": "http://a/b.png"}}, "http://a/b.png is not a file on disk"),
+    ({"type": "image", "image": "S3://a/b.png"}, "S3://a/b.png is not a file on disk: download it first"),
+    ({"type": "image", "image": "QUJD" * 10000}, "[ABCDJQU]{500,990} does not exist"),
     ({"type": "image", "image": "data:image/png;base64,iVBORw0K"}, "data:image/png;base64,iVBORw0K cannot be read as"),
     ({"type": "image", "image": "data:image/png;base64,abcde"}, "cannot be read as an image: Invalid base64"),
     ({"type": "video", "video": "data:video/mp4;base64,AAAA"}, "data:video/mp4;base64,AAAA is not a file on disk"),
@@ -177,7 +185,7 @@ def test_bad_part(part, message, processor, images):
 def test_empty_image_is_no_image(processor, images):
     """An empty value means no image, but a bare placeholder without an image stays an error."""
     expected = processor.encode(chat("?", "!"), media_dir=images)
-    for value in ("", None, [], [None]):
+    for value in ("", None, [], [None], [None, None], {"path": None, "bytes": None}, {"url": ""}):
         rows = [chat("?", "!", **{key: value}) for key in ("image", "images", "video", "videos")]
         rows += [part_row({"type": kind, kind: value}) for kind in ("image", "video")]
         for row in rows:

@@ -171,6 +171,11 @@ def test_encode_template_tokens_stay_text(extended):
 # ---- keys and placeholders -------------------------------------------------------------------------------------------
 
 
+def parts_row(parts: list[dict]) -> dict:
+    """Return a row whose question is a list of content parts."""
+    return {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "b"}]}
+
+
 @pytest.mark.parametrize("empty", [None, "", [], {}])
 def test_parse_row_system_key(empty):
     """The system prompt is the first turn in both formats. Keys with an empty value count as absent."""
@@ -225,12 +230,28 @@ def test_unused_keys():
     assert unused_keys(row) == {"source", "Image", "weight", "loss", "messages[].name", "messages[].value",
                                 "messages[].content[].cache_control", "messages[].content[].detail"}
     assert [turn.role for turn in parse_row(row)] == ["user", "assistant"]
+    url = {"type": "image_url", "image_url": {"url": "a.png", "detail": "high"}}
+    assert unused_keys(parts_row([url])) == {"messages[].content[].image_url.detail"}
     talk = {"conversations": [{"from": "human", "value": "a", "role": "x"}, 7], "messages": 5}
     assert unused_keys(talk) == {"conversations[].role"}
 
 
+@pytest.mark.parametrize(("part", "message"), [
+    ({"type": "text", "text": "a", "image": "a.png"}, "'text' but has 'image'"),
+    ({"type": "image", "image": "a.png", "text": "a"}, "'image' but has 'text'"),
+    ({"type": "image", "image": "a.png", "video": "a.mp4"}, "'image' but has 'video'"),
+    ({"type": "image_url", "image_url": {"url": "a.png"}, "text": "a"}, "'image_url' but has 'text'"),
+])
+def test_parse_row_part_of_two_types(part, message):
+    with pytest.raises(InputError, match=rf"^messages\[0\].content\[0\] is of type {message}: give that a part"):
+        parse_row(parts_row([part]))
+    kind = part["type"]
+    empty = {"text": None, "image": None, "image_url": {"url": None}, "video": [None], "fps": None}
+    assert len(parse_row(parts_row([empty | {"type": kind, kind: part[kind]}]))[0].parts) == 1
+
+
 NUMBERED = ["<image 1>", "<image1>", "<image_1>", "<image-2>", "<|image_1|>", "<|image|>", "<Image 1>", "<IMAGE>",
-            "<video 1>"]
+            "<video 1>", "<|image_pad|>", "<|video_pad|>"]
 
 
 @pytest.mark.parametrize("other", NUMBERED)
@@ -247,8 +268,7 @@ def test_parse_row_numbered_placeholder(other):
 
 
 def test_parse_row_placeholder_in_a_text_part():
-    row = chat("", "b", images=["a.png"])
-    row["messages"][0]["content"] = [{"type": "text", "text": "<image>What?"}]
+    row = parts_row([{"type": "text", "text": "<image>What?"}]) | {"images": ["a.png"]}
     with pytest.raises(InputError, match="^<image> in a user's turn is not a placeholder"):
         parse_row(row)
 
