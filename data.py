@@ -436,7 +436,8 @@ def _split_content(content, role: str, key: str) -> list[str | Media]:
         kind = kind.removesuffix("_url")
         for name in PART_CONTENTS:
             if not name.startswith(kind) and not is_no_media(part.get(name)):
-                raise InputError(f"{key}[{i}] is of type '{part['type']}' but has '{name}': give that a part of its own")
+                raise InputError(f"{key}[{i}] is of type '{part['type']}' but has '{name}': give that a part of its "
+                                 "own")
         parts.append(part["text"] if is_text else _media_part(part, kind, f"{key}[{i}]"))
     return parts
 
