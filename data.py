@@ -1731,6 +1731,7 @@ class Loader:
     pin_memory: bool = False  # for copies to an accelerator
     resume_state: dict | list[dict] | None = None  # one rank's position, or all ranks' if their number may differ
     num_samples: int | None = None  # ends the stream after so many rows; the last batches of some ranks may be empty
+    _logged: set[str] = field(default_factory=set, init=False)  # errors of skipped rows
 
     def __iter__(self) -> Iterator[Batch]:
         states = self.resume_state if isinstance(self.resume_state, list) else [self.resume_state or {}]
@@ -1739,14 +1740,13 @@ class Loader:
         self._first_epoch = states[0].get("epoch", 0)
         self._rows_read, self._rows_bad = np.zeros((2, len(self.dataset.paths)), np.int64)
         items = self._packed(states) if self.packing else self._micro_batches(states[0])
-        logged = set()
         for batch, failures in self._in_workers(self._load, items, self.num_workers, self.pin_memory):
             for message in failures:
                 if self.on_bad_sample == "error":
                     raise InputError(message)
-                if message not in logged:
+                if message not in self._logged:
                     logger.warning("skipped: %s", message)
-                    logged.add(message)
+                    self._logged.add(message)
             yield batch
 
     def check_bad_row_rate(self, rows_read: list[int], rows_bad: list[int], epoch: int) -> None:

@@ -135,6 +135,9 @@ SAMPLING: dict[str, tuple[Callable[[str], float], float, float]] = {
     "presence_penalty": (number(float, -2, 2), 0.0, 0.0),
 }
 
+# settings of generation_config.json that are not supported, with the value that has no effect
+UNSUPPORTED = {"min_p": 0, "typical_p": 1, "frequency_penalty": 0, "no_repeat_ngram_size": 0, "num_beams": 1}
+
 
 def sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """Draw a token for each row of logits [B, V], given uniform random numbers [B] in (0, 1] -> [B].
@@ -272,6 +275,9 @@ def sampling_settings(args: argparse.Namespace) -> dict[str, float]:
                 settings[name] = assumed if value is None else parse(str(value))
             except argparse.ArgumentTypeError as e:
                 raise InputError(f"{path}: {name}: {e}") from e
+        for name, neutral in UNSUPPORTED.items():
+            if config.get(name, neutral) not in (None, neutral):
+                raise InputError(f"{path}: {name} is not supported: remove it, or leave out --use-generation-config")
         if not config.get("do_sample"):
             settings["temperature"] = 0.0
     return settings | {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}

@@ -225,6 +225,11 @@ def test_sampling_settings_refuses_a_damaged_file(world, run, tmp_path):
         (assets / "generation_config.json").write_text(json.dumps({"top_k": value}))
         status, out, err = run(*argv)
         assert (status, out) == (1, "") and f"generation_config.json: {message}" in err and err.count("\n") == 1
+    for name, neutral, value in (("min_p", None, 0.05), ("num_beams", 1, 4), ("no_repeat_ngram_size", 0, 3)):
+        (assets / "generation_config.json").write_text(json.dumps({name: value}))
+        assert f"generation_config.json: {name} is not supported: remove it" in run(*argv)[2]
+        (assets / "generation_config.json").write_text(json.dumps({name: neutral}))
+        assert "is not supported" not in run(*argv)[2]
 
 
 # ---- the program ---------------------------------------------------------------------------------------------------

@@ -358,7 +358,7 @@ def test_evaluate_without_supervised_tokens(folder, tmp_path, caplog, capsys):
 
 
 @pytest.mark.parametrize(("bad", "fits"), [(2, True), (3, False), (20, False)])
-def test_evaluate_too_many_bad_rows(folder, tmp_path, capsys, bad, fits):
+def test_evaluate_too_many_bad_rows(folder, tmp_path, capsys, caplog, bad, fits):
     """A tenth of the held-out rows may be bad, however often they are read. More end the run, after a checkpoint."""
     held_out = write_held_out(tmp_path / "rows.json", folder, bad, 20)
     argv = train_argv(folder / "dense", folder / "text.json", tmp_path / "save", "--eval-dataset", held_out,
@@ -366,6 +366,7 @@ def test_evaluate_too_many_bad_rows(folder, tmp_path, capsys, bad, fits):
     if fits:
         train.main(argv)
         assert all(m["eval_loss"] > 0 for m in read_metrics(tmp_path / "save"))
+        assert caplog.text.count("skipped: ") == bad  # once each, although every evaluation skips them
     else:
         status, error = fails(argv, capsys)
         assert status == 1 and f"rows.json: {bad} of 20 rows read are bad" in error
