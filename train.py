@@ -919,7 +919,8 @@ def evaluate(model: Qwen3VL, loader: data.Loader, state: ParallelState, max_batc
 
 def setup_data(args: argparse.Namespace, state: ParallelState) -> tuple[data.Loader, data.Loader | None]:
     """Return the loaders of the training rows and of the held-out rows, if there are any."""
-    processor = data.Processor(args.init_from_hf_path, **data.media_limits(args))
+    limits = data.media_limits(args)
+    processor = data.Processor(args.init_from_hf_path, enable_thinking=args.enable_thinking, **limits)
     settings = {
         "micro_batch_size": args.micro_batch_size, "dp_rank": state.dp_rank, "dp_size": state.dp_size,
         "num_workers": args.num_workers, "on_bad_sample": args.on_bad_sample, "options": data.encode_options(args),
