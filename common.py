@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import difflib
 import fcntl
+import gc
 import json
 import logging
 import os
@@ -196,9 +197,10 @@ class StopSignals:
 def leave_process_group(worker: int) -> None:
     """Put a DataLoader worker in a process group of its own: only the main process gets Ctrl-C and torchrun's SIGTERM.
 
-    This is a `worker_init_fn`.
+    This is a `worker_init_fn`. Training switches the garbage collector off, which a forked worker inherits.
     """
     os.setpgid(0, 0)
+    gc.enable()
 
 
 @contextlib.contextmanager
@@ -224,7 +226,7 @@ def explain_errors(state) -> Iterator[None]:
             problem = f"{text}: give a smaller --num-workers if the system ran out of memory"
         elif isinstance(e, MemoryError) or re.search("out of memory|n't allocate", text):
             problem = (f"out of memory ({text}): give a smaller --micro-batch-size or --seq-length, --recompute full, "
-                       f"--activation-offload or more ranks; current rows: {rows}")
+                       f"--activation-offload, --cpu-offload or more ranks; current rows: {rows}")
         elif isinstance(e, RuntimeError) and re.search("[Tt]imed out|[Tt]imeout", text):
             all_ranks_fail = True
             unresponsive = ", ".join(map(str, state.unresponsive_ranks())) or "(all answer)"

@@ -11,7 +11,7 @@ Token ids, positions and pixels equal those of transformers' Qwen3-VL processor 
 prompts equal those of transformers 4.57. Options in a row, such as `max_pixels`, act as in the Qwen team's
 qwen-vl-utils. Two differences are intended. Rotated videos are upright. And only this file writes control tokens: an
 "<|im_end|>" in a row's text becomes the ordinary tokens of its characters. Other added tokens, such as <think> and
-<|box_start|>, stay tokens. The only markup is `<image>` and `<video>` in user turns.
+<|box_start|>, stay tokens. The only markup is `<image>` and `<video>` in user and tool turns.
 
 Shapes: T tokens, P patches, N images and videos, Nv media tokens, Ns supervised tokens.
 """
@@ -227,6 +227,14 @@ def add_row_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--train-on-prompt", action=switch, default=False,
                        help="supervise every token except those of media")
     group.add_argument("--mask-history", action=switch, default=False, help="supervise the last answer only")
+    add_thinking_flag(group)
+
+
+def add_thinking_flag(group: argparse._ArgumentGroup) -> None:
+    """Add --enable-thinking, an argument of `Processor`."""
+    group.add_argument("--enable-thinking", action=argparse.BooleanOptionalAction, default=None,
+                       help="for a chat template that knows enable_thinking: prompts ask for a thought, or with --no- "
+                       "end with an empty one, and answers lose theirs")
 
 
 def encode_options(args: argparse.Namespace) -> EncodeOptions:
@@ -241,17 +249,21 @@ def encode_options(args: argparse.Namespace) -> EncodeOptions:
 
 # ---- row formats -------------------------------------------------------------------------------------------------
 
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+         "function_call": "assistant", "tool": "tool", "observation": "tool"}
+NEXT_ROLES = {None: ("user", "system"), "system": ("user",), "user": ("assistant",), "assistant": ("user", "tool"),
+              "tool": ("assistant", "tool")}  # role of a message -> roles that may follow
 PLACEHOLDER = re.compile("(<image>|<video>)")
 # <image 1>, <|image_1|>, <Image>, <|image_pad|>
 OTHER_PLACEHOLDER = re.compile(r"<\|?(image|video)([ _-]?\d*|_pad)\|?>", re.IGNORECASE)
 
 # The keys that are used. All others are metadata, which `data.py check` counts, unless they are in the tuples below.
-ROW_KEYS = ("id", "messages", "conversations", "system", "image", "images", "video", "videos")
+ROW_KEYS = ("id", "messages", "conversations", "system", "tools", "image", "images", "video", "videos")
 MESSAGE_KEYS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+ANSWER_KEYS = ("tool_calls", "loss")  # and reasoning_content, if the chat template uses it
 PART_CONTENTS = ("text", "image", "image_url", "video", "video_url")
 PART_KEYS = ("type", *PART_CONTENTS, "path", "url")  # and MediaOptions
-# Keys that are not supported. A row that has one is refused, because it would mean something else without the key.
+# A row that has one of these is refused where the key is not used, because it would mean something else without it.
 PROMPT_KEYS = ("tools", "tool_calls", "functions", "function_call", "objects", "audio", "audios", "raw_fps")
 TRAINING_KEYS = ("chosen", "rejected", "rejected_response", "rejected_messages", "label", "kto_tag", "channel",
                  "loss_scale", "loss_mask")  # these have no effect on the prompts of infer.py
@@ -309,10 +321,13 @@ IMAGE_OPTIONS = VIDEO_OPTIONS[: VIDEO_OPTIONS.index("total_pixels")]
 
 @dataclass
 class Turn:
-    """One message: its role, and its texts and media in order."""
+    """One message, or consecutive tool answers: its role, and its texts and media in order."""
 
-    role: str
+    role: str  # "system", "user", "assistant" or "tool"
     parts: list[str | Media]
+    thought: str | None = None  # reasoning_content of an answer
+    calls: list[str] = field(default_factory=list)  # tool calls of an answer, as the chat template writes them
+    loss: bool | None = None  # whether to supervise this turn; None leaves it to the options
 
 
 def is_no_media(value) -> bool:
@@ -327,9 +342,12 @@ def parse_row(row: dict, for_generation: bool = False) -> list[Turn]:
 
     The two formats are `{"messages": [{"role", "content"}], "images", "videos"}` and `{"conversations": [{"from",
     "value"}], "image", "video"}`. Both may have the system turn's text under `system`. `<image>` and `<video>` are
-    placeholders in user turns only, as in transformers' chat template. Content may also be a list of `{"type": "text" |
-    "image" | "video", ...}`; placeholders in its texts are ordinary text. `for_generation` drops a final answer.
-    Raises InputError.
+    placeholders in user and tool turns only, as in transformers' chat template. Content may also be a list of `{"type":
+    "text" | "image" | "video", ...}`; placeholders in its texts are ordinary text. `for_generation` drops a final
+    answer. Raises InputError.
+
+    The row's `tools` become the end of the system turn. An assistant's message may have `tool_calls`, or be a
+    `function_call` whose text is the calls as JSON. Messages with the role `tool` or `observation` may follow it.
     """
     if not isinstance(row, dict):
         raise InputError(f"a row must be an object with 'messages' or 'conversations', not {shorten(row)}")
@@ -345,33 +363,87 @@ def parse_row(row: dict, for_generation: bool = False) -> list[Turn]:
     if not isinstance(row[name], list) or not row[name]:
         raise InputError(f"'{name}' must be a list of turns, not {shorten(row[name])}")
 
-    turns, system = [], row.get("system")
+    turns: list[Turn] = []
+    system = row.get("system")
     if system not in EMPTY:
         if not isinstance(system, str):
             raise InputError(f"'system' must be a string, not {shorten(system)}")
         turns.append(Turn("system", [system]))
     for i, message in enumerate(row[name]):
-        if not isinstance(message, dict) or role_key not in message or text_key not in message:
+        has_calls = isinstance(message, dict) and message.get("tool_calls") not in EMPTY
+        if not isinstance(message, dict) or role_key not in message or text_key not in message and not has_calls:
             raise InputError(f"{name}[{i}] must be an object with '{role_key}' and '{text_key}'")
         role = ROLES.get(message[role_key]) if isinstance(message[role_key], str) else None
         if role is None:
             found = shorten(message[role_key])
             raise InputError(f"{name}[{i}]: unknown {role_key} {found}, use one of {', '.join(ROLES)}")
-        expected = "assistant" if turns and turns[-1].role == "user" else "user"
-        if role != expected and not (role == "system" and not turns):
+        expected = NEXT_ROLES[turns[-1].role if turns else None]
+        if role not in expected:
             raise InputError(
-                f"{name}[{i}] has the role {role} where {expected} is expected: after an optional first system turn "
-                "(or the row's key 'system'), user and assistant must alternate"
+                f"{name}[{i}] has the role {role} where {' or '.join(expected)} is expected: after an optional first "
+                "system turn (or the row's key 'system'), user and assistant must alternate, or tool and assistant"
             )
-        turns.append(Turn(role, _split_content(message[text_key], role, f"{name}[{i}].{text_key}")))
+        turn = _parse_message(message, role_key, text_key, role, f"{name}[{i}]")
+        if role == "tool":
+            turn.parts = ["<tool_response>\n", *turn.parts, "\n</tool_response>"]
+        if role == "tool" and turns[-1].role == "tool":
+            turns[-1].parts += ["\n", *turn.parts]
+        else:
+            turns.append(turn)
+    if tools := _read_objects(row.get("tools"), "'tools'"):
+        if turns[0].role == "system":
+            turns[0].parts.append("\n\n")
+        else:
+            turns.insert(0, Turn("system", []))
+        turns[0].parts.append(TOOLS_PROMPT.format("".join("\n" + _to_json(tool) for tool in tools)))
 
     if for_generation and turns[-1].role == "assistant":
         turns.pop()
-    last, missing = ("user", "question") if for_generation else ("assistant", "answer")
-    if turns[-1].role != last:
-        raise InputError(f"'{name}' must end with a turn of the {last}: there is no {missing}")
+    last, missing = (("user", "tool"), "question") if for_generation else (("assistant",), "answer")
+    if turns[-1].role not in last:
+        raise InputError(f"'{name}' must end with a turn of the {' or '.join(last)}: there is no {missing}")
     _fill_placeholders(turns, _list_media(row, "image"), _list_media(row, "video"))
     return turns
+
+
+def _parse_message(message: dict, role_key: str, text_key: str, role: str, key: str) -> Turn:
+    """Convert a message. `role` is its role in the chat template, `key` names it in error messages."""
+    content, thought, loss = message.get(text_key), message.get("reasoning_content"), message.get("loss")
+    if role == "assistant" and thought is not None and not isinstance(thought, str):
+        raise InputError(f"'{key}.reasoning_content' must be a string, not {shorten(thought)}")
+    if loss not in (*EMPTY, 0, 1):  # True equals 1
+        raise InputError(f"'{key}.loss' must be true or false, not {shorten(loss)}")
+    if loss and role != "assistant":
+        raise InputError(f"'{key}.loss' is true, but only messages of the assistant can be supervised one by one: "
+                         "remove the key (--train-on-prompt supervises all prompts)")
+    calls_key = f"'{key}.tool_calls'"
+    calls = _read_objects(message.get("tool_calls"), calls_key)
+    if calls and role != "assistant":
+        raise InputError(f"{calls_key} is only for messages of the assistant: remove it")
+    if message[role_key] == "function_call":
+        calls_key = f"{key}.{text_key}"
+        content, calls = [], _read_objects([content] if content in EMPTY else content, calls_key)
+    elif calls and content in EMPTY:
+        content = []
+    return Turn(
+        role=role,
+        parts=_split_content(content, "user" if role == "tool" else role, f"{key}.{text_key}"),
+        thought=thought,
+        calls=[_render_call(call, calls_key) for call in calls],
+        loss=None if loss in EMPTY else bool(loss),
+    )
+
+
+def _read_objects(value, key: str) -> list[dict]:
+    """Return a list of objects, which may be a single object, or written as JSON. Raises InputError."""
+    content = [] if value in EMPTY else value
+    if isinstance(content, str):
+        with contextlib.suppress(ValueError):
+            content = json.loads(content)
+    content = [content] if isinstance(content, dict) else content
+    if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
+        raise InputError(f"{key} must be a list of objects, or such a list as JSON in a string, not {shorten(value)}")
+    return content
 
 
 def _row_objects(row: dict) -> Iterator[tuple[str, dict, tuple[str, ...], tuple[str, ...]]]:
@@ -381,7 +453,7 @@ def _row_objects(row: dict) -> Iterator[tuple[str, dict, tuple[str, ...], tuple[
         messages = row.get(name)
         for i, message in enumerate(messages if isinstance(messages, list) else ()):
             if isinstance(message, dict):
-                yield f"{name}[{i}].", message, keys, MESSAGE_TRAINING_KEYS
+                yield f"{name}[{i}].", message, keys + ANSWER_KEYS, MESSAGE_TRAINING_KEYS
                 parts = message.get(keys[1])
                 for k, part in enumerate(parts if isinstance(parts, list) else ()):
                     if isinstance(part, dict):
@@ -394,20 +466,24 @@ def _row_objects(row: dict) -> Iterator[tuple[str, dict, tuple[str, ...], tuple[
 
 def _refuse_keys(row: dict, for_generation: bool) -> None:
     """Raise InputError if the row has a key that is not supported."""
-    for path, item, _, training_keys in _row_objects(row):
+    for path, item, used_keys, training_keys in _row_objects(row):
         for key in PROMPT_KEYS if for_generation else PROMPT_KEYS + training_keys:
-            if key in item and item[key] not in EMPTY:
+            if key not in used_keys and key in item and item[key] not in EMPTY:
                 raise InputError(f"'{path}{key}' is not supported, and the row means something else without it: remove "
                                  "the key, or the row")
 
 
-def unused_keys(row: dict) -> set[str]:
-    """Return the names of a row's keys that have no effect, such as "source" and "messages[].name"."""
+def unused_keys(row: dict, has_thoughts: bool = False) -> set[str]:
+    """Return the names of a row's keys that have no effect, such as "source" and "messages[].name".
+
+    `has_thoughts`: the chat template is a Thinking model's (see `ChatTemplate`), so that reasoning_content is used.
+    """
     return {
         re.sub(r"\[\d+\]", "[]", path) + key
         for path, item, used_keys, training_keys in _row_objects(row)
         for key, value in item.items()
         if key not in used_keys + PROMPT_KEYS + training_keys and value not in EMPTY
+        and not (has_thoughts and key == "reasoning_content")
     }
 
 
@@ -489,6 +565,119 @@ def _fill_placeholders(turns: list[Turn], images: list[Media], videos: list[Medi
             )
         for slot, item in zip(empty, given, strict=True):
             slot.key, slot.spec = item.key, item.spec
+
+
+# ---- chat template -----------------------------------------------------------------------------------------------
+
+# The published chat templates: SHA-256 without the white space outside of literals.
+TEMPLATES = {
+    "Qwen3-VL-Instruct": "c63fdc8ee923fc9bcdde5a86415249142538e4b2aaa27c43ce6f743db4db5d5a",
+    "Qwen3-VL-Thinking": "21b8d87f6d20988e5154a8e3cf5a6899900a1b6d9ea1feca61ff8918b0b463c7",
+}
+LITERAL_OR_SPACE = re.compile(r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|\s+""", re.DOTALL)
+THINKING_PROMPT = re.compile(r"""<think>(\\n|\s)*(["'{]|$)""")  # the end of a Thinking model's generation prompt
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+TOOLS_PROMPT = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>{}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The properties of a model's chat template that `render_turns` follows."""
+
+    has_thoughts: bool = False  # render as Qwen3-VL-Thinking's template does, else as Qwen3-VL-Instruct's
+    answer_prefix: str = "assistant\n"  # the end of a prompt, after <|im_start|>
+
+
+def load_chat_template(hf_dir: str | Path, enable_thinking: bool | None = None) -> ChatTemplate:
+    """Return the properties of a directory's chat template, and warn if it is not one of TEMPLATES.
+
+    A template has thoughts if its generation prompt ends with "<think>\\n" or depends on `enable_thinking`. Raises
+    UsageError if it does not depend on `enable_thinking`, but a value is given. transformers looks for the template in
+    the same files, in the same order.
+    """
+    path = Path(hf_dir, "chat_template.jinja")
+    template = path.read_text("utf-8", "replace") if path.exists() else None
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if not template:
+            path = Path(hf_dir, name)
+            template = read_json(path, missing_ok=True).get("chat_template")
+    template = str(template or "")
+    prompt = template.rpartition("add_generation_prompt")[2]
+    asks_for_thought, has_switch = bool(THINKING_PROMPT.search(prompt)), "enable_thinking" in prompt
+    if enable_thinking is not None and not has_switch:
+        flag = "--enable-thinking" if enable_thinking else "--no-enable-thinking"
+        raise UsageError(f"{flag}: the chat template of {hf_dir} does not know enable_thinking: leave the flag out")
+    has_thoughts = asks_for_thought or has_switch
+    name = "Qwen3-VL-Thinking" if has_thoughts else "Qwen3-VL-Instruct"
+    digest = hashlib.sha256(LITERAL_OR_SPACE.sub(r"\1", template).encode()).hexdigest()
+    if template and digest != TEMPLATES[name] and os.environ.get("RANK", "0") == "0":
+        logger.warning("%s is not the chat template of %s and is not used: rows are rendered as %s's does, "
+                       "<|im_start|>role, newline, content, <|im_end|>, newline", path, name, name)
+    thought = EMPTY_THOUGHT if enable_thinking is False else "<think>\n" if asks_for_thought else ""
+    return ChatTemplate(has_thoughts, "assistant\n" + thought)
+
+
+def render_turns(turns: list[Turn], template: ChatTemplate) -> Iterator[tuple[str, list[str | Media]]]:
+    """Yield what the chat template writes between <|im_start|> and <|im_end|> of each turn, in two parts.
+
+    The first part is not supervised: the role, and the start of an answer that a prompt may end with. A template with
+    thoughts strips those of answers before the last question. The last answer has at least an empty thought, which
+    belongs to the first part.
+    """
+    last_question = max((i for i, turn in enumerate(turns) if _is_question(turn)), default=len(turns))
+    for i, turn in enumerate(turns):
+        if turn.role != "assistant":
+            yield "system\n" if turn.role == "system" else "user\n", turn.parts
+            continue
+        prefix = start = "assistant\n"
+        content, has_content = "".join(turn.parts), bool(turn.parts)
+        if template.has_thoughts:
+            thought = turn.thought or ""
+            if turn.thought is None and "</think>" in content:
+                thought = content.split("</think>")[0].rstrip("\n").split("<think>")[-1].lstrip("\n")
+                content = content.split("</think>")[-1].lstrip("\n")
+            has_content = bool(content)
+            if template.answer_prefix.endswith(EMPTY_THOUGHT):
+                thought = ""
+            if i > last_question and (i == len(turns) - 1 or thought):
+                thought, content = thought.strip("\n"), content.lstrip("\n")
+                start += f"<think>\n{thought}\n</think>\n\n"
+                prefix = template.answer_prefix if thought else start
+        lines = [content, *turn.calls] if has_content else turn.calls
+        yield prefix, [(start + "\n".join(lines)).removeprefix(prefix)]
+
+
+def _is_question(turn: Turn) -> bool:
+    """Return whether a turn is the user's, and not a tool answer written as text."""
+    text = "".join(part if isinstance(part, str) else part.kind for part in turn.parts)
+    is_tool_answer = text.startswith("<tool_response>") and text.endswith("</tool_response>")
+    return turn.role == "user" and not is_tool_answer
+
+
+def _render_call(call: dict, key: str) -> str:
+    """Return a tool call, `{"name", "arguments"}` or `{"function": ...}`, as the chat template writes it."""
+    call = call.get("function") or call
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
+        raise InputError(f"{key} must have objects with 'name' and 'arguments', not {shorten(call)}")
+    arguments = call["arguments"]
+    arguments = arguments if isinstance(arguments, str) else _to_json(arguments)
+    return f'<tool_call>\n{{"name": "{call["name"]}", "arguments": {arguments}}}\n</tool_call>'
+
+
+def _to_json(value) -> str:
+    """Return JSON as transformers' `tojson` writes it."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 # ---- images and videos -------------------------------------------------------------------------------------------
@@ -845,10 +1034,6 @@ CONTROL_TOKENS = {
     "video_token_id": "<|video_pad|>",
 }
 TEXT_TOKENS = (*CONTROL_TOKENS.values(), "<|endoftext|>", "<|vision_pad|>")  # stay text when a row's text has them
-# Qwen3-VL-Instruct's published chat template: SHA-256 without the white space outside of literals.
-INSTRUCT_TEMPLATE = "c63fdc8ee923fc9bcdde5a86415249142538e4b2aaa27c43ce6f743db4db5d5a"
-LITERAL_OR_SPACE = re.compile(r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|\s+""", re.DOTALL)
-THINKING_PROMPT = re.compile(r"""<think>(\\n|\s)*(["'{]|$)""")  # the end of a Thinking model's generation prompt
 
 
 @dataclass
@@ -856,7 +1041,9 @@ class EncodedTurn:
     """One turn as tokens and patches."""
 
     ids: list[int]
+    role: str = "assistant"
     answer_start: int | None = None  # index of the answer's first token, in an assistant's turn
+    loss: bool | None = None  # as in Turn
     visual_spans: list[tuple[int, int, int]] = field(default_factory=list)  # (start, rows, columns) of media tokens
     pixels: list[np.ndarray] = field(default_factory=list)  # patches of each image or video
     grids: list[tuple[int, int, int]] = field(default_factory=list)  # (frame pairs, rows, columns) of patches
@@ -869,7 +1056,8 @@ class Processor:
     video_preprocessor_config.json or transformers 5's processor_config.json, else the released models'; arguments
     override them. `image_*_pixels` limit an image's height * width, `video_*_pixels` a video's frames * height * width.
     A video is sampled at `video_fps` frames per second, up to `video_maxlen` frames. `end_token_ids` are the tokens
-    that end an answer. Raises InputError if a file is missing, damaged or contradicts another.
+    that end an answer. `enable_thinking` is for chat templates that know it: False renders without thoughts. Raises
+    InputError if a file is missing, damaged or contradicts another, UsageError if `enable_thinking` has no effect.
     """
 
     def __init__(
@@ -882,10 +1070,11 @@ class Processor:
         video_max_pixels: int | None = None,
         video_fps: float = 2.0,
         video_maxlen: int = 64,
+        enable_thinking: bool | None = None,
     ):
         path = Path(hf_dir, "tokenizer.json")
         self.tokenizer, self._special_ids = _load_tokenizer(path)
-        _check_chat_template(hf_dir)
+        self.template = load_chat_template(hf_dir, enable_thinking)
 
         config_path = Path(hf_dir, "config.json")
         config = read_json(config_path, missing_ok=True)
@@ -915,7 +1104,6 @@ class Processor:
         self.video_pixels = _pixel_limits("video", self.video, video_min_pixels, video_max_pixels)
         self.video_fps, self.video_maxlen = video_fps, video_maxlen
         self._newline_ids = self._encode_text("\n")
-        self._answer_prefix_ids = [self.im_start_token_id, *self._encode_text("assistant\n")]
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -1081,9 +1269,11 @@ class Processor:
 
         Supervised tokens are each answer, its <|im_end|> and the newline after it; with `mask_history` only those of
         the last answer; with `train_on_prompt` all tokens except media tokens, <|vision_start|> and <|vision_end|>.
-        A sample longer than `seq_length` loses whole exchanges (question and answer) from its end. If its first
-        exchange alone is too long, the end of that answer is cut. With `for_generation` a final answer is dropped and
-        the sample ends with "<|im_start|>assistant\\n". Raises InputError, whose message begins with `source`.
+        An answer is one message of the assistant, tool calls included. `loss` of a message takes precedence.
+        A sample longer than `seq_length` loses whole exchanges (from a user turn to the next) from its end. A first
+        exchange that is too long loses its last tool answers and the answers to them, then the end of its only answer.
+        The rest equals the start of the full sample. With `for_generation` a final answer is dropped and the sample
+        ends as the chat template's generation prompt does. Raises InputError, whose message begins with `source`.
         """
         turns, truncated = self._encode_row(row, media_dir, source, options, decode=True)
         ids = np.array([token for turn in turns for token in turn.ids], np.int64)
@@ -1094,12 +1284,13 @@ class Processor:
         is_media = np.isin(ids, (self.image_token_id, self.video_token_id))
 
         supervised = np.zeros(len(ids), bool)
-        if options.train_on_prompt and not options.for_generation:
-            supervised = ~is_media & ~np.isin(ids, (self.vision_start_token_id, self.vision_end_token_id))
-        elif not options.for_generation:
-            answers = [i for i, turn in enumerate(turns) if turn.answer_start is not None]
-            for i in answers[-1:] if options.mask_history else answers:
-                supervised[starts[i] + turns[i].answer_start : starts[i + 1]] = True
+        answers = [i for i, turn in enumerate(turns) if turn.answer_start is not None]
+        chosen = range(len(turns)) if options.train_on_prompt else answers[-1:] if options.mask_history else answers
+        for i, turn in enumerate(turns):
+            if not options.for_generation and (i in chosen if turn.loss is None else turn.loss):
+                start = 0 if options.train_on_prompt else turn.answer_start
+                supervised[starts[i] + start : starts[i + 1]] = True
+        supervised &= ~is_media & ~np.isin(ids, (self.vision_start_token_id, self.vision_end_token_id))
         labels = np.full(len(ids), IGNORE, np.int64)
         labels[:-1] = np.where(supervised[1:], ids[1:], IGNORE)
 
@@ -1136,14 +1327,20 @@ class Processor:
         """
         limit = options.seq_length or sys.maxsize
         try:
-            turns, length = [], 0
-            for turn in parse_row(row, options.for_generation):
-                turns.append(self._encode_turn(turn, media_dir, options.confine_paths, decode, limit - length))
-                length += len(turns[-1].ids)
+            parsed, turns, length = parse_row(row, options.for_generation), [], 0
+            for turn, (prefix, parts) in zip(parsed, render_turns(parsed, self.template), strict=True):
+                encoded = self._encode_turn(prefix, parts, media_dir, options.confine_paths, decode, limit - length)
+                encoded.role, encoded.loss = turn.role, turn.loss
+                if turn.role == "assistant":
+                    # A token that merges newlines at the end of the prefix and the start of the answer counts as
+                    # prompt: no generation prompt ends in it, so the model is never asked to predict it.
+                    encoded.answer_start = 1 + len(self._encode_text(prefix))
+                turns.append(encoded)
+                length += len(encoded.ids)
                 if length > limit and turn.role == "assistant" and not options.for_generation:
                     break
             if options.for_generation:
-                turns.append(EncodedTurn(self._answer_prefix_ids))
+                turns.append(EncodedTurn([self.im_start_token_id, *self._encode_text(self.template.answer_prefix)]))
                 length += len(turns[-1].ids)
             if length > limit:
                 return self._truncate(turns, limit), True
@@ -1154,8 +1351,13 @@ class Processor:
     def _truncate(self, turns: list[EncodedTurn], limit: int) -> list[EncodedTurn]:
         """Cut the last exchange, which exceeds `limit` tokens. Raises InputError if no answer would remain."""
         answer_start = turns[-1].answer_start  # None for a generation prompt, which is never cut
-        if answer_start is not None and sum(turn.answer_start is not None for turn in turns) > 1:
-            return turns[:-2]
+        if answer_start is not None:
+            questions, answers = ([i for i, turn in enumerate(turns) if turn.role == role]
+                                  for role in ("user", "assistant"))
+            if len(questions) > 1:
+                return turns[: questions[-1]]
+            if len(answers) > 1:
+                return turns[: answers[-2] + 1]
         length = sum(len(turn.ids) for turn in turns)
         prompt = length - len(turns[-1].ids) + (answer_start or 0)
         if answer_start is None or prompt >= limit:
@@ -1167,17 +1369,18 @@ class Processor:
         del turns[-1].ids[limit - length :]
         return turns
 
-    def _encode_turn(self, turn: Turn, media_dir: str | Path, confine: bool, decode: bool, space: int) -> EncodedTurn:
-        """Encode a turn as <|im_start|>role\\n...<|im_end|>\\n, as chat_template.jinja renders it.
+    def _encode_turn(
+        self, prefix: str, parts: list[str | Media], media_dir: str | Path, confine: bool, decode: bool, space: int
+    ) -> EncodedTurn:
+        """Encode what `render_turns` yields for a turn, with <|im_start|>, <|im_end|> and a newline.
 
         An image is one span of media tokens; a video is one span per frame pair, each after its time. All text between
-        two control tokens is tokenized together, because merges may cross the newline after the role. A token that
-        merges this newline with one at the start of an answer counts as prompt: no generation prompt ends in it, so
-        the model can never be asked to predict it. Media are not decoded beyond `space` tokens.
+        two control tokens is tokenized together, because merges may cross the newline after the role. Media are not
+        decoded beyond `space` tokens.
         """
         encoded = EncodedTurn([self.im_start_token_id])
-        text = f"{turn.role}\n"
-        for part in turn.parts:
+        text = prefix
+        for part in parts:
             if isinstance(part, str):
                 text += part
                 continue
@@ -1203,8 +1406,6 @@ class Processor:
                 encoded.ids += [pad] * (rows * columns) + [self.vision_end_token_id]
                 text = ""
         encoded.ids += [*self._encode_text(text), self.im_end_token_id, *self._newline_ids]
-        if turn.role == "assistant":
-            encoded.answer_start = len(self._answer_prefix_ids)
         return encoded
 
 
@@ -1260,29 +1461,6 @@ def _load_tokenizer(path: Path) -> tuple[Tokenizer, set[int]]:
     tokenizer.no_padding()  # the file may ask for padding and truncation
     tokenizer.no_truncation()
     return tokenizer, {token["id"] for token in special}
-
-
-def _check_chat_template(hf_dir: str | Path) -> None:
-    """Warn if the directory's chat template is not the one that `Processor` follows. Raises InputError.
-
-    transformers looks for the template in the same files, in the same order.
-    """
-    path = Path(hf_dir, "chat_template.jinja")
-    template = path.read_text("utf-8", "replace") if path.exists() else None
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        if not template:
-            path = Path(hf_dir, name)
-            template = read_json(path, missing_ok=True).get("chat_template")
-    if not template:
-        return
-    template = str(template)
-    if THINKING_PROMPT.search(template.rpartition("add_generation_prompt")[2]):
-        raise InputError(f"{path} is the chat template of a Thinking model, whose prompts end with <think>: such "
-                         "models are not supported yet, give an Instruct model")
-    digest = hashlib.sha256(LITERAL_OR_SPACE.sub(r"\1", template).encode()).hexdigest()
-    if digest != INSTRUCT_TEMPLATE and os.environ.get("RANK", "0") == "0":
-        logger.warning("%s is not the chat template of Qwen3-VL-Instruct and is not used: rows are rendered as "
-                       "Qwen3-VL-Instruct's does, <|im_start|>role, newline, content, <|im_end|>, newline", path)
 
 
 def _end_token_ids(hf_dir: str | Path) -> set[int]:

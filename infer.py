@@ -314,7 +314,7 @@ class Answerer:
         inherited = {name: value for name, value in stored.items() if name not in given}
         if inherited:
             print(f"as in the training run of {args.load}: {data.describe_limits(inherited)}", file=sys.stderr)
-        self.processor = data.Processor(args.model, **inherited, **given)
+        self.processor = data.Processor(args.model, enable_thinking=args.enable_thinking, **inherited, **given)
         self.generator: Generator | None = None
 
     def encode(self, row: dict, media_dir: str | Path, source: str = "") -> data.Sample:
@@ -390,7 +390,10 @@ def answer_questions(args: argparse.Namespace, answerer: Answerer) -> None:
     for turn, question in enumerate(questions(args)):
         messages.append({"role": "user", "content": question})
         sample = answerer.encode({"messages": messages, "images": args.image, "videos": args.video}, media_dir=".")
-        messages.append({"role": "assistant", "content": stream_answer(answerer, sample, turn)})
+        answer = stream_answer(answerer, sample, turn)
+        if answerer.processor.template.answer_prefix.endswith("<think>\n") and "</think>" not in answer:
+            answer += "</think>"  # the thought was cut off: the next prompt must not hold it as an answer
+        messages.append({"role": "assistant", "content": answer})
 
 
 def output_line(row: object, key: str, text: str) -> bytes:
@@ -536,6 +539,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                    "generation_config.json where their flags are not given; without this flag, only its end tokens are "
                    "used")
     g.add_argument("--seed", type=number(int, 0), default=42, metavar="N", help="seed of the sampling")
+
+    data.add_thinking_flag(g)
 
     data.add_media_flags(p.add_argument_group("images and videos"))
 

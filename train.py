@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import gc
 import itertools
 import json
 import logging
@@ -132,6 +133,8 @@ def make_parser() -> Parser:
     add("--adam-beta2", type=beta, default=0.999, help="decay rate of AdamW's second moment")
     add("--adam-eps", type=positive, default=1e-8, help="term added to the denominator of AdamW's update")
     add("--clip-grad", type=non_negative, default=1.0, metavar="X", help="maximum gradient norm; 0 disables clipping")
+    add("--deterministic", action=switch, default=False, help="use only deterministic algorithms: equal runs on equal "
+        "devices have equal bits; some operations become slower")
     add("--bf16", dest="compute_dtype", action="store_const", const=torch.bfloat16,
         help="compute in bfloat16 (default on an accelerator)")
     add("--fp32", dest="compute_dtype", action="store_const", const=torch.float32,
@@ -170,7 +173,7 @@ def make_parser() -> Parser:
         help="number of micro-batches per rank in an evaluation (default: all held-out rows)")
     add("--log-interval", type=positive_int, default=1, metavar="N", help="iterations between log lines")
     add("--tensorboard-dir", metavar="DIR", help="directory to write TensorBoard scalars to")
-    add("--profile-dir", metavar="DIR", help="directory to write a torch.profiler trace of rank 0 to")
+    add("--profile-dir", metavar="DIR", help="directory to write a profiler's trace of rank 0 to")
     add("--profile-step-start", type=positive_int, default=3, metavar="N", help="first profiled iteration")
     add("--profile-step-end", type=positive_int, default=5, metavar="N", help="last profiled iteration")
     add("--debug", action="store_true", help="print a traceback with each error")
@@ -182,6 +185,11 @@ def make_parser() -> Parser:
         help="recompute each block in backward instead of keeping its activations (default: full on an accelerator)")
     add("--activation-offload", action=switch, default=False,
         help="with recompute, keep each block's input in host memory until backward")
+    add("--cpu-offload", action=switch, default=False, help="keep parameters, gradients and optimizer state in host "
+        "memory; a block's parameters are on the device while it runs. AdamW runs on the host with OMP_NUM_THREADS "
+        "threads, which torchrun sets to 1 unless you do")
+    add("--synchronize-per-layer", action=switch, default=False,
+        help="wait for the device before each block: slower, but an NPU that runs out of memory may then need less")
     add("--context-parallel-size", type=positive_int, default=1, metavar="N",
         help="number of ranks that share the tokens of each sample (Ulysses)")
     add("--expert-parallel-size", type=positive_int, default=1, metavar="N",
@@ -275,6 +283,8 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
         "recompute": recompute,
         "offload": args.activation_offload,
         "compile": args.compile,
+        "cpu_offload": args.cpu_offload,
+        "synchronize_per_layer": args.synchronize_per_layer,
     }
 
 
@@ -678,13 +688,13 @@ def open_metrics(path: Path, start: int) -> BinaryIO:
 
 
 def make_profiler(directory: str | None, first: int, last: int):
-    """Return a torch.profiler that writes a Chrome trace of iterations `first` to `last`, if there is a directory."""
+    """Return the device's profiler, which writes a trace of iterations `first` to `last`, if there is a directory."""
     if not directory:
         return contextlib.nullcontext()
-    warmup = min(1, first - 1)
-    return torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=first - 1 - warmup, warmup=warmup, active=last - first + 1, repeat=1),
-        on_trace_ready=torch.profiler.tensorboard_trace_handler(directory),
+    profiler, warmup = kernels_npu.ops.profiler, min(1, first - 1)
+    return profiler.profile(
+        schedule=profiler.schedule(wait=first - 1 - warmup, warmup=warmup, active=last - first + 1, repeat=1),
+        on_trace_ready=profiler.tensorboard_trace_handler(directory),
         record_shapes=True,
         profile_memory=True,
     )
@@ -754,8 +764,10 @@ def train_loop(
     bad_rows = None  # this rank's error about the latest step, which the next exchange reports to the other ranks
     nonfinite_steps = 0  # consecutive ones
     # `closing` ends the loader's worker processes, whatever happens here
-    with writer, profiler as profile, contextlib.closing(iter(loader)) as stream:
+    with writer, profiler as profile, contextlib.closing(iter(loader)) as stream, manual_garbage_collection():
         for iteration in iterations:
+            if iteration % GARBAGE_INTERVAL == 0:
+                gc.collect()
             start = time.perf_counter()
             batches, error = fetch_batches(stream, accumulation, len(loader.dataset.paths))
             data_time = time.perf_counter() - start
@@ -806,6 +818,26 @@ def train_loop(
                 break
     raise_together(bad_rows, state)
     metrics_log.close(iteration)
+
+
+GARBAGE_INTERVAL = 50  # iterations
+
+
+@contextlib.contextmanager
+def manual_garbage_collection() -> Iterator[None]:
+    """Switch Python's automatic collector off in this context.
+
+    It runs on each rank at another time, and all ranks of a step wait for the slowest. Objects that exist at the start
+    are never searched.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def attempt(action: Callable, *args) -> tuple[Any, Exception | None]:
@@ -887,7 +919,8 @@ def evaluate(model: Qwen3VL, loader: data.Loader, state: ParallelState, max_batc
 
 def setup_data(args: argparse.Namespace, state: ParallelState) -> tuple[data.Loader, data.Loader | None]:
     """Return the loaders of the training rows and of the held-out rows, if there are any."""
-    processor = data.Processor(args.init_from_hf_path, **data.media_limits(args))
+    limits = data.media_limits(args)
+    processor = data.Processor(args.init_from_hf_path, enable_thinking=args.enable_thinking, **limits)
     settings = {
         "micro_batch_size": args.micro_batch_size, "dp_rank": state.dp_rank, "dp_size": state.dp_size,
         "num_workers": args.num_workers, "on_bad_sample": args.on_bad_sample, "options": data.encode_options(args),
@@ -918,10 +951,11 @@ def setup_model(args: argparse.Namespace, config: Qwen3VLConfig, state: Parallel
                              "parameters of the model; leave the flag out above 10B")
         model.to_empty(device="cpu")
     configure_model(model, state, **model_settings(args))
+    device = "cpu" if args.cpu_offload else state.device
     if args.init_model_with_meta_device:
-        model.to_empty(device=state.device)
+        model.to_empty(device=device)
     else:
-        model.to(state.device)
+        model.to(device)
     return model, source
 
 
@@ -1010,7 +1044,7 @@ def main(argv: list[str]) -> None:
         return dry_run(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to save
-    ops = kernels_npu.select(args.device, args.compute_dtype, args.use_npu_fused_moe)
+    ops = kernels_npu.select(args.device, args.compute_dtype, args.use_npu_fused_moe, args.deterministic)
     state = ParallelState(ops, args.distributed_timeout_minutes, cp=args.context_parallel_size,
                           ep=args.expert_parallel_size, fsdp=args.fsdp_size)
     args.global_batch_size, accumulation = batch_sizes(args.micro_batch_size, args.global_batch_size, state.dp_size)

@@ -110,6 +110,25 @@ def test_train_batches_are_pinned(folder, tmp_path, monkeypatch, workers):
     assert len(copied) == 3 * 2 and not pageable  # two micro-batches a step
 
 
+@pytest.mark.parametrize("model", ["dense", "moe"])
+def test_train_deterministic_and_cpu_offload(folder, tmp_path, model):
+    """Two deterministic runs are equal bit for bit, and with parameters on the host losses are equal to 1e-5.
+
+    Each run is a process: cuBLAS reads its environment once.
+    """
+    runs = []
+    for name, more in {"first": [], "second": [], "host": ["--cpu-offload"]}.items():
+        argv = train_argv(folder / model, folder / "rows.json", tmp_path / name, *BF16, "--deterministic",
+                          "--global-batch-size", 2, "--adam-eps", 1e-5, *more, iters=6)
+        result = shell("train.py", *argv)
+        assert result.returncode == 0, result.stderr
+        runs.append(read_metrics(tmp_path / name))
+    first, second, host = runs
+    assert [(m["loss"], m["grad_norm"]) for m in first] == [(m["loss"], m["grad_norm"]) for m in second]
+    assert_close(first, host, 1e-5)
+    assert host[-1]["memory_allocated"] < first[-1]["memory_allocated"]
+
+
 # ---- checkpoints and answers -----------------------------------------------------------------------------------------
 
 

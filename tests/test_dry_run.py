@@ -182,6 +182,18 @@ def test_dry_run_numbers_by_hand(folder, capsys):
     assert kept["recompute_offload"] < kept["recompute"] < kept["none"]
 
 
+def test_dry_run_cpu_offload(folder, capsys):
+    """The device needs none of the parameters, gradients and optimizer state; the host all of them."""
+    flags = ["--init-from-hf-path", folder / "moe", "--world-size", 2, "--seq-length", 200]
+    device, host = predict(capsys, *flags), predict(capsys, *flags, "--cpu-offload", "--synchronize-per-layer")
+    kept = [device[f"{part}_bytes"] for part in ("parameter", "gradient", "optimizer")]
+    assert kept == [host[f"{part}_bytes"] for part in ("parameter", "gradient", "optimizer")]
+    assert device["host_bytes"] == 0 and host["host_bytes"] >= sum(kept)
+    assert {"parameters", "optimizer state"} <= device["peak_parts"].keys()
+    assert not {"parameters", "gradients", "optimizer state"} & host["peak_parts"].keys()
+    assert host["peak_bytes"] <= device["peak_bytes"] - kept[0] - kept[2]
+
+
 @pytest.mark.parametrize("flags", [
     ("--seq-length", 1), ("--seq-length", 2, "--micro-batch-size", 3),
     ("--freeze-text-decoder", "--freeze-vision-encoder", "--text-attn-implementation", "flash_attention_2"),

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from reference import THINKING
 from safetensors.torch import load_file, save_file
 
 import convert
@@ -460,6 +462,21 @@ def test_chat_keeps_the_conversation(world, run):
     assert run(*argv, "--prompt", "What é?", stdin=b"And now?")[1] == out
     status, out, err = run(*argv, stdin="What é?\n".encode() + b"\xff\n")
     assert (status, out) == (1, f"{first}\n") and "surrogate" in err and err.count("\n") == 1
+
+
+def test_chat_with_a_thinking_model(world, run, tmp_path):
+    """Prompts ask for a thought, and a thought that was cut off is no answer in the next prompt."""
+    model = shutil.copytree(world.model, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(THINKING)
+    thinking = SimpleNamespace(**vars(world) | {"processor": data.Processor(model)})
+    status, out, err = run("--model", model, "--chat", "--max-new-tokens", 7, stdin=b"What?\nAnd now?\n")
+    row = {"messages": [{"role": "user", "content": "What?"}]}
+    first = expected_text(thinking, row, 7)
+    assert first != expected_text(world, row, 7) and "</think>" not in first
+    row["messages"] += [{"role": "assistant", "content": ""}, {"role": "user", "content": "And now?"}]
+    assert (status, out, err) == (0, f"{first}\n{expected_text(thinking, row, 7)}\n", "")
+    status, out, err = run("--model", model, "--prompt", "What?", "--no-enable-thinking")
+    assert (status, out) == (2, "") and err.startswith("error: --no-enable-thinking: the chat template of ")
 
 
 @pytest.mark.parametrize("change, message", [

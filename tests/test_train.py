@@ -5,6 +5,7 @@ dividing by the root of small second moments lets the difference grow to about 1
 """
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
@@ -404,6 +405,62 @@ def test_train_bf16_keeps_float32_parameters(folder, tmp_path):
 
 def log_lines(output: str) -> list[str]:
     return [line for line in output.splitlines() if re.match(r" \[[^]]*\] iteration ", line)]
+
+
+def test_cpu_offload_equals_device(folder, tmp_path):
+    """Through FSDP2 and back to its checkpoint: equal losses and norms to 1e-5."""
+    flags = ["--global-batch-size", 2, "--router-aux-loss-coef", 0.01, "--seq-length", 90]
+    expected = run(folder, tmp_path / "device", *flags, iters=4)
+    flags.append("--cpu-offload")
+    run(folder, tmp_path / "host", *flags, "--save-interval", 2, "--no-init-model-with-meta-device", iters=4)
+    run(folder, tmp_path / "resumed", *flags, "--load", tmp_path / "host/iter_0000002", iters=4)
+    for name, first in (("host", 0), ("resumed", 2)):
+        for a, b in zip(expected[first:], read_metrics(tmp_path / name), strict=True):
+            for key in ("iteration", "loss", "grad_norm", "aux_loss"):
+                assert b[key] == pytest.approx(a[key], rel=1e-5), (name, key)
+
+
+def test_synchronize_per_layer(folder, tmp_path, monkeypatch):
+    """Wait before each of the four text blocks, in forward and in recompute."""
+    calls = []
+    monkeypatch.setattr(kernels_npu.Cpu, "synchronize", lambda self: calls.append(self))
+    run(folder, tmp_path / "off", "--recompute", "full", dataset="text.json", iters=1)
+    assert not calls
+    run(folder, tmp_path / "on", "--recompute", "full", "--synchronize-per-layer", dataset="text.json", iters=1)
+    assert len(calls) == 8
+
+
+def test_garbage_is_collected_at_fixed_iterations(folder, tmp_path, monkeypatch):
+    events, step, threshold = [], train.train_step, gc.get_threshold()
+
+    def record_step(*args, **kwargs):
+        events.append("step")
+        return step(*args, **kwargs)
+
+    def record_collection(phase: str, info: dict) -> None:
+        if phase == "start":
+            events.append("collection")
+
+    monkeypatch.setattr(train, "train_step", record_step)
+    monkeypatch.setattr(train, "GARBAGE_INTERVAL", 2)
+    gc.set_threshold(1)  # the automatic collector would run all the time
+    gc.callbacks.append(record_collection)
+    try:
+        run(folder, tmp_path, dataset="text.json", iters=4)
+        assert gc.isenabled() and gc.get_freeze_count() == 0
+    finally:
+        gc.callbacks.remove(record_collection)
+        gc.set_threshold(*threshold)
+    last = len(events) - events[::-1].index("step")
+    assert events[events.index("step") : last] == ["step", "collection", "step", "step", "collection", "step"]
+
+
+def test_profile_dir(folder, tmp_path):
+    flags = ["--profile-dir", tmp_path / "trace", "--profile-step-start", 2, "--profile-step-end", 2]
+    run(folder, tmp_path / "save", *flags, dataset="text.json", model="dense", iters=3)
+    (trace,) = (tmp_path / "trace").iterdir()
+    steps = {event["name"] for event in json.loads(trace.read_text())["traceEvents"] if "ProfilerStep" in event["name"]}
+    assert steps == {"ProfilerStep#1"}  # counted from 0
 
 
 def test_metrics_log(folder, tmp_path, capsys):

@@ -29,9 +29,11 @@ from tools import report
 from tools.report import visible
 
 CHUNK = 16  # rows that a worker reads at a time
-MAX_REASONS, MAX_EXAMPLES = 40, 10  # kinds of bad rows that are counted separately, and rows of each on the page
+MAX_REASONS, MAX_EXAMPLES = 40, 10  # kinds of bad rows that are counted separately, and rows of each that are shown
 MAX_KEYS = 40  # keys without an effect that are listed
 MAX_SHOWN = 12  # rows that the page renders
+# Coordinates in an answer: {"bbox_2d": [x1, y1, x2, y2]}, {"point_2d": [x, y]}, <|box_start|>(x1,y1),(x2,y2)<|box_end|>
+BOX = re.compile(r"""["'](?:bbox|bbox_2d|point_2d)["']\s*:\s*(\[[][\d\s.,-]*\])|<\|box_start\|>(.*?)<\|box_end\|>""")
 
 
 # ---- llava -----------------------------------------------------------------------------------------------------------
@@ -131,6 +133,7 @@ class RowInfo(NamedTuple):
     content: int  # hash of the ids and pixels; 0 for a bad row
     identity: int  # hash of the file and id; 0 for a row without an id
     unused_keys: Iterable[str] = ()  # keys that have no effect
+    outside: str = ""  # the first box in an answer that leaves 0 to 1000, or ""
 
 
 class RowReader:
@@ -158,7 +161,7 @@ class RowReader:
         try:
             row, source, media_dir = self.dataset[index]
             if isinstance(row, dict):
-                unused = data.unused_keys(row)
+                unused = data.unused_keys(row, self.processor.template.has_thoughts)
                 if row.get("id") is not None:
                     identity = _hash(f"{file} {row['id']}".encode("utf-8", "surrogatepass"))
             sample = self.processor.encode(row, media_dir=media_dir, source=source, options=self.options)
@@ -168,6 +171,7 @@ class RowReader:
         media = report.list_media(sample, self.processor)
         image_tokens = [tokens for kind, _, tokens in media if kind == "image"]
         supervised = int((sample.labels != data.IGNORE).sum())
+        outside = box_outside(row)
         counts = {
             "rows": 1,
             "turns": int((sample.input_ids == self.processor.im_start_token_id).sum()),
@@ -178,10 +182,21 @@ class RowReader:
             "media": len(sample.visual_index),
             "truncated": int(sample.truncated),
             "unsupervised": int(supervised == 0),
+            "outside": int(outside != ""),
         }
         # Hash every 48th pixel value. The hash is of pixels, not paths, to find one image under two names.
         content = _hash(sample.input_ids.numpy().tobytes(), sample.pixel_values[:, ::48].numpy().tobytes())
-        return RowInfo(source, "", counts, image_tokens, content, identity, unused)
+        return RowInfo(source, "", counts, image_tokens, content, identity, unused, outside)
+
+
+def box_outside(row: dict) -> str:
+    """Return the first box or point in the answers of a good row that leaves 0 to 1000, or ""."""
+    for turn in data.parse_row(row):
+        for box in BOX.finditer("".join(turn.parts) if turn.role == "assistant" else ""):
+            numbers = re.findall(r"-?\d+(?:\.\d+)?", box[1] or box[2])
+            if any(not 0 <= float(n) <= 1000 for n in numbers):
+                return box[0][:200]
+    return ""
 
 
 def _hash(*parts: bytes) -> int:
@@ -252,6 +267,7 @@ class Statistics:
             ("repeated", len(repeats), "rows with the content of an earlier one"),
             ("repeated ids", len(same_ids), "rows with the id of an earlier one in their file"),
             ("unsupervised", total["unsupervised"], "rows without a supervised token"),
+            ("outside", total["outside"], "rows with a box outside 0 to 1000, Qwen3-VL's relative coordinates"),
             ("packed rows", -(-tokens // seq_length), f"of {seq_length:,} tokens, at least"),
         ]
         return report.Summary(
@@ -308,7 +324,8 @@ def histogram(values: Counter, bins: int = 12) -> list[tuple[str, int]]:
 
 def check(args: argparse.Namespace) -> None:
     """Read every row, print the summary and write the page. Raises InputError if rows are bad."""
-    processor = data.Processor(args.init_from_hf_path, **data.media_limits(args))
+    limits = data.media_limits(args)
+    processor = data.Processor(args.init_from_hf_path, enable_thinking=args.enable_thinking, **limits)
     dataset = data.RowDataset(args.dataset.split(","), args.dataset_dir, args.cache_dir, args.max_samples)
     reader = RowReader(dataset, processor, data.encode_options(args))
     statistics = Statistics(reader)
@@ -322,6 +339,9 @@ def check(args: argparse.Namespace) -> None:
                     statistics.add(index, row)
                     if row.reason:
                         tqdm.write(f"bad: {visible(row.source)}: {visible(row.reason)}")
+                    if row.outside and sum(counts["outside"] for counts in statistics.files) <= MAX_EXAMPLES:
+                        tqdm.write(f"warning: {visible(row.source)}: an answer's box leaves 0 to 1000, Qwen3-VL's "
+                                   f"coordinates relative to the image: {visible(row.outside)}")
                 bar.update(len(rows))
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):

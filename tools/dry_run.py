@@ -189,9 +189,12 @@ def recompute_setting(block_fn: Callable) -> str:
 
 
 def trace_step(
-    model: Qwen3VL, state: parallel.ParallelState, batch: data.Batch, accumulation: int, optimizer_flags: dict
+    model: Qwen3VL, state: parallel.ParallelState, batch: data.Batch, accumulation: int, optimizer_flags: dict,
+    cpu_offload: bool,
 ) -> dict[str, int | str | dict]:
     """Run a step of a configured model with fake tensors and return the numbers of `dry_run`."""
+    kinds = ("parameters", "gradients", "optimizer state", "optimizer step")
+    parameters, gradient, optimizer_state, optimizer_step = ["host"] * 4 if cpu_offload else kinds
     text, visual, ops = model.model.language_model, model.model.visual, kernels_npu.ops
     chosen, activations, all_gathers = text.block_fn, {}, {}
     setting = recompute_setting(chosen)
@@ -202,21 +205,21 @@ def trace_step(
     full_shape = batch.pixel_values.shape
     batch = parallel.local_batch(replace(batch, pixel_values=torch.zeros(()).expand(full_shape)), state)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake_mode, MemoryTracker(fake_mode) as memory:
-        with memory.tag("parameters"):
+        with memory.tag(parameters):
             model.to_empty(device=state.device)
         optimizer = make_optimizer(model, **optimizer_flags)
         trainable = [p for p in model.parameters() if p.requires_grad]
-        with memory.tag("optimizer state"):  # it exists in every step but the first
+        with memory.tag(optimizer_state):  # it exists in every step but the first
             for p in trainable:
                 p.grad = torch.zeros_like(p)
             optimizer.step()
             optimizer.zero_grad()
         for p in trainable:
-            p.register_post_accumulate_grad_hook(lambda p: memory.count(parallel.to_local(p.grad), "gradients"))
+            p.register_post_accumulate_grad_hook(lambda p: memory.count(parallel.to_local(p.grad), gradient))
         for name, module in model.named_modules():
             if isinstance(module, parallel.FSDPModule):
                 memory.reset()
-                with memory.tag("parameters"):  # FSDP2 pads them the first time
+                with memory.tag(parameters):  # FSDP2 pads them the first time
                     module.unshard()
                     module.reshard()
                 all_gathers[name or "the root's own"] = memory.sent["all-gather"]
@@ -251,7 +254,7 @@ def trace_step(
         gradients = sum(parallel.to_local(p.grad).nbytes for p in trainable if p.grad is not None)
         (square_sum,) = state.sum(parallel.grad_square_sum(trainable, state))
         parallel.clip_gradients(trainable, square_sum**0.5, max_norm=0.5)
-        with memory.tag("optimizer step"):
+        with memory.tag(optimizer_step):
             optimizer.step()
     shards = [parallel.to_local(p) for p in model.parameters()]
     supervised = len(batch.supervised_index)
@@ -295,7 +298,7 @@ def dry_run(args: argparse.Namespace) -> None:
     model = build_model(config, freezing_predicate(args))
     total = sum(p.numel() for p in model.parameters())
     settings = model_settings(args)
-    configure_model(model, state, **settings)
+    configure_model(model, state, **settings | {"synchronize_per_layer": False})  # which takes no memory
     batch = fake_batch(config, args.seq_length, args.micro_batch_size)
     flops = set_loss_weights([batch] * accumulation, args.loss_type, model, state).flops
     report = {
@@ -305,7 +308,7 @@ def dry_run(args: argparse.Namespace) -> None:
         "seq_length": args.seq_length, "images": len(batch.grid_thw), "visual_tokens": len(batch.visual_index),
         "supervised_tokens": len(batch.supervised_index),
         "compute_dtype": str(settings["compute_dtype"]).removeprefix("torch."), "model_parameters": total,
-        **trace_step(model, state, batch, accumulation, optimizer_settings(args)),
+        **trace_step(model, state, batch, accumulation, optimizer_settings(args), args.cpu_offload),
         "flops_per_step": flops, "flops_per_rank": flops / state.world_size,
     }
     memory = args.device_memory and args.device_memory * 2**30
@@ -348,7 +351,7 @@ def gib(size: float) -> str:
 def advice(part: str, args: argparse.Namespace, config: Qwen3VLConfig) -> str:
     """Return flags that make a part of the peak smaller."""
     if part in ("parameters", "gradients", "optimizer state"):
-        return "a larger --fsdp-size" if args.fsdp_size else "a larger --world-size"
+        return "--cpu-offload or a larger " + ("--fsdp-size" if args.fsdp_size else "--world-size")
     if part == "loss":
         return "a smaller --loss-chunk-size"
     first = "a larger --expert-parallel-size, " * bool(config.text.num_experts)
