@@ -256,6 +256,7 @@ NEXT_ROLES = {None: ("user", "system"), "system": ("user",), "user": ("assistant
 PLACEHOLDER = re.compile("(<image>|<video>)")
 # <image 1>, <|image_1|>, <Image>, <|image_pad|>
 OTHER_PLACEHOLDER = re.compile(r"<\|?(image|video)([ _-]?\d*|_pad)\|?>", re.IGNORECASE)
+IMAGE_URL = re.compile("data:image[^,]*;base64,", re.IGNORECASE)  # the Qwen team's examples lack the format
 
 # The keys that are used. All others are metadata, which `data.py check` counts, unless they are in the tuples below.
 ROW_KEYS = ("id", "messages", "conversations", "system", "tools", "image", "images", "video", "videos")
@@ -535,7 +536,8 @@ def _list_media(row: dict, kind: str) -> list[Media]:
     key, value = keys[0], row[keys[0]]
     if not isinstance(value, list):
         return [Media(kind, key, value)]
-    are_images = all(isinstance(item, str) and item.lower().endswith(IMAGE_SUFFIXES) for item in value)
+    are_images = all(
+        isinstance(item, str) and (item.lower().endswith(IMAGE_SUFFIXES) or IMAGE_URL.match(item)) for item in value)
     if key == "video" and are_images and len(value) > 1:  # else it is one animation
         return [Media(kind, key, value)]  # a list of frames is one video
     return [Media(kind, f"{key}[{i}]", item) for i, item in enumerate(value)]
@@ -612,6 +614,8 @@ def load_chat_template(hf_dir: str | Path, enable_thinking: bool | None = None) 
         if not template:
             path = Path(hf_dir, name)
             template = read_json(path, missing_ok=True).get("chat_template")
+            if isinstance(template, list):  # of named templates
+                template = next((item.get("template") for item in template if item.get("name") == "default"), None)
     template = str(template or "")
     prompt = template.rpartition("add_generation_prompt")[2]
     asks_for_thought, has_switch = bool(THINKING_PROMPT.search(prompt)), "enable_thinking" in prompt
@@ -737,11 +741,8 @@ def resolve_path(path: str, media_dir: str | Path, confine: bool) -> Path:
 
 
 def find_image(path: str, media_dir: str | Path, confine: bool) -> Path | str:
-    """Return the file of an image, as `resolve_path` does, or a "data:image/...;base64,..." URL as it is.
-
-    Qwen's examples write "data:image;base64,...".
-    """
-    if isinstance(path, str) and re.match("data:image[^,]*;base64,", path, re.IGNORECASE):
+    """Return the file of an image, as `resolve_path` does, or a "data:image/...;base64,..." URL as it is."""
+    if isinstance(path, str) and IMAGE_URL.match(path):
         return path
     return resolve_path(path, media_dir, confine)
 

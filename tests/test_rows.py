@@ -296,10 +296,10 @@ def test_parse_row_placeholder_in_a_text_part():
 
 @pytest.mark.parametrize("suffix", ["jpg", "webp", "gif", "avif", "WEBP"])
 def test_parse_row_video_of_frames(suffix):
-    frames = [f"f{i}.{suffix}" for i in range(4)]
+    frames = [f"f{i}.{suffix}" for i in range(4)] + ["data:image/png;base64,AAAA", "f5.JPEG"]
     assert parse_row(chat("<video>?", "b", video=frames))[0].parts[1] == Media("video", "video", frames)
     assert parse_row(chat("?", "b", video=frames[:1]))[0].parts[0] == Media("video", "video[0]", frames[0])
-    assert len(parse_row(chat("?", "b", videos=frames))[0].parts) == 5  # each is an animation
+    assert len(parse_row(chat("?", "b", videos=frames))[0].parts) == 7  # each is an animation
 
 
 # ---- chat template ---------------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ INDENTED = "\n\n" + TEMPLATE.replace("\n    ", "\r\n  ").replace("{%- set", "{%-
 FILES = ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"]
 
 
-def write_template(folder: Path, file: str, template: str) -> Path:
+def write_template(folder: Path, file: str, template: str | list[dict]) -> Path:
     folder = tiny.hf_dir(folder, tiny.config_dict())
     (folder / file).write_text(template if file.endswith("jinja") else json.dumps({"chat_template": template}))
     return folder
@@ -335,6 +335,14 @@ def test_processor_compares_chat_template(tmp_path, caplog, monkeypatch, file, t
     monkeypatch.setenv("RANK", "1")
     Processor(folder)
     assert len(caplog.records) == warns
+
+
+@pytest.mark.parametrize("template, is_thinking", [(TEMPLATE, False), (THINKING, True)])
+def test_processor_named_chat_templates(tmp_path, caplog, template, is_thinking):
+    """Take the template with the name default, as transformers does."""
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": template}]
+    processor = Processor(write_template(tmp_path, "tokenizer_config.json", named))
+    assert processor.template.has_thoughts == is_thinking and not caplog.records
 
 
 SWITCH = ("{% if add_generation_prompt %}{{'<|im_start|>assistant\\n'}}{% if enable_thinking is false %}"
