@@ -101,7 +101,7 @@ class Batch:
     input_ids: Tensor = _declare("token")  # [T] int64
     labels: Tensor = _declare("token")  # [T] int64, shifted
     position_ids: Tensor = _declare("token")  # [3, T] int64
-    pixel_values: Tensor = _declare("patch")  # [P, 1536] float32
+    pixel_values: Tensor = _declare("patch")  # [P, 1536] float32, or the Loader's `pixel_dtype`
     grid_thw: Tensor = _declare("media")  # [N, 3] int64
     visual_index: Tensor = _declare("index")  # [Nv] int64, positions of the media tokens
     supervised_index: Tensor = _declare("index")  # [Ns] int64, positions whose label is not IGNORE
@@ -1929,6 +1929,7 @@ class Loader:
     options: EncodeOptions
     packing: bool = False
     pin_memory: bool = False  # for copies to an accelerator
+    pixel_dtype: torch.dtype = torch.float32  # the type that the model computes in, so that pixels take less memory
     resume_state: dict | list[dict] | None = None  # one rank's position, or all ranks' if their number may differ
     num_samples: int | None = None  # ends the stream after so many rows; the last batches of some ranks may be empty
 
@@ -2005,7 +2006,8 @@ class Loader:
             except InputError as error:
                 rows_bad[span.file] += 1
                 failures.append(str(error))
-        return collate(samples, resume_state=state, rows_read=rows_read, rows_bad=rows_bad), failures
+        batch = collate(samples, resume_state=state, rows_read=rows_read, rows_bad=rows_bad)
+        return replace(batch, pixel_values=batch.pixel_values.to(self.pixel_dtype)), failures
 
     def _micro_batches(self, state: dict) -> Iterator[tuple[list[Span], dict]]:
         """Yield this rank's rows of each micro-batch, and the position after the rows of all ranks."""

@@ -786,6 +786,7 @@ def train_loop(
             if iteration % GARBAGE_INTERVAL == 0:
                 gc.collect()
             start = time.perf_counter()
+            batches: list[data.Batch] = []  # frees the last step's pixels before the next ones arrive
             batches, error = fetch_batches(stream, accumulation, len(loader.dataset.paths))
             data_time = time.perf_counter() - start
             schedule(iteration - 1)
@@ -964,7 +965,7 @@ def setup_data(args: argparse.Namespace, state: ParallelState) -> tuple[data.Loa
     settings = {
         "micro_batch_size": args.micro_batch_size, "dp_rank": state.dp_rank, "dp_size": state.dp_size,
         "num_workers": args.num_workers, "on_bad_sample": args.on_bad_sample, "options": data.encode_options(args),
-        "pin_memory": kernels_npu.ops.is_accelerator,
+        "pin_memory": kernels_npu.ops.is_accelerator, "pixel_dtype": kernels_npu.ops.compute_dtype,
     }
     paths = args.dataset.split(",")
     if args.streaming:

@@ -490,6 +490,17 @@ def test_loader_pin_memory(files, processor, monkeypatch):
     assert list(pin_memory((batch, ["a failure"]))) == ["pinned", ["a failure"]]  # torch 2.7.1 returns a list
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loader_pixel_dtype(workers, processor, images, tmp_path):
+    rows = [write(tmp_path / "rows.json", [chat("<image>a", "b", id=0, images=["small.png"])])]
+    exact, rounded = (
+        take(make_loader(RowDataset(rows, dataset_dir=images), processor, num_workers=workers, pixel_dtype=dtype), 1)[0]
+        for dtype in (torch.float32, torch.bfloat16))
+    assert rounded.pixel_values.dtype == torch.bfloat16 and len(exact.pixel_values) > 0
+    assert torch.equal(rounded.pixel_values, exact.pixel_values.bfloat16())  # as PatchEmbed rounds them
+    assert rounded.position_ids.dtype == torch.int64
+
+
 def test_collate(processor, images):
     rows = [chat("<image>a", "b", images=["small.png"]), chat("text", "only")]
     rows.append(chat("<image><image>", "c", images=["exact.png"] * 2))

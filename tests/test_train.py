@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import types
+import weakref
 from collections import Counter
 from pathlib import Path
 from unittest.mock import Mock
@@ -436,6 +437,22 @@ def test_train_bf16_keeps_float32_parameters(folder, tmp_path):
     assert metrics[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.02)
     assert metrics[0]["loss"] != exact[0]["loss"]
     assert {v.dtype for v in weights(tmp_path / "bf16").values()} == {torch.float32}
+
+
+def test_train_loop_frees_pixels(folder, tmp_path, monkeypatch):
+    """A step's pixels have the compute type, and are freed before the next step's are loaded."""
+    fetch_batches, last, alive = train.fetch_batches, [], []
+
+    def fetch(*args):
+        alive.extend(ref() for ref in last[:-1])  # the loader holds the last one until it yields the next
+        batches, error = fetch_batches(*args)
+        assert {batch.pixel_values.dtype for batch in batches} == {torch.bfloat16}
+        last[:] = [weakref.ref(batch.pixel_values) for batch in batches]
+        return batches, error
+
+    monkeypatch.setattr(train, "fetch_batches", fetch)
+    run(folder, tmp_path, "--bf16", "--global-batch-size", 4, dataset="images.json", iters=3)
+    assert alive == [None] * 6
 
 
 def log_lines(output: str) -> list[str]:
