@@ -102,7 +102,7 @@ class Batch:
     input_ids: Tensor = _declare("token")  # [T] int64
     labels: Tensor = _declare("token")  # [T] int64, shifted
     position_ids: Tensor = _declare("token")  # [3, T] int64
-    pixel_values: Tensor = _declare("patch")  # [P, 1536] float32
+    pixel_values: Tensor = _declare("patch")  # [P, 1536] float32, or the Loader's `pixel_dtype`
     grid_thw: Tensor = _declare("media")  # [N, 3] int64
     visual_index: Tensor = _declare("index")  # [Nv] int64, positions of the media tokens
     supervised_index: Tensor = _declare("index")  # [Ns] int64, positions whose label is not IGNORE
@@ -1686,12 +1686,14 @@ class RowSource:
     """
 
     sizes: list[int]  # of the files, to notice that they have changed
+    weights: list[float]  # how many times each file's rows enter an epoch
     shuffle_buffer: int | None = None  # number of rows in a block of a stream
 
     def __init__(self, paths: list[str], dataset_dir: str | None = None, max_samples: int | None = None):
         if dataset_dir is not None and not os.path.isdir(dataset_dir):
             raise InputError(f"--dataset-dir {dataset_dir} is not a folder: give the folder of the media paths")
         self.paths, self.max_samples = [str(path) for path in paths], max_samples
+        self.weights = [1.0] * len(paths)
         if "" in self.paths:
             raise InputError("the name of a dataset is empty: separate file names by single commas")
         self.media_dirs = [Path(dataset_dir or Path(path).parent) for path in self.paths]
@@ -1722,11 +1724,11 @@ class RowSource:
         """
         if state:
             self._check_position(state)
-        settings = {"sizes": self.sizes, "shuffle_buffer": self.shuffle_buffer}
+        settings = {"sizes": self.sizes, "weights": self.weights, "shuffle_buffer": self.shuffle_buffer}
         consumed, epoch, done = (state.get(name, 0) for name in ("consumed", "epoch", "done"))
         block = state.get("block")
         while True:
-            for start, size, span_at in self._blocks(block):
+            for start, size, span_at in self._blocks(block, epoch, seed):
                 order = range(size)
                 if seed is not None:
                     order = np.random.default_rng([seed, epoch, *start]).permutation(size)
@@ -1737,13 +1739,19 @@ class RowSource:
                 done = 0
             block, epoch, done = None, epoch + 1, 0
 
-    def _blocks(self, first: list[int] | None) -> Iterator[tuple[list[int], int, Callable[[int], Span]]]:
+    def _blocks(
+        self, first: list[int] | None, epoch: int, seed: int | None
+    ) -> Iterator[tuple[list[int], int, Callable[[int], Span]]]:
         """Yield the blocks of an epoch, from the start of the block `first` on (None: all blocks).
 
         A block is given by its start (a list of numbers), its number of rows, and a function that returns the location
         of the i-th row.
         """
         raise NotImplementedError
+
+    def passes(self, file: int, epochs: range) -> int:
+        """Return how many times at most a row of a file enters some epochs."""
+        return len(epochs)
 
     def _check_position(self, state: dict) -> None:
         """Compare a position with these datasets. Raises InputError if only one of them was streamed."""
@@ -1753,10 +1761,11 @@ class RowSource:
                 f"the checkpoint's data was read with{'' if was_streamed else 'out'} --streaming: "
                 f"{'give' if was_streamed else 'omit'} --streaming, or give --finetune to restart the data"
             )
-        if state["sizes"] != self.sizes:
+        saved_weights = state.get("weights", [1.0] * len(state["sizes"]))  # older checkpoints have none
+        if (state["sizes"], saved_weights) != (self.sizes, self.weights):
             logger.warning(
-                "the datasets have sizes %s, but had %s when saved: the order is new, rows may be lost or repeated",
-                self.sizes, state["sizes"],
+                "the datasets have sizes %s and weights %s, but had %s and %s when saved: the order is new, rows may "
+                "be lost or repeated", self.sizes, self.weights, state["sizes"], saved_weights,
             )
         if state["shuffle_buffer"] != self.shuffle_buffer:  # other blocks would lose rows
             self.shuffle_buffer = state["shuffle_buffer"]
@@ -1766,17 +1775,23 @@ class RowSource:
 class RowDataset(RowSource):
     """Rows of known number, read from disk on demand. Only the range of each row is in memory, in 16 bytes.
 
-    The ranges are also kept in `cache_dir` for the next start. The files there may be deleted at any time.
+    The ranges are also kept in `cache_dir` for the next start. The files there may be deleted at any time. `weights`
+    affects the epochs of `stream` only (see `_epoch_rows`).
     """
 
     def __init__(
         self, paths: list[str], dataset_dir: str | None = None, cache_dir: str | None = None,
-        max_samples: int | None = None,
+        max_samples: int | None = None, weights: list[float] | None = None,
     ):
         super().__init__(paths, dataset_dir, max_samples)
         self.ranges = [_cached_index(file, cache_dir)[:max_samples] for file in self.files]  # [rows, 2] each
         self.sizes = [len(ranges) for ranges in self.ranges]
         self.ends = np.cumsum(self.sizes)
+        self.weights = weights or self.weights
+        self.epoch_sizes = [  # rows of each file in an epoch: at least one, unless the weight is 0
+            max(1, round(weight * size)) if weight else 0
+            for weight, size in zip(self.weights, self.sizes, strict=True)
+        ]
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -1794,14 +1809,41 @@ class RowDataset(RowSource):
 
     def count(self) -> int:
         """Return the number of rows in an epoch."""
-        return len(self)
+        return sum(self.epoch_sizes)
 
     def file_rows(self, file: int) -> float:
         """Return the number of rows of a file."""
         return self.sizes[file]
 
-    def _blocks(self, first: list[int] | None) -> Iterator[tuple[list[int], int, Callable[[int], Span]]]:
-        yield [], len(self), self.span  # one block per epoch
+    def _blocks(
+        self, first: list[int] | None, epoch: int, seed: int | None
+    ) -> Iterator[tuple[list[int], int, Callable[[int], Span]]]:
+        rows = self._epoch_rows(epoch, seed)
+        yield [], len(rows), lambda i: self.span(int(rows[i]))  # one block per epoch
+
+    def passes(self, file: int, epochs: range) -> int:
+        rows, size = self.epoch_sizes[file], self.sizes[file]
+        return -(-rows * epochs.stop // size) - rows * epochs.start // size
+
+    def _epoch_rows(self, epoch: int, seed: int | None) -> np.ndarray:
+        """Return the rows of an epoch as arguments of `span`, file by file: first its full copies, then its share.
+
+        A weight of 2.5 gives two copies and a share of half the rows, all in the file's order. To choose the shares,
+        the rows are arranged in a random circle. The share of each epoch begins where the one before ended, so that
+        all rows are used equally often. When a share ends at the circle's start, the rows are arranged anew. If `seed`
+        is None, the shares are those of seed 0.
+        """
+        parts = []
+        for file, (size, rows) in enumerate(zip(self.sizes, self.epoch_sizes, strict=True)):
+            first = int(self.ends[file]) - size
+            copies, share = divmod(rows, size)
+            parts += [np.arange(first, first + size)] * copies
+            if share:
+                cycle, shares_before = divmod(epoch, size // math.gcd(size, share))
+                order = np.random.default_rng([seed or 0, cycle, file, 1]).permutation(size)  # 1: unlike `stream`'s
+                numbers = np.arange(share) + shares_before * share
+                parts.append(first + np.sort(order.take(numbers, mode="wrap")))
+        return np.concatenate(parts)
 
 
 class RowStream(RowSource):
@@ -1829,7 +1871,9 @@ class RowStream(RowSource):
         rows, end = self._found[file]
         return rows * self.sizes[file] / end
 
-    def _blocks(self, first: list[int] | None) -> Iterator[tuple[list[int], int, Callable[[int], Span]]]:
+    def _blocks(
+        self, first: list[int] | None, epoch: int, seed: int | None
+    ) -> Iterator[tuple[list[int], int, Callable[[int], Span]]]:
         start = first or [0, 0, 0]  # number of the file, number of the row in it, start of the row's range
         spans = self._spans(*start)
         while block := list(itertools.islice(spans, self.shuffle_buffer)):
@@ -1908,6 +1952,7 @@ class Loader:
     options: EncodeOptions
     packing: bool = False
     pin_memory: bool = False  # for copies to an accelerator
+    pixel_dtype: torch.dtype = torch.float32  # the type that the model computes in, so that pixels take less memory
     resume_state: dict | list[dict] | None = None  # one rank's position, or all ranks' if their number may differ
     num_samples: int | None = None  # ends the stream after so many rows; the last batches of some ranks may be empty
     _logged: set[str] = field(default_factory=set, init=False)  # errors of skipped rows
@@ -1936,10 +1981,10 @@ class Loader:
         """
         self._rows_read += rows_read
         self._rows_bad += rows_bad
-        epochs = epoch - self._first_epoch + 1
+        epochs = range(self._first_epoch, epoch + 1)
         for file, (read, bad) in enumerate(zip(self._rows_read.tolist(), self._rows_bad.tolist(), strict=True)):
             rows = self.dataset.file_rows(file)
-            if read >= min(10, rows) and bad > 0.1 * epochs * rows:
+            if read >= min(10, rows) and bad > 0.1 * self.dataset.passes(file, epochs) * rows:
                 raise InputError(
                     f"{self.dataset.paths[file]}: {bad} of {read} rows read are bad, more than a tenth of the "
                     "dataset; the log has the reasons"
@@ -1984,7 +2029,8 @@ class Loader:
             except InputError as error:
                 rows_bad[span.file] += 1
                 failures.append(str(error))
-        return collate(samples, resume_state=state, rows_read=rows_read, rows_bad=rows_bad), failures
+        batch = collate(samples, resume_state=state, rows_read=rows_read, rows_bad=rows_bad)
+        return replace(batch, pixel_values=batch.pixel_values.to(self.pixel_dtype)), failures
 
     def _micro_batches(self, state: dict) -> Iterator[tuple[list[Span], dict]]:
         """Yield this rank's rows of each micro-batch, and the position after the rows of all ranks."""

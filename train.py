@@ -60,7 +60,7 @@ def make_parser() -> Parser:
     p = Parser(prog="train.py", description=__doc__.split("\n\n")[0])
     positive_int, non_negative_int = number(int, 1), number(int, 0)
     positive, non_negative = number(float, 0, above=True), number(float, 0)
-    fraction, beta = number(float, 0, 1), number(float, 0, 1, below=True)
+    fraction, beta, weight = number(float, 0, 1), number(float, 0, 1, below=True), number(float, 0, 1000)
     switch = argparse.BooleanOptionalAction
 
     add = p.add_argument_group("model").add_argument
@@ -84,6 +84,9 @@ def make_parser() -> Parser:
     group = p.add_argument_group("data")
     add = group.add_argument
     add("--dataset", metavar="A.json,B.jsonl", help="files of rows, separated by commas")
+    add("--dataset-weights", type=lambda text: [weight(part) for part in text.split(",")], metavar="X,Y",
+        help="how many times the rows of each dataset enter an epoch; a fraction is a random share of them, another "
+        "one in each epoch (default: 1 for each)")
     add("--dataset-dir", metavar="DIR",
         help="directory that media paths are relative to (default: the dataset file's own)")
     add("--cache-dir", metavar="DIR",
@@ -170,7 +173,7 @@ def make_parser() -> Parser:
     add("--eval-interval", type=positive_int, metavar="N",
         help="evaluate every N iterations and after the last (default: only after the last)")
     add("--eval-iters", type=positive_int, metavar="N",
-        help="number of micro-batches per rank in an evaluation (default: all held-out rows)")
+        help="number of micro-batches of each held-out file per rank in an evaluation (default: all rows)")
     add("--log-interval", type=positive_int, default=1, metavar="N", help="iterations between log lines")
     add("--tensorboard-dir", metavar="DIR", help="directory to write TensorBoard scalars to")
     add("--profile-dir", metavar="DIR", help="directory to write a profiler's trace of rank 0 to")
@@ -215,6 +218,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = make_parser().parse_args(argv)
     same_directory = args.load and args.save and Path(args.load).resolve() == Path(args.save).resolve()
     no_length = args.train_iters is None and args.train_epochs is None
+    weights, num_datasets = args.dataset_weights or [], len((args.dataset or "").split(","))
     problems = [
         (args.dry_run and not args.world_size,
          "--dry-run needs --world-size: give the number of ranks to assume"),
@@ -222,6 +226,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         (not args.dry_run and args.device_memory, "--device-memory belongs to --dry-run: add that, or leave this out"),
         (not args.dry_run and args.dataset is None, "--dataset is missing: give it, or --dry-run"),
         (not args.dry_run and no_length, "--train-iters or --train-epochs is missing: give one, or --dry-run"),
+        (weights and args.dataset and len(weights) != num_datasets,
+         f"--dataset-weights has {len(weights)} number(s), --dataset {num_datasets} file(s): give one number for each"),
+        (weights and not any(weights), "--dataset-weights leaves out every dataset: give a number above 0"),
+        (weights and args.streaming, "--dataset-weights needs to know the number of rows, which --streaming does not: "
+         "leave one of them out"),
         (args.shuffle_buffer and not (args.streaming and args.shuffle),
          "--shuffle-buffer shuffles a stream: give --streaming, or leave it out"),
         (args.cache_dir and args.streaming and not args.eval_dataset,
@@ -587,7 +596,7 @@ class MetricsLog:
         metrics["tokens_per_s"] = metrics["tokens"] / metrics["step_time_s"]
         metrics["mfu"] = metrics["model_flops"] / (device_seconds * peak_flops) if peak_flops else None
         metrics["memory_allocated"], metrics["memory_reserved"] = kernels_npu.ops.memory()
-        metrics["eval_loss"] = None
+        metrics["eval_loss"] = metrics["eval_losses"] = None
         self.metrics = metrics
         self.sums.update(
             iterations=1, seconds=metrics["step_time_s"], tokens=metrics["tokens"], samples=metrics["samples"],
@@ -599,28 +608,29 @@ class MetricsLog:
             self.line_start = self.file.tell()
             self._write_line()
 
-    def finish(self, eval_loss: float | None) -> None:
+    def finish(self, eval_loss: float | None, eval_losses: dict[str, float | None] | None = None) -> None:
         """End an iteration: add the evaluation that followed it, and print a log line if one is due."""
         if not self.is_main:
             return
-        self.metrics["eval_loss"] = eval_loss
+        self.metrics["eval_loss"], self.metrics["eval_losses"] = eval_loss, eval_losses
         if self.file and eval_loss is not None:
             self._write_line()
         if self.board:
-            for key, value in self.metrics.items():
-                if key != "iteration" and value is not None:
-                    self.board.add_scalar(key, value, self.metrics["iteration"])
+            for key, metric in self.metrics.items():
+                per_file = isinstance(metric, dict)
+                values = {f"{key}/{path}": value for path, value in metric.items()} if per_file else {key: metric}
+                for name, value in values.items():
+                    if name != "iteration" and value is not None:
+                        self.board.add_scalar(name, value, self.metrics["iteration"])
         if self.metrics["iteration"] % self.log_interval == 0 or eval_loss is not None:
             common.print_line(self._log_line())
             self.sums.clear()
 
     def _write_line(self) -> None:
         """Write the latest iteration's line of metrics.jsonl, or write it again in place."""
-        values = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-                  for key, value in self.metrics.items()}  # JSON has no NaN
         try:
             self.file.seek(self.line_start)
-            self.file.write(json.dumps(values).encode() + b"\n")
+            self.file.write(json.dumps(_without_nan(self.metrics)).encode() + b"\n")
             self.file.truncate()
             self.file.flush()
         except OSError as e:
@@ -668,6 +678,13 @@ class MetricsLog:
         print(text, flush=True)
         if self.board:
             self.board.close()
+
+
+def _without_nan(value: Any) -> Any:
+    """Return a JSON value with None for each number that is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def open_metrics(path: Path, start: int) -> BinaryIO:
@@ -753,13 +770,13 @@ def train_loop(
     model: Qwen3VL, optimizer: Optimizer, loader: data.Loader, state: ParallelState, metrics_log: MetricsLog,
     writer: convert.CheckpointWriter, *, iterations: range, accumulation: int, loss_type: str, clip_grad: float,
     schedule: Callable[[int], None], save_fn: Callable[[int, dict], None] | None, save_interval: int,
-    eval_fn: Callable[[], float | None] | None, eval_interval: int | None, profiler: contextlib.AbstractContextManager,
+    eval_fn: Callable[[], tuple] | None, eval_interval: int | None, profiler: contextlib.AbstractContextManager,
     signals: common.StopSignals, start_time: float,
 ) -> None:
     """Train for `iterations`, which count from 1, with `accumulation` micro-batches per step and rank.
 
-    `schedule`, `save_fn` and `eval_fn` are `set_learning_rates`, `save_iteration` and `evaluate` with their settings.
-    `start_time` is the time.monotonic() of the program's start.
+    `schedule`, `save_fn` and `eval_fn` are `set_learning_rates`, `save_iteration` and `evaluate_files` with their
+    settings. `start_time` is the time.monotonic() of the program's start.
     """
     bad_rows = None  # this rank's error about the latest step, which the next exchange reports to the other ranks
     nonfinite_steps = 0  # consecutive ones
@@ -769,6 +786,7 @@ def train_loop(
             if iteration % GARBAGE_INTERVAL == 0:
                 gc.collect()
             start = time.perf_counter()
+            batches: list[data.Batch] = []  # frees the last step's pixels before the next ones arrive
             batches, error = fetch_batches(stream, accumulation, len(loader.dataset.paths))
             data_time = time.perf_counter() - start
             schedule(iteration - 1)
@@ -787,6 +805,9 @@ def train_loop(
             if nonfinite_steps:
                 report_nonfinite_step(iteration, step, batches, nonfinite_steps)
             _, bad_rows = attempt(loader.check_bad_row_rate, stats.rows_read, stats.rows_bad, resume_state["epoch"])
+            rows_read = Counter()
+            for path, rows in zip(loader.dataset.paths, stats.rows_read, strict=True):
+                rows_read[path] += rows  # the same file may be given twice
 
             # The metrics are written before the checkpoint, so that every saved iteration has its line.
             metrics_log.write(
@@ -795,7 +816,7 @@ def train_loop(
                 lr=optimizer.param_groups[-1]["lr"], samples=stats.samples, tokens=stats.tokens,
                 supervised_tokens=stats.supervised_tokens, step_time_s=step_time, data_time_s=data_time,
                 model_flops=stats.flops, skipped_samples=sum(stats.rows_bad), truncated_samples=stats.truncated,
-                skipped_iterations=int(not step.is_finite),
+                skipped_iterations=int(not step.is_finite), rows_read=rows_read,
             )
             if profile:
                 profile.step()
@@ -805,15 +826,15 @@ def train_loop(
             if save_fn and should_save:
                 save_fn(iteration, resume_state)
                 signals.save = False  # this save also answers a signal that came after the exchange
-            eval_loss = None
+            eval_loss = eval_losses = None
             if eval_fn and should_evaluate and not stop:
                 try:
-                    eval_loss = eval_fn()
+                    eval_loss, eval_losses = eval_fn()
                 except (*common.USER_ERRORS, common.PeerError):  # every rank raises: a held-out row cannot be used
                     if save_fn and not should_save:
                         save_fn(iteration, resume_state)
                     raise
-            metrics_log.finish(eval_loss)
+            metrics_log.finish(eval_loss, eval_losses)
             if stop:
                 break
     raise_together(bad_rows, state)
@@ -880,11 +901,13 @@ def report_nonfinite_step(iteration: int, step: StepResult, batches: list[data.B
 
 
 @torch.no_grad()
-def evaluate(model: Qwen3VL, loader: data.Loader, state: ParallelState, max_batches: int | None) -> float | None:
-    """Return the mean negative log-likelihood of the supervised held-out tokens.
+def evaluate(
+    model: Qwen3VL, loader: data.Loader, state: ParallelState, max_batches: int | None
+) -> tuple[float, float] | None:
+    """Return (sum of the negative log-likelihoods, number of tokens) of the supervised held-out tokens of `loader`.
 
-    Return None if there are no such tokens, or if a signal asks to stop. Each rank evaluates `max_batches`
-    micro-batches (None: all). A row that cannot be used, or too many skipped ones, raise on every rank.
+    Return None if a signal asks to stop. Each rank evaluates `max_batches` micro-batches (None: all). A row that cannot
+    be used, or too many skipped ones, raise on every rank.
     """
     total, count = torch.zeros((), device=state.device), 0
     rows = np.zeros((2, len(loader.dataset.paths)))  # read and bad ones of each file
@@ -908,34 +931,51 @@ def evaluate(model: Qwen3VL, loader: data.Loader, state: ParallelState, max_batc
     rows_of_ranks = np.reshape(state.sum_over_dp(*rows.flat), rows.shape).astype(int)
     loader.check_bad_row_rate(*rows_of_ranks.tolist(), epoch=0)
     nll, tokens = state.sum(total, count)
-    if not tokens and state.rank == 0:
+    return nll, tokens
+
+
+def evaluate_files(
+    model: Qwen3VL, loaders: list[data.Loader], state: ParallelState, max_batches: int | None
+) -> tuple[float | None, dict[str, float | None] | None]:
+    """Return the mean negative log-likelihood of the supervised tokens of all held-out files, and of each by its path.
+
+    A mean is None if there are no such tokens. If a signal asks to stop, return (None, None). See `evaluate`.
+    """
+    sums = []
+    for loader in loaders:
+        nll_and_tokens = evaluate(model, loader, state, max_batches)
+        if nll_and_tokens is None:
+            return None, None
+        sums.append(nll_and_tokens)
+    sums.append(tuple(map(sum, zip(*sums, strict=True))))
+    *means, mean = [nll / tokens if tokens else None for nll, tokens in sums]
+    if mean is None and state.rank == 0:
         log.warning("--eval-dataset: the rows that were read have no supervised token, so that there is no eval_loss; "
                     "check the rows with data.py check, or give more --eval-iters")
-    return nll / tokens if tokens else None
+    return mean, dict(zip((loader.dataset.paths[0] for loader in loaders), means, strict=True))
 
 
 # ---- from the command line to the loop ------------------------------------------------------------------------------
 
 
-def setup_data(args: argparse.Namespace, state: ParallelState) -> tuple[data.Loader, data.Loader | None]:
-    """Return the loaders of the training rows and of the held-out rows, if there are any."""
+def setup_data(args: argparse.Namespace, state: ParallelState) -> tuple[data.Loader, list[data.Loader]]:
+    """Return the loader of the training rows and those of each file of held-out rows."""
     limits = data.media_limits(args)
     processor = data.Processor(args.init_from_hf_path, enable_thinking=args.enable_thinking, **limits)
     settings = {
         "micro_batch_size": args.micro_batch_size, "dp_rank": state.dp_rank, "dp_size": state.dp_size,
         "num_workers": args.num_workers, "on_bad_sample": args.on_bad_sample, "options": data.encode_options(args),
-        "pin_memory": kernels_npu.ops.is_accelerator,
+        "pin_memory": kernels_npu.ops.is_accelerator, "pixel_dtype": kernels_npu.ops.compute_dtype,
     }
     paths = args.dataset.split(",")
     if args.streaming:
         dataset = data.RowStream(paths, args.dataset_dir, args.max_samples, args.shuffle_buffer or 1000)
     else:
-        dataset = data.RowDataset(paths, args.dataset_dir, args.cache_dir, args.max_samples)
+        dataset = data.RowDataset(paths, args.dataset_dir, args.cache_dir, args.max_samples, args.dataset_weights)
     loader = data.Loader(dataset, processor, seed=args.seed if args.shuffle else None, packing=args.packing, **settings)
-    if not args.eval_dataset:
-        return loader, None
-    held_out = data.RowDataset(args.eval_dataset.split(","), args.dataset_dir, args.cache_dir)
-    return loader, data.Loader(held_out, processor, seed=None, num_samples=len(held_out), **settings)
+    held_out = [data.RowDataset([path], args.dataset_dir, args.cache_dir)
+                for path in (args.eval_dataset.split(",") if args.eval_dataset else ())]
+    return loader, [data.Loader(rows, processor, seed=None, num_samples=len(rows), **settings) for rows in held_out]
 
 
 def setup_model(args: argparse.Namespace, config: Qwen3VLConfig, state: ParallelState) -> tuple[Qwen3VL, Source | None]:
@@ -969,7 +1009,7 @@ def setup(
     torch.manual_seed(args.seed)
 
     config = Qwen3VLConfig.from_json(args.init_from_hf_path)
-    loader, eval_loader = setup_data(args, state)
+    loader, eval_loaders = setup_data(args, state)
     train_iters = args.train_iters
     if train_iters is None:
         steps = args.train_epochs * loader.epoch_size() / args.global_batch_size
@@ -1009,8 +1049,8 @@ def setup(
             optimizer=None if args.no_save_optim else optimizer, retain=args.save_retain,
             settings={"media_limits": data.media_limits(args)},
         )
-    if eval_loader:
-        eval_fn = functools.partial(evaluate, model, eval_loader, state, args.eval_iters)
+    if eval_loaders:
+        eval_fn = functools.partial(evaluate_files, model, eval_loaders, state, args.eval_iters)
     metrics_log = MetricsLog(
         state, start, save=args.save, tensorboard_dir=args.tensorboard_dir, log_interval=args.log_interval,
         train_iters=train_iters, global_batch_size=args.global_batch_size,

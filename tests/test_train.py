@@ -16,8 +16,10 @@ import subprocess
 import sys
 import time
 import types
+import weakref
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -254,6 +256,20 @@ def test_train_epochs(folder, tmp_path, reading):
         assert used == len(metrics) == 2 * len(rows)
 
 
+def test_dataset_weights(folder, tmp_path):
+    """--train-epochs counts weighted epochs, and rows_read counts each file's rows in them, over a resume as well."""
+    names = [str(folder / "text.json"), str(folder / "images.json")]  # ten rows each
+    flags = ["--dataset", ",".join(names), "--dataset-weights", "2,0.5", "--shuffle", "--global-batch-size", 5]
+    run(folder, tmp_path, *flags, iters=7)
+    argv = train_argv(folder / "moe", "", tmp_path, *flags, "--load", tmp_path, iters=0)
+    at = argv.index("--train-iters")
+    train.main([*argv[:at], "--train-epochs", "2", *argv[at + 2 :]])
+    metrics = read_metrics(tmp_path)
+    assert len(metrics) == 10 and {m["samples"] for m in metrics} == {5}
+    for epoch in (metrics[:5], metrics[5:]):
+        assert [sum(m["rows_read"][name] for m in epoch) for name in names] == [20, 5]
+
+
 @pytest.mark.parametrize("workers, reading", [
     (2, ""), (2, "--streaming --shuffle-buffer 4"), (2, "--packing --seq-length 160"),
     (2, "--packing --streaming --seq-length 160"), (0, "--packing --streaming --seq-length 160"),
@@ -340,6 +356,27 @@ def test_evaluate_uses_each_row_once(folder, tmp_path):
     assert metrics[2]["eval_loss"] == metrics[1]["eval_loss"]  # evaluation does not change the training
 
 
+def test_evaluate_files(folder, tmp_path, monkeypatch):
+    """Each held-out file has its loss, and eval_loss is the mean over the tokens of all files."""
+    board = Mock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Mock(SummaryWriter=board))
+    names, processor = [str(folder / "text.json"), str(folder / "images.json")], data.Processor(folder / "moe")
+    losses, counts = {}, []
+    for name in names:
+        _, metrics = run(folder, tmp_path / Path(name).stem, "--eval-dataset", name, "--lr", 0, iters=2)
+        losses[name] = metrics["eval_loss"]
+        counts.append(sum((processor.encode(row, media_dir=media).labels != data.IGNORE).sum().item()
+                          for row, _, media in data.RowDataset([name])))
+    first, last = run(folder, tmp_path / "both", "--eval-dataset", ",".join(names), "--lr", 0, "--tensorboard-dir",
+                      tmp_path / "board", iters=2)
+    assert first["eval_losses"] is None and last["eval_losses"] == losses and losses[names[0]] != losses[names[1]]
+    assert last["eval_loss"] == pytest.approx(np.average(list(losses.values()), weights=counts), rel=1e-6)
+    scalars = {call.args[0]: call.args[1:] for call in board.return_value.add_scalar.call_args_list}
+    assert scalars[f"eval_losses/{names[1]}"] == (losses[names[1]], 2)
+    assert scalars["eval_loss"] == (last["eval_loss"], 2) and "iteration" not in scalars
+    assert scalars[f"rows_read/{folder / 'mixed.jsonl'}"] == (1, 2)
+
+
 def write_held_out(path: Path, folder: Path, bad: int, count: int) -> Path:
     """Write `count` rows and return the path. The first `bad` rows name a missing image."""
     rows = [json.loads((folder / "text.json").read_text())[0] | {"images": ["missing.png"] * (i < bad)}
@@ -401,6 +438,22 @@ def test_train_bf16_keeps_float32_parameters(folder, tmp_path):
     assert metrics[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.02)
     assert metrics[0]["loss"] != exact[0]["loss"]
     assert {v.dtype for v in weights(tmp_path / "bf16").values()} == {torch.float32}
+
+
+def test_train_loop_frees_pixels(folder, tmp_path, monkeypatch):
+    """A step's pixels have the compute type, and are freed before the next step's are loaded."""
+    fetch_batches, last, alive = train.fetch_batches, [], []
+
+    def fetch(*args):
+        alive.extend(ref() for ref in last[:-1])  # the loader holds the last one until it yields the next
+        batches, error = fetch_batches(*args)
+        assert {batch.pixel_values.dtype for batch in batches} == {torch.bfloat16}
+        last[:] = [weakref.ref(batch.pixel_values) for batch in batches]
+        return batches, error
+
+    monkeypatch.setattr(train, "fetch_batches", fetch)
+    run(folder, tmp_path, "--bf16", "--global-batch-size", 4, dataset="images.json", iters=3)
+    assert alive == [None] * 6
 
 
 def log_lines(output: str) -> list[str]:
@@ -671,6 +724,11 @@ ERRORS = [
     (["--device", "cuda"], 2, "--device cuda: this PyTorch sees no CUDA device"),
     (["--device", "npu"], 2, "--device npu"),
     (["--dataset", "missing.json"], 1, "missing.json"),
+    (["--dataset-weights", "2,0.5"], 2, r"--dataset-weights has 2 number\(s\), --dataset 1 file\(s\)"),
+    (["--dataset-weights=-1"], 2, "--dataset-weights: '-1' is not a number at least 0"),
+    (["--dataset-weights", "2,"], 2, "--dataset-weights: '' is not a number"),
+    (["--dataset-weights", "0"], 2, "--dataset-weights leaves out every dataset"),
+    (["--dataset-weights", "2", "--streaming"], 2, "--dataset-weights .* --streaming"),
     (["--init-from-hf-path", "nowhere"], 1, "nowhere"),
     (["--load", "nowhere"], 1, "nowhere"),
     (["--eval-dataset", "held_out.json"], 1, "held_out.json"),
