@@ -161,6 +161,8 @@ def make_parser() -> Parser:
         help="save every N iterations; 0 saves only the last one")
     add("--async-save", action=switch, default=False,
         help="write checkpoints in the background, from a copy in host memory")
+    add("--save-hf", metavar="DIR", help="new directory for the last checkpoint in Hugging Face's format, written when "
+        "the run is complete, as convert.py dcp_to_hf does")
     add("--save-retain", type=positive_int, metavar="N", help="keep only the newest N checkpoints (default: all)")
     add("--no-load-optim", action="store_true", help="do not load the optimizer's state")
     add("--no-load-rng", action="store_true", help="do not load the state of the random number generators")
@@ -236,6 +238,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         (args.cache_dir and args.streaming and not args.eval_dataset,
          "--cache-dir keeps an index, which --streaming does not use: leave one of them out"),
         (args.async_save and not args.save, "--async-save needs --save: give the directory, or leave it out"),
+        (args.save_hf and not args.save, "--save-hf needs --save: give the directory, or leave it out"),
         (args.activation_offload and args.recompute == "none",
          "--activation-offload needs recompute: give --recompute full, or leave both out"),
         (args.min_lr > args.lr, f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}: give a smaller one"),
@@ -245,7 +248,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
          "--eval-interval and --eval-iters need --eval-dataset: give the held-out rows"),
         (args.finetune and same_directory, "--finetune starts a new run: give another --save than --load"),
     ]
-    for name in ("dataset_dir", "cache_dir", "load", "save", "eval_dataset", "tensorboard_dir", "profile_dir"):
+    for name in ("dataset_dir", "cache_dir", "load", "save", "save_hf", "eval_dataset", "tensorboard_dir",
+                 "profile_dir"):
         flag = "--" + name.replace("_", "-")
         problems.append((getattr(args, name) == "", f"{flag} is empty: give a path, or leave it out"))
     for is_wrong, message in problems:
@@ -772,8 +776,10 @@ def train_loop(
     schedule: Callable[[int], None], save_fn: Callable[[int, dict], None] | None, save_interval: int,
     eval_fn: Callable[[], tuple] | None, eval_interval: int | None, profiler: contextlib.AbstractContextManager,
     signals: common.StopSignals, start_time: float,
-) -> None:
+) -> bool:
     """Train for `iterations`, which count from 1, with `accumulation` micro-batches per step and rank.
+
+    Return whether all of them were done: a signal may have stopped the run.
 
     `schedule`, `save_fn` and `eval_fn` are `set_learning_rates`, `save_iteration` and `evaluate_files` with their
     settings. `start_time` is the time.monotonic() of the program's start.
@@ -839,6 +845,7 @@ def train_loop(
                 break
     raise_together(bad_rows, state)
     metrics_log.close(iteration)
+    return iteration == iterations[-1]
 
 
 GARBAGE_INTERVAL = 50  # iterations
@@ -1001,7 +1008,7 @@ def setup_model(args: argparse.Namespace, config: Qwen3VLConfig, state: Parallel
 
 def setup(
     args: argparse.Namespace, state: ParallelState, accumulation: int, start_time: float
-) -> Callable[[], None] | None:
+) -> Callable[[], bool] | None:
     """Make everything that training needs; return `train_loop` with its arguments, or None if nothing is left to do."""
     ops, log_rank0 = kernels_npu.ops, log.info if state.rank == 0 else (lambda *_: None)
     random.seed(args.seed)
@@ -1096,15 +1103,18 @@ def main(argv: list[str]) -> None:
         for directory in (args.profile_dir, args.tensorboard_dir):
             if directory:
                 Path(directory).mkdir(parents=True, exist_ok=True)
+        if args.save_hf and Path(args.save_hf).exists():
+            raise UsageError(f"--save-hf {args.save_hf} exists: give a new directory")
         if args.save:
             stack.enter_context(claim_save_directory(Path(args.save), args.load, vars(args)))
 
     with common.explain_errors(state), contextlib.ExitStack() as stack:
         state.run_synced(prepare_directories)
         train = setup(args, state, accumulation, start_time)
-        if train is not None:
-            train()
+        is_complete = train is None or train()
     state.close()
+    if args.save_hf and is_complete and state.rank == 0:  # the other ranks need not wait
+        convert.dcp_to_hf(args.save if train else args.load, args.save_hf, args.init_from_hf_path)
 
 
 if __name__ == "__main__":

@@ -456,6 +456,21 @@ def test_train_loop_frees_pixels(folder, tmp_path, monkeypatch):
     assert alive == [None] * 6
 
 
+def test_save_hf(folder, tmp_path, capsys):
+    """Only a run that is complete writes what dcp_to_hf would write."""
+    flags = ["--save-hf", tmp_path / "hf", "--image-max-pixels", 4096]
+    run(folder, tmp_path / "save", *flags, "--exit-duration-in-mins", 1e-6, iters=2)
+    assert not (tmp_path / "hf").exists()
+    run(folder, tmp_path / "save", *flags, "--load", tmp_path / "save", iters=2)
+    convert.dcp_to_hf(tmp_path / "save", tmp_path / "expected", folder / "moe")
+    names = {path.name for path in (tmp_path / "expected").iterdir()}
+    assert names == {path.name for path in (tmp_path / "hf").iterdir()} and "model.safetensors.index.json" in names
+    for name in names:
+        assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes(), name
+    argv = train_argv(folder / "moe", folder / "text.json", tmp_path / "other", *flags, iters=1)
+    assert fails(argv, capsys) == (2, f"error: --save-hf {tmp_path / 'hf'} exists: give a new directory")
+
+
 def log_lines(output: str) -> list[str]:
     return [line for line in output.splitlines() if re.match(r" \[[^]]*\] iteration ", line)]
 
