@@ -1,7 +1,8 @@
-"""Weights and checkpoints: Hugging Face safetensors <-> model <-> DCP, crash-safe saves, and the two conversions.
+"""Weights and checkpoints: Hugging Face safetensors <-> model <-> DCP, crash-safe saves, and the conversions.
 
 A *source* is a directory of stored tensors (see `Source`). Loading, resharding and both conversions copy slices from a
-source, so that a process holds only a few chunks beside its own shard.
+source, so that a process holds only a few chunks beside its own shard. A checkpoint of a run with adapters holds only what
+was trained; `AdaptedWeights` reads it with the weights that it belongs to.
 
 A checkpoint has the format of torch.distributed.checkpoint (DCP), which `dcp.load` reads: tensors in chunks of at most
 CHUNK_BYTES, parameters and buffers under their Hugging Face names, optimizer state as `optimizer.KEY.NAME`. Beside them
@@ -10,12 +11,14 @@ runs no code.
 
     python convert.py hf_to_dcp --hf_dir DIR --dcp_dir DIR
     python convert.py dcp_to_hf --load_dir ITER_DIR --save_dir DIR --model_assets_dir HF_DIR
+    python convert.py dcp_to_peft --load_dir ITER_DIR --save_dir DIR --model_assets_dir HF_DIR
     python convert.py verify DIR
 """
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import glob
 import hashlib
 import io
@@ -48,7 +51,7 @@ from tqdm import tqdm
 import kernels_npu
 from common import InputError, Parser, is_peer_failure, number, one_line, read_json, run_program, shorten
 from model import Qwen3VLConfig, build_model
-from parallel import local_shard_and_offset, run_synced
+from parallel import Adapter, add_adapters, local_shard_and_offset, named_adapters, run_synced
 
 CHUNK_BYTES = 16 << 20
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -58,6 +61,7 @@ INDEX = "model.safetensors.index.json"
 SAFETENSORS_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 BUFFER_TYPES = {"I64": torch.int64, "I32": torch.int32}
 EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
+PEFT_CONFIG = "adapter_config.json"
 LAYOUT = {"expert_layout": "published"}  # in our safetensors headers, because square experts do not show their layout
 
 TensorInfo = tuple[torch.dtype, torch.Size]
@@ -223,8 +227,12 @@ def _is_file_name(name: object) -> bool:
 _LAYER = re.compile(r"model\.(?:language_model\.layers|visual\.blocks|visual\.deepstack_merger_list)\.\d+")
 
 
-def _check_names_and_shapes(tensors: dict[str, TensorInfo], model: nn.Module, path: Path) -> None:
+def _check_names_and_shapes(
+    tensors: dict[str, TensorInfo], model: nn.Module, path: Path, may_be_absent: Callable[[str], bool] | None = None
+) -> None:
     """Compare the names and shapes in a source with the model's. Raises InputError.
+
+    `may_be_absent` takes a name; the default is the model's.
 
     Two kinds of unknown tensors are ignored: layers beyond config.json's depth, because editing it is how users cut a
     model, and the lm_head.weight that some checkpoints with tied weights hold beside the embedding.
@@ -232,7 +240,8 @@ def _check_names_and_shapes(tensors: dict[str, TensorInfo], model: nn.Module, pa
     expected = {name: tensor.shape for name, tensor in stored_tensors(model).items()}
     layers = {name: match[0] for name in [*tensors, *expected] if (match := _LAYER.match(name))}
     cut_layers = set(layers.values()) - {layers.get(name) for name in expected}
-    missing = [name for name in expected if name not in tensors and not model.may_be_absent(name)]
+    may_be_absent = may_be_absent or model.may_be_absent
+    missing = [name for name in expected if name not in tensors and not may_be_absent(name)]
     unknown = [name for name in tensors
                if name not in expected and name != "lm_head.weight" and layers.get(name) not in cut_layers]
     problems = [f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
@@ -256,6 +265,8 @@ def hf_has_weights(hf_dir: str | Path) -> bool:
 class HuggingFaceWeights:
     """Read the safetensors of a Hugging Face directory. Raises InputError for missing and damaged files."""
 
+    single_file = "model.safetensors"
+
     def __init__(self, hf_dir: str | Path):
         self.path = Path(hf_dir)
         self.tensors: dict[str, TensorInfo] = {}
@@ -268,14 +279,14 @@ class HuggingFaceWeights:
 
     def _list_files(self) -> dict[str, list[str]]:
         """Return {file: names of its tensors} from the index. For a single file the list of names is empty."""
-        if (self.path / "model.safetensors").exists():
-            return {"model.safetensors": []}
+        if (self.path / self.single_file).exists():
+            return {self.single_file: []}
         index = self.path / INDEX
         pickles = [*self.path.glob("pytorch_model*.bin")]
         if not index.exists() and pickles:
             raise InputError(f"{pickles[0]}: is a pickle, which can run code; convert it to safetensors")
         if not index.exists():
-            raise InputError(f"{self.path}: holds no weights (neither model.safetensors nor {INDEX})")
+            raise InputError(f"{self.path}: holds no weights (neither {self.single_file} nor {INDEX})")
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index}: has no weight_map; download it again")
@@ -408,6 +419,10 @@ def _read_verified(path: Path, records: dict[str, dict]) -> bytes:
     return content
 
 
+def _without_optimizer(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    return {name: info for name, info in tensors.items() if not name.startswith("optimizer.")}
+
+
 class CheckpointWeights:
     """Read a DCP directory. Opening it checks that every file has its size and every tensor all of its values.
 
@@ -459,8 +474,7 @@ class CheckpointWeights:
 
     def check_compatible(self, model: nn.Module) -> CheckpointWeights:
         """Compare names and shapes with the model's and return self. Raises InputError."""
-        weights = {name: info for name, info in self.tensors.items() if not name.startswith("optimizer.")}
-        _check_names_and_shapes(weights, model, self.path)
+        _check_names_and_shapes(_without_optimizer(self.tensors), model, self.path)
         return self
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
@@ -497,6 +511,150 @@ class CheckpointWeights:
                              ) from e
         self._recent[key] = chunk
         return chunk
+
+
+# ---- adapters ------------------------------------------------------------------------------------------------------
+
+
+def _read_full(source: Source, name: str) -> Tensor:
+    shape = source.tensors[name][1]
+    return source.read(name, (0,) * len(shape), shape)
+
+
+class AdaptedWeights:
+    """What a run with adapters has trained, on top of the weights that it began with.
+
+    A model with adapters loads both as they are. For a model without them, `read` adds the adapters' products to the
+    weights, in float32. `settings` are those of `parallel.add_adapters`, and "base", see `open_checkpoint`.
+    """
+
+    def __init__(self, base: Source, trained: Source | None, settings: dict):
+        self.base, self.trained, self.settings = base, trained, settings
+        self.path = (trained or base).path
+        self.tensors = base.tensors | (trained.tensors if trained else {})
+        self._merged: dict[str, tuple[str, Adapter]] = {}  # weight -> its adapter
+        self._factors: tuple[str, Tensor, Tensor] = "", torch.empty(0), torch.empty(0)  # of the latest weight
+
+    def check_compatible(self, model: nn.Module) -> AdaptedWeights:
+        """Compare names and shapes with the model's and return self. Raises InputError."""
+        self.base.check_compatible(model)
+        if not named_adapters(model):
+            model = build_model(model.config)
+            add_adapters(model, self.settings)
+            self._merged = {adapter.weight_name: (name, adapter) for name, adapter in named_adapters(model).items()}
+        if self.trained:
+            trained = _without_optimizer(self.trained.tensors)
+            _check_names_and_shapes(trained, model, self.path, may_be_absent=lambda name: ".lora." not in name)
+        return self
+
+    def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        """Return a slice of a tensor: what was trained, a weight with its adapter, or the weight itself."""
+        if self.trained and name in self.trained.tensors:
+            return self.trained.read(name, offset, sizes)
+        values = self.base.read(name, offset, sizes)
+        if name not in self._merged:
+            return values
+        adapter_name, adapter = self._merged[name]
+        if self._factors[0] != name:
+            a, b = (_read_full(self.trained, f"{adapter_name}.{leaf}").float() for leaf in "AB")
+            self._factors = (name, b, a) if a.ndim == 2 else (name, a, b)
+        _, left, right = self._factors
+        *experts, rows, columns = _slices(offset, sizes)
+        return values.float() + adapter.scale * left[(*experts, rows)] @ right[(*experts, slice(None), columns)]
+
+
+def open_checkpoint(load_dir: str | Path, hf_dir: str | Path) -> CheckpointWeights | AdaptedWeights:
+    """Open a checkpoint and, if it holds adapters, the weights that they belong to.
+
+    These are the safetensors of `hf_dir`, or the full checkpoint that the run with adapters was started from.
+    """
+    checkpoint = CheckpointWeights(find_checkpoint(load_dir))
+    adapters = read_settings(checkpoint.path).get("adapters")
+    if adapters is None:
+        return checkpoint
+    base = adapters["base"]
+    if base is not None and not (Path(base) / ".metadata").exists():
+        raise InputError(f"{checkpoint.path}: its adapters belong to the weights of the checkpoint {base}, which is "
+                         "missing; put it back there")
+    return AdaptedWeights(CheckpointWeights(base) if base else HuggingFaceWeights(hf_dir), checkpoint, adapters)
+
+
+class RelaidTensors:
+    """Tensors of another source under other names and in another layout."""
+
+    def __init__(self, source: Source, layouts: dict[str, tuple[str, torch.Size, Callable[[Tensor], Tensor]]]):
+        """layouts: {name: (the other source's name, shape, function from the other layout)}."""
+        self.source, self.layouts, self.path = source, layouts, source.path
+        self.tensors = {name: (source.tensors[stored][0], shape) for name, (stored, shape, _) in layouts.items()}
+
+    def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        stored, _, layout = self.layouts[name]
+        return layout(_read_full(self.source, stored))[_slices(offset, sizes)]
+
+
+def _peft_tensors(model: nn.Module) -> Iterator[tuple[str, str, torch.Size, torch.Size]]:
+    """Yield the name, PEFT's name, the shape and PEFT's shape of each A and B.
+
+    PEFT wraps the experts of a layer twice. The inner adapter is that of gate_up_proj.
+    """
+    for name, adapter in named_adapters(model).items():
+        layer, _, weight = adapter.weight_name.rpartition(".")
+        inner = ".base_layer" if weight == "gate_up_proj" else ""
+        for leaf, p in adapter.named_parameters():
+            yield (f"{name}.{leaf}", f"base_model.model.{layer}{inner}.lora_{leaf}.weight", p.shape,
+                   _to_peft(p, leaf).shape)
+
+
+def _to_peft(values: Tensor, leaf: str) -> Tensor:
+    """Lay out adapters of experts as PEFT does: A [E, in, r] as [E * r, in], and B [E, r, out] as [out, r * E]."""
+    if values.ndim == 2:
+        return values
+    return values.transpose(1, 2).flatten(0, 1) if leaf == "A" else values.permute(2, 1, 0).flatten(1)
+
+
+def _from_peft(shape: torch.Size, leaf: str, values: Tensor) -> Tensor:
+    """Return the result of `_to_peft` in its original layout of that shape."""
+    if len(shape) == 2:
+        return values
+    experts, rank = shape[0], shape[2 if leaf == "A" else 1]
+    if leaf == "A":
+        return values.unflatten(0, (experts, rank)).transpose(1, 2)
+    return values.unflatten(1, (rank, experts)).permute(2, 1, 0)
+
+
+class _PeftFile(HuggingFaceWeights):
+    single_file = "adapter_model.safetensors"
+
+
+def read_peft_settings(directory: str | Path) -> dict:
+    """Return the rank, alpha and target modules of a PEFT directory. Raises InputError for other kinds of adapters."""
+    path = Path(directory) / PEFT_CONFIG
+    config = read_json(path)
+    plain = {"peft_type": ("LORA",), "bias": (None, "none"), "init_lora_weights": (None, True, False, "gaussian")}
+    for key in ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save"):
+        plain[key] = None, False, {}, []
+    for key, values in plain.items():
+        if config.get(key) not in values:
+            raise InputError(f"{path}: {key} is {shorten(config.get(key))}, which is not supported: use a plain LoRA "
+                             "adapter")
+    names = [re.fullmatch(r".*?([^.]+)(\.base_layer)?\.lora_[AB]\.weight", name) for name in _PeftFile(directory).tensors]
+    if None in names or not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), (int, float)):
+        raise InputError(f"{path}: is not the configuration of a LoRA adapter; save it again with PEFT")
+    return {"rank": config["r"], "alpha": config["lora_alpha"], "target_modules": sorted({m[1] for m in names})}
+
+
+def open_peft(directory: str | Path, model: nn.Module) -> RelaidTensors:
+    """Open the adapters of a PEFT directory. Raises InputError if they are not those of the model."""
+    source, layouts = _PeftFile(directory), {}
+    for name, stored, shape, stored_shape in _peft_tensors(model):
+        if stored not in source.tensors or source.tensors[stored][1] != stored_shape:
+            raise InputError(f"{source.path}: has no {stored} {list(stored_shape)}, which --lora-target-modules and "
+                             "config.json require; give the targets and the model that it was trained with")
+        layouts[name] = stored, shape, functools.partial(_from_peft, shape, name[-1])
+    unknown = source.tensors.keys() - {stored for stored, _, _ in layouts.values()}
+    if unknown:
+        raise InputError(f"{source.path}: has {min(unknown)}, which is not in --lora-target-modules or the model")
+    return RelaidTensors(source, layouts)
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -659,9 +817,14 @@ def _commit(staging: Path, final: Path, records: dict[str, dict], tracker: str |
 
 
 def _chunks_to_save(model: nn.Module, optimizer: Optimizer | None) -> Iterator[TensorChunk]:
-    """Yield what this rank writes: its shard of every DTensor (replicas take turns), and on rank 0 plain tensors."""
-    tensors = {}
+    """Yield what this rank writes: its shard of every DTensor (replicas take turns), and on rank 0 plain tensors.
+
+    A model with adapters is saved without its frozen parameters.
+    """
+    tensors, has_adapters = {}, bool(named_adapters(model))
     for name, tensor in stored_tensors(model).items():
+        if has_adapters and isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+            continue
         tensors[name] = tensor
         state = optimizer.state.get(tensor, {}) if optimizer is not None else {}
         tensors |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
@@ -883,12 +1046,12 @@ def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str 
     """Write a checkpoint's parameters and buffers as a Hugging Face directory, with the base model's assets.
 
     `dtype` ('bfloat16', ...) is the parameters' type, by default the one in the assets' config.json, or else the stored
-    type. Buffers keep their own.
+    type. Buffers keep their own. Adapters are merged into the weights that they belong to (see `open_checkpoint`).
     """
     assets = Path(model_assets_dir)
     config = Qwen3VLConfig.from_json(assets)
     model = build_model(config)
-    source = CheckpointWeights(find_checkpoint(load_dir)).check_compatible(model)
+    source = open_checkpoint(load_dir, assets).check_compatible(model)
     final = Path(save_dir).resolve()
     _check_output(final, [assets.resolve(), source.path.resolve()], overwrite)
     dtype = dtype or config.dtype
@@ -915,6 +1078,39 @@ def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str 
     return final
 
 
+def dcp_to_peft(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str | Path, overwrite: bool = False) -> Path:
+    """Write the adapters of a checkpoint as a directory that PEFT loads. Raises InputError if other weights were trained."""
+    source = CheckpointWeights(find_checkpoint(load_dir))
+    settings = read_settings(source.path).get("adapters")
+    if settings is None:
+        raise InputError(f"{source.path}: has no adapters; convert it with dcp_to_hf")
+    others = [name for name in _without_optimizer(source.tensors) if ".lora." not in name]
+    if others:
+        raise InputError(f"{source.path}: {len(others)} other tensors were trained beside the adapters ({others[0]}, "
+                         "...), and PEFT would not load them; convert it with dcp_to_hf")
+    model = build_model(Qwen3VLConfig.from_json(model_assets_dir))
+    add_adapters(model, settings)
+    _check_names_and_shapes(_without_optimizer(source.tensors), model, source.path, lambda name: ".lora." not in name)
+    final = Path(save_dir).resolve()
+    _check_output(final, [Path(model_assets_dir).resolve(), source.path.resolve()], overwrite)
+    relaid = RelaidTensors(source, {stored: (name, shape, functools.partial(_to_peft, leaf=name[-1]))
+                                    for name, stored, _, shape in _peft_tensors(model)})
+    has_experts = any(tensor.ndim == 3 for tensor in model.parameters() if tensor.requires_grad)
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(model_assets_dir),
+        "r": settings["rank"], "lora_alpha": settings["alpha"], "lora_dropout": settings["dropout"], "bias": "none",
+        "target_modules": [target for target in settings["target_modules"] if not target.endswith("experts")],
+        "target_parameters": [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj") if has_experts],
+        "exclude_modules": ["patch_embed.proj"],  # a convolution in transformers
+        "inference_mode": True,
+    }
+    with _conversion(final, sum(map(_nbytes, relaid.tensors.values()))) as (staging, records, bar):
+        with _HashedFile(staging / _PeftFile.single_file, records) as file:
+            _write_safetensors(file, relaid.tensors, relaid, bar)
+        _write_bytes(staging / PEFT_CONFIG, json.dumps(config, indent=1).encode(), records)
+    return final
+
+
 def _check_output(final: Path, inputs: list[Path], overwrite: bool) -> None:
     """Raise InputError unless `final` is new, or may be overwritten and is an earlier conversion's output."""
     if not final.exists() or final.is_dir() and not any(final.iterdir()):
@@ -922,7 +1118,7 @@ def _check_output(final: Path, inputs: list[Path], overwrite: bool) -> None:
     if not overwrite:
         raise InputError(f"{final}: already exists; choose another --save_dir, or give --overwrite")
     holds_input = any(final == path or final in path.parents for path in inputs)
-    if holds_input or not (final / INDEX).exists():
+    if holds_input or not any((final / name).exists() for name in (INDEX, PEFT_CONFIG)):
         raise InputError(f"{final}: is not overwritten, because it holds the input or is not the output of an earlier "
                          "conversion; choose another --save_dir")
 
@@ -1038,20 +1234,23 @@ def _verify_one(path: Path) -> str:
 def main(argv: list[str]) -> None:
     """Run the command line. `common.run_program` reports what this raises."""
     parser = Parser(description="Hugging Face safetensors <-> DCP checkpoints", prog="convert.py")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{hf_to_dcp,dcp_to_hf,verify}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{hf_to_dcp,dcp_to_hf,dcp_to_peft,verify}")
     to_dcp = commands.add_parser("hf_to_dcp", help="convert a Hugging Face directory to DCP_DIR/release")
     to_dcp.add_argument("--hf_dir", required=True, help="directory with config.json and safetensors")
     to_dcp.add_argument("--dcp_dir", required=True, help="directory to write release/ and the tracker file to")
-    to_hf = commands.add_parser("dcp_to_hf", help="convert a checkpoint to a Hugging Face directory")
-    to_hf.add_argument("--load_dir", required=True, help="an iteration's directory, or a save directory for its latest")
-    to_hf.add_argument("--save_dir", required=True, help="Hugging Face directory to write")
-    to_hf.add_argument("--model_assets_dir", required=True,
-                       help="directory to copy the configuration, tokenizer and licence from")
+    to_hf = commands.add_parser("dcp_to_hf", help="convert a checkpoint to a Hugging Face directory, adapters merged")
+    to_peft = commands.add_parser("dcp_to_peft", help="convert a checkpoint's adapters to a PEFT directory")
+    for command in (to_hf, to_peft):
+        command.add_argument("--load_dir", required=True,
+                             help="an iteration's directory, or a save directory for its latest")
+        command.add_argument("--save_dir", required=True, help="directory to write")
+        command.add_argument("--model_assets_dir", required=True, help="Hugging Face directory of the base model: its "
+                             "configuration, tokenizer and licence, and the weights that adapters are merged into")
     to_hf.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
                        help="type of the written weights (default: the one in config.json, else as stored)")
     to_hf.add_argument("--max-shard-size", type=number(float, 0, above=True), default=5.0, metavar="GB",
                        help="largest size of a safetensors file")
-    for command in (to_dcp, to_hf):
+    for command in (to_dcp, to_hf, to_peft):
         command.add_argument("--overwrite", action="store_true", help="replace an earlier output")
     verifier = commands.add_parser("verify", help="check a directory's files against their checksums")
     verifier.add_argument("dir", help="a checkpoint, a save directory or a Hugging Face directory")
@@ -1065,6 +1264,8 @@ def main(argv: list[str]) -> None:
     elif args.command == "dcp_to_hf":
         print("wrote", dcp_to_hf(args.load_dir, args.save_dir, args.model_assets_dir, args.dtype, args.overwrite,
                                  args.max_shard_size))
+    elif args.command == "dcp_to_peft":
+        print("wrote", dcp_to_peft(args.load_dir, args.save_dir, args.model_assets_dir, args.overwrite))
     else:
         print("\n".join(verify(args.dir)))
 
