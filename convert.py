@@ -1,13 +1,12 @@
 """Weights and checkpoints: Hugging Face safetensors <-> model <-> DCP, crash-safe saves, and the conversions.
 
 A *source* is a directory of stored tensors (see `Source`). Loading, resharding and both conversions copy slices from a
-source, so that a process holds only a few chunks beside its own shard. A checkpoint of a run with adapters holds only what
-was trained; `AdaptedWeights` reads it with the weights that it belongs to.
+source, so that a process holds only a few chunks beside its own shard.
 
 A checkpoint has the format of torch.distributed.checkpoint (DCP), which `dcp.load` reads: tensors in chunks of at most
 CHUNK_BYTES, parameters and buffers under their Hugging Face names, optimizer state as `optimizer.KEY.NAME`. Beside them
 lie `checksums.json`, `settings.json` and each rank's `trainer_state_rank_00000.pt`. Reading an untrusted checkpoint
-runs no code.
+runs no code. A run with adapters saves only what it trains; `AdaptedWeights` reads that with the weights beneath.
 
     python convert.py hf_to_dcp --hf_dir DIR --dcp_dir DIR
     python convert.py dcp_to_hf --load_dir ITER_DIR --save_dir DIR --model_assets_dir HF_DIR
@@ -18,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import glob
 import hashlib
 import io
@@ -36,7 +34,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -48,6 +46,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+import data
 import kernels_npu
 from common import InputError, Parser, is_peer_failure, number, one_line, read_json, run_program, shorten
 from model import Qwen3VLConfig, build_model
@@ -81,6 +80,9 @@ class Source(Protocol):
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         """Return a slice of a tensor in its stored type. It may be a view of shared memory: never write to it."""
+
+    def file_of(self, name: str) -> Path:
+        """Return the file that holds a tensor, or the first one that does."""
 
 
 # ---- tensors and their chunks --------------------------------------------------------------------------------------
@@ -257,6 +259,18 @@ def _check_names_and_shapes(
                              f"{list(shape)}; use the config.json that belongs to these weights")
 
 
+def _check_tied_copy(source: Source, model: nn.Module) -> None:
+    """Raise InputError if the source holds another lm_head.weight than the embedding that the model uses for it."""
+    copy, embedding = "lm_head.weight", "model.language_model.embed_tokens.weight"
+    if copy in stored_tensors(model) or not {copy, embedding} <= source.tensors.keys():
+        return
+    (dtype, shape), (_, copy_shape) = source.tensors[embedding], source.tensors[copy]
+    chunks = _row_chunks(shape, dtype.itemsize)
+    if shape != copy_shape or any((source.read(copy, *at) != source.read(embedding, *at)).any() for at in chunks):
+        raise InputError(f"{source.file_of(copy)}: {copy} differs from {embedding}, but config.json says that they are "
+                         "one (tie_word_embeddings is true): set that to false to use both, or remove lm_head.weight")
+
+
 def hf_has_weights(hf_dir: str | Path) -> bool:
     """Return whether a Hugging Face directory holds safetensors, as one file or as an index of several."""
     return any((Path(hf_dir) / name).exists() for name in ("model.safetensors", INDEX))
@@ -339,7 +353,11 @@ class HuggingFaceWeights:
                 self._transposed.add(name)
                 self.tensors[name] = dtype, tensor.shape
         _check_names_and_shapes(self.tensors, model, self.path)
+        _check_tied_copy(self, model)
         return self
+
+    def file_of(self, name: str) -> Path:
+        return self.path / next(file for file, names in self.files.items() if name in names)
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         """Return a slice of a tensor, in the published layout. It may be a view of the mapped file."""
@@ -419,7 +437,8 @@ def _read_verified(path: Path, records: dict[str, dict]) -> bytes:
     return content
 
 
-def _without_optimizer(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+def without_optimizer(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Return a checkpoint's parameters and buffers."""
     return {name: info for name, info in tensors.items() if not name.startswith("optimizer.")}
 
 
@@ -474,8 +493,12 @@ class CheckpointWeights:
 
     def check_compatible(self, model: nn.Module) -> CheckpointWeights:
         """Compare names and shapes with the model's and return self. Raises InputError."""
-        _check_names_and_shapes(_without_optimizer(self.tensors), model, self.path)
+        _check_names_and_shapes(without_optimizer(self.tensors), model, self.path)
+        _check_tied_copy(self, model)
         return self
+
+    def file_of(self, name: str) -> Path:
+        return self.path / self._chunks[name][0][2].relative_path
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         """Return a slice of a tensor, assembled from the chunks that overlap it."""
@@ -521,6 +544,12 @@ def _read_full(source: Source, name: str) -> Tensor:
     return source.read(name, (0,) * len(shape), shape)
 
 
+def check_trained(trained: Source, model: nn.Module) -> None:
+    """Raise InputError unless a source has the model's adapters, and nothing that the model does not have."""
+    tensors = without_optimizer(trained.tensors)
+    _check_names_and_shapes(tensors, model, trained.path, may_be_absent=lambda name: ".lora." not in name)
+
+
 class AdaptedWeights:
     """What a run with adapters has trained, on top of the weights that it began with.
 
@@ -543,8 +572,7 @@ class AdaptedWeights:
             add_adapters(model, self.settings)
             self._merged = {adapter.weight_name: (name, adapter) for name, adapter in named_adapters(model).items()}
         if self.trained:
-            trained = _without_optimizer(self.trained.tensors)
-            _check_names_and_shapes(trained, model, self.path, may_be_absent=lambda name: ".lora." not in name)
+            check_trained(self.trained, model)
         return self
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
@@ -592,69 +620,64 @@ class RelaidTensors:
         return layout(_read_full(self.source, stored))[_slices(offset, sizes)]
 
 
-def _peft_tensors(model: nn.Module) -> Iterator[tuple[str, str, torch.Size, torch.Size]]:
-    """Yield the name, PEFT's name, the shape and PEFT's shape of each A and B.
+class PeftTensor(NamedTuple):
+    """An A or B and how PEFT stores it: those of experts as [E * r, in] and [out, r * E]."""
 
-    PEFT wraps the experts of a layer twice. The inner adapter is that of gate_up_proj.
-    """
+    name: str
+    peft_name: str
+    shape: torch.Size
+    peft_shape: torch.Size
+    to_peft: Callable[[Tensor], Tensor]
+    from_peft: Callable[[Tensor], Tensor]
+
+
+def peft_tensors(model: nn.Module) -> list[PeftTensor]:
+    """Return all A and B of a model. PEFT wraps a layer's experts twice; the inner adapter is that of gate_up_proj."""
+    tensors = []
     for name, adapter in named_adapters(model).items():
         layer, _, weight = adapter.weight_name.rpartition(".")
         inner = ".base_layer" if weight == "gate_up_proj" else ""
         for leaf, p in adapter.named_parameters():
-            yield (f"{name}.{leaf}", f"base_model.model.{layer}{inner}.lora_{leaf}.weight", p.shape,
-                   _to_peft(p, leaf).shape)
+            swapped = (0, 0) if p.ndim == 2 else (1, 2) if leaf == "A" else (0, 2)  # dimensions
+            split = p.transpose(*swapped)
+            merged = split if p.ndim == 2 else split.flatten(0, 1) if leaf == "A" else split.flatten(1, 2)
+            tensors.append(PeftTensor(
+                f"{name}.{leaf}", f"base_model.model.{layer}{inner}.lora_{leaf}.weight", p.shape, merged.shape,
+                lambda t, swapped=swapped, shape=merged.shape: t.transpose(*swapped).reshape(shape),
+                lambda t, swapped=swapped, shape=split.shape: t.reshape(shape).transpose(*swapped),
+            ))
+    return tensors
 
 
-def _to_peft(values: Tensor, leaf: str) -> Tensor:
-    """Lay out adapters of experts as PEFT does: A [E, in, r] as [E * r, in], and B [E, r, out] as [out, r * E]."""
-    if values.ndim == 2:
-        return values
-    return values.transpose(1, 2).flatten(0, 1) if leaf == "A" else values.permute(2, 1, 0).flatten(1)
+class PeftFile(HuggingFaceWeights):
+    """Read the safetensors of a PEFT directory."""
 
-
-def _from_peft(shape: torch.Size, leaf: str, values: Tensor) -> Tensor:
-    """Return the result of `_to_peft` in its original layout of that shape."""
-    if len(shape) == 2:
-        return values
-    experts, rank = shape[0], shape[2 if leaf == "A" else 1]
-    if leaf == "A":
-        return values.unflatten(0, (experts, rank)).transpose(1, 2)
-    return values.unflatten(1, (rank, experts)).permute(2, 1, 0)
-
-
-class _PeftFile(HuggingFaceWeights):
     single_file = "adapter_model.safetensors"
 
 
 def read_peft_settings(directory: str | Path) -> dict:
-    """Return the rank, alpha and target modules of a PEFT directory. Raises InputError for other kinds of adapters."""
+    """Return the rank, alpha and target modules of a PEFT directory. Raises InputError unless it is plain LoRA."""
     path = Path(directory) / PEFT_CONFIG
     config = read_json(path)
-    plain = {"peft_type": ("LORA",), "bias": (None, "none"), "init_lora_weights": (None, True, False, "gaussian")}
-    for key in ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save"):
-        plain[key] = None, False, {}, []
-    for key, values in plain.items():
-        if config.get(key) not in values:
-            raise InputError(f"{path}: {key} is {shorten(config.get(key))}, which is not supported: use a plain LoRA "
-                             "adapter")
-    names = [re.fullmatch(r".*?([^.]+)(\.base_layer)?\.lora_[AB]\.weight", name) for name in _PeftFile(directory).tensors]
-    if None in names or not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), (int, float)):
-        raise InputError(f"{path}: is not the configuration of a LoRA adapter; save it again with PEFT")
-    return {"rank": config["r"], "alpha": config["lora_alpha"], "target_modules": sorted({m[1] for m in names})}
+    unsupported = [key for key in ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern",
+                                   "modules_to_save") if config.get(key)]
+    unsupported += [key for key, plain in (("peft_type", "LORA"), ("bias", "none")) if config.get(key, plain) != plain]
+    if unsupported or not {"r", "lora_alpha"} <= config.keys():
+        raise InputError(f"{path}: is not that of plain LoRA ({', '.join(unsupported) or 'it has no r or lora_alpha'}): "
+                         "train the adapter again without that, or merge it into the weights with PEFT")
+    layers = {name.partition(".lora_")[0].removesuffix(".base_layer") for name in PeftFile(directory).tensors}
+    targets = sorted({layer.rpartition(".")[2] for layer in layers})
+    return {"rank": config["r"], "alpha": config["lora_alpha"], "target_modules": targets}
 
 
 def open_peft(directory: str | Path, model: nn.Module) -> RelaidTensors:
     """Open the adapters of a PEFT directory. Raises InputError if they are not those of the model."""
-    source, layouts = _PeftFile(directory), {}
-    for name, stored, shape, stored_shape in _peft_tensors(model):
-        if stored not in source.tensors or source.tensors[stored][1] != stored_shape:
-            raise InputError(f"{source.path}: has no {stored} {list(stored_shape)}, which --lora-target-modules and "
-                             "config.json require; give the targets and the model that it was trained with")
-        layouts[name] = stored, shape, functools.partial(_from_peft, shape, name[-1])
-    unknown = source.tensors.keys() - {stored for stored, _, _ in layouts.values()}
-    if unknown:
-        raise InputError(f"{source.path}: has {min(unknown)}, which is not in --lora-target-modules or the model")
-    return RelaidTensors(source, layouts)
+    source, expected = PeftFile(directory), {t.peft_name: t for t in peft_tensors(model)}
+    for name in sorted(expected.keys() | source.tensors.keys()):
+        if name not in expected or name not in source.tensors or source.tensors[name][1] != expected[name].peft_shape:
+            raise InputError(f"{source.path}: its adapters are not those that config.json and --lora-target-modules "
+                             f"describe: {name} is missing, unknown or of another shape; give its model and targets")
+    return RelaidTensors(source, {t.name: (t.peft_name, t.shape, t.from_peft) for t in expected.values()})
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -1042,11 +1065,12 @@ _ASSET = re.compile(r".*(?<!\.index)\.json|.*\.(txt|jinja|model)|(LICEN[SC]E|NOT
 
 
 def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str | Path, dtype: str | None = None,
-              overwrite: bool = False, max_shard_gb: float = 5) -> Path:
+              overwrite: bool = False, max_shard_gb: float = 5, keep_preprocessor: bool = False) -> Path:
     """Write a checkpoint's parameters and buffers as a Hugging Face directory, with the base model's assets.
 
     `dtype` ('bfloat16', ...) is the parameters' type, by default the one in the assets' config.json, or else the stored
-    type. Buffers keep their own. Adapters are merged into the weights that they belong to (see `open_checkpoint`).
+    type. Buffers keep their own. Adapters are merged into the weights that they belong to (see `open_checkpoint`). The
+    preprocessor files get the limits of the training run and a line is printed, unless `keep_preprocessor`.
     """
     assets = Path(model_assets_dir)
     config = Qwen3VLConfig.from_json(assets)
@@ -1060,6 +1084,13 @@ def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str 
     output = _output_tensors({name: source.tensors[name] for name in names}, parameters, dtype)
     shards = _split_into_shards(output, max_shard_gb * 1e9)
     total = sum(map(_nbytes, output.values()))
+    limits = {} if keep_preprocessor else read_settings(source.path).get("media_limits", {})
+    preprocessors = data.preprocessor_files(assets, limits) if limits else {}
+    files = {path.name: path.read_bytes() for path in assets.glob("*")
+             if path.is_file() and _ASSET.fullmatch(path.name) and path.name != CHECKSUMS}
+    files |= {name: json.dumps(content, indent=2).encode() for name, content in preprocessors.items()}
+    if dtype is not None:
+        files["config.json"] = _config_with_dtype(files["config.json"], dtype)
     with _conversion(final, total) as (staging, records, bar):
         weight_map = {}
         for i, shard in enumerate(shards):
@@ -1069,43 +1100,42 @@ def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str 
                 _write_safetensors(file, {name: output[name] for name in shard}, source, bar)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_bytes(staging / INDEX, json.dumps(index, indent=2).encode(), records)
-        for path in sorted(assets.glob("*")):
-            if path.is_file() and _ASSET.fullmatch(path.name) and path.name != CHECKSUMS:
-                data = path.read_bytes()
-                if path.name == "config.json" and dtype is not None:
-                    data = _config_with_dtype(data, dtype)
-                _write_bytes(staging / path.name, data, records)
+        for name, content in sorted(files.items()):
+            _write_bytes(staging / name, content, records)
+    if preprocessors:
+        print(f"{final}: wrote the training run's {data.describe_limits(limits)} into {' and '.join(preprocessors)} "
+              "(--keep-preprocessor copies the base model's files)")
     return final
 
 
-def dcp_to_peft(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str | Path, overwrite: bool = False) -> Path:
-    """Write the adapters of a checkpoint as a directory that PEFT loads. Raises InputError if other weights were trained."""
+def dcp_to_peft(
+    load_dir: str | Path, save_dir: str | Path, model_assets_dir: str | Path, overwrite: bool = False
+) -> Path:
+    """Write a checkpoint's adapters as a PEFT directory. Raises InputError if other weights were trained too."""
     source = CheckpointWeights(find_checkpoint(load_dir))
     settings = read_settings(source.path).get("adapters")
-    if settings is None:
-        raise InputError(f"{source.path}: has no adapters; convert it with dcp_to_hf")
-    others = [name for name in _without_optimizer(source.tensors) if ".lora." not in name]
-    if others:
-        raise InputError(f"{source.path}: {len(others)} other tensors were trained beside the adapters ({others[0]}, "
-                         "...), and PEFT would not load them; convert it with dcp_to_hf")
+    others = [name for name in without_optimizer(source.tensors) if ".lora." not in name]
+    if settings is None or others:
+        reason = "has no adapters" if settings is None else f"trained more than adapters ({others[0]}, ...)"
+        raise InputError(f"{source.path}: {reason}, which a PEFT directory cannot hold; convert it with dcp_to_hf")
     model = build_model(Qwen3VLConfig.from_json(model_assets_dir))
     add_adapters(model, settings)
-    _check_names_and_shapes(_without_optimizer(source.tensors), model, source.path, lambda name: ".lora." not in name)
+    check_trained(source, model)
     final = Path(save_dir).resolve()
     _check_output(final, [Path(model_assets_dir).resolve(), source.path.resolve()], overwrite)
-    relaid = RelaidTensors(source, {stored: (name, shape, functools.partial(_to_peft, leaf=name[-1]))
-                                    for name, stored, _, shape in _peft_tensors(model)})
-    has_experts = any(tensor.ndim == 3 for tensor in model.parameters() if tensor.requires_grad)
+    tensors = peft_tensors(model)
+    relaid = RelaidTensors(source, {t.peft_name: (t.name, t.peft_shape, t.to_peft) for t in tensors})
+    experts = {a.weight_name.rpartition(".mlp.")[2] for a in named_adapters(model).values() if a.A.ndim == 3}
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(model_assets_dir),
-        "r": settings["rank"], "lora_alpha": settings["alpha"], "lora_dropout": settings["dropout"], "bias": "none",
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(model_assets_dir), "bias": "none",
+        "r": settings["rank"], "lora_alpha": settings["alpha"], "lora_dropout": settings["dropout"],
         "target_modules": [target for target in settings["target_modules"] if not target.endswith("experts")],
-        "target_parameters": [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj") if has_experts],
+        "target_parameters": sorted(f"mlp.{name}" for name in experts),
         "exclude_modules": ["patch_embed.proj"],  # a convolution in transformers
         "inference_mode": True,
     }
     with _conversion(final, sum(map(_nbytes, relaid.tensors.values()))) as (staging, records, bar):
-        with _HashedFile(staging / _PeftFile.single_file, records) as file:
+        with _HashedFile(staging / PeftFile.single_file, records) as file:
             _write_safetensors(file, relaid.tensors, relaid, bar)
         _write_bytes(staging / PEFT_CONFIG, json.dumps(config, indent=1).encode(), records)
     return final
@@ -1173,13 +1203,13 @@ def _write_safetensors(file: _HashedFile, tensors: dict[str, TensorInfo], source
             bar.update(values.nbytes)
 
 
-def _config_with_dtype(data: bytes, dtype: str) -> bytes:
+def _config_with_dtype(content: bytes, dtype: str) -> bytes:
     """Return config.json with the type of the weights; unchanged bytes if it names that type already."""
-    config = json.loads(data)
+    config = json.loads(content)
     parts = (config, config["text_config"], config["vision_config"])
     entries = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if key in part] or [(config, "dtype")]
     if all(part.get(key) == dtype for part, key in entries):
-        return data
+        return content
     for part, key in entries:
         part[key] = dtype
     return json.dumps(config, indent=2, ensure_ascii=False).encode()
@@ -1220,9 +1250,9 @@ def _verify_one(path: Path) -> str:
         for name, record in records.items():
             digest = hashlib.sha256()
             with open(path / name, "rb") as file:
-                while data := file.read(1 << 20):
-                    digest.update(data)
-                    bar.update(len(data))
+                while block := file.read(1 << 20):
+                    digest.update(block)
+                    bar.update(len(block))
             if digest.hexdigest() != record["sha256"]:
                 raise InputError(f"{path / name}: has other contents than were written; use another checkpoint")
     return f"{path}: {len(records)} files, {sum(sizes.values()) / 1e9:.3f} GB, all as written"
@@ -1248,6 +1278,9 @@ def main(argv: list[str]) -> None:
                              "configuration, tokenizer and licence, and the weights that adapters are merged into")
     to_hf.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
                        help="type of the written weights (default: the one in config.json, else as stored)")
+    to_hf.add_argument("--keep-preprocessor", action="store_true",
+                       help="copy the preprocessor files as they are, without the training run's limits of pixels and "
+                       "frames")
     to_hf.add_argument("--max-shard-size", type=number(float, 0, above=True), default=5.0, metavar="GB",
                        help="largest size of a safetensors file")
     for command in (to_dcp, to_hf, to_peft):
@@ -1263,7 +1296,7 @@ def main(argv: list[str]) -> None:
         print("wrote", hf_to_dcp(args.hf_dir, args.dcp_dir, args.overwrite))
     elif args.command == "dcp_to_hf":
         print("wrote", dcp_to_hf(args.load_dir, args.save_dir, args.model_assets_dir, args.dtype, args.overwrite,
-                                 args.max_shard_size))
+                                 args.max_shard_size, args.keep_preprocessor))
     elif args.command == "dcp_to_peft":
         print("wrote", dcp_to_peft(args.load_dir, args.save_dir, args.model_assets_dir, args.overwrite))
     else:

@@ -210,6 +210,11 @@ def media_limits(args: argparse.Namespace) -> dict[str, float]:
     return {name: getattr(args, name) for name in MEDIA_LIMITS if getattr(args, name) is not None}
 
 
+def describe_limits(limits: dict[str, float]) -> str:
+    """Return the flags that give these limits."""
+    return ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in limits.items())
+
+
 def add_row_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags of `encode_options`, except --seq-length, whose meaning differs between programs."""
     switch = argparse.BooleanOptionalAction
@@ -603,6 +608,12 @@ def smart_resize(
 DEFAULTS = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "rescale_factor": 1 / 255, "min_frames": 4,
             "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 DEFAULT_PIXELS = {"image": (65536, 16777216), "video": (4096, 25165824)}
+PROCESSOR_FILE = "processor_config.json"  # of transformers 5, for both kinds
+PREPROCESSOR_FILES = {"image": "preprocessor_config.json", "video": "video_preprocessor_config.json"}
+PREPROCESSOR_CLASSES = {
+    "image": {"image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen3VLProcessor"},
+    "video": {"video_processor_type": "Qwen3VLVideoProcessor", "processor_class": "Qwen3VLProcessor"},
+}
 CONTROL_TOKENS = {
     "im_start_token_id": "<|im_start|>",
     "im_end_token_id": "<|im_end|>",
@@ -670,7 +681,7 @@ class Processor:
         token, token_id = max(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
         if token_id >= text.get("vocab_size", math.inf):
             raise InputError(f"{path} has {token} as id {token_id}, config.json's vocab_size is {text['vocab_size']}")
-        self.end_token_ids = _end_token_ids(hf_dir) or {self.im_end_token_id}
+        self.end_token_ids = {self.im_end_token_id, *_end_token_ids(hf_dir)}  # a base model's may lack <|im_end|>
 
         self.image, self.video = _media_settings(hf_dir, "image"), _media_settings(hf_dir, "video")
         for name in ("patch_size", "temporal_patch_size", "merge_size"):
@@ -982,8 +993,7 @@ def _section(config: dict, name: str, where: str | Path) -> dict:
 
 def _media_settings(hf_dir: str | Path, kind: str) -> dict:
     """Return the preprocessor settings of images or videos: a file of their own overrides processor_config.json."""
-    shared = Path(hf_dir, "processor_config.json")
-    own = Path(hf_dir, "preprocessor_config.json" if kind == "image" else "video_preprocessor_config.json")
+    shared, own = Path(hf_dir, PROCESSOR_FILE), Path(hf_dir, PREPROCESSOR_FILES[kind])
     settings = _section(read_json(shared, missing_ok=True), f"{kind}_processor", shared)
     settings = DEFAULTS | settings | read_json(own, missing_ok=True)
     where = own if own.exists() else shared
@@ -1013,6 +1023,37 @@ def _pixel_limits(kind: str, settings: dict, minimum: int | None, maximum: int |
     if not 0 <= low <= high or high < 1:
         raise InputError(f"{kind}_min_pixels {low} must not be above {kind}_max_pixels {high}")
     return low, high
+
+
+def preprocessor_files(hf_dir: str | Path, limits: dict[str, float]) -> dict[str, dict]:
+    """Return a directory's preprocessor files with these limits in place: {file name: contents} of changed files.
+
+    `limits` are those of `media_limits`. transformers prefers processor_config.json to the other files, and reads
+    images' settings for videos that have none. So every place that a directory has is changed, and a kind that has none
+    gets a file, with the released models' settings.
+    """
+    names = (PROCESSOR_FILE, *PREPROCESSOR_FILES.values())
+    contents = {name: read_json(Path(hf_dir, name), missing_ok=True) for name in names}
+    changed = {}
+    for kind, own in PREPROCESSOR_FILES.items():
+        sections = {PROCESSOR_FILE: contents[PROCESSOR_FILE].get(f"{kind}_processor"), own: contents[own]}
+        sections = {name: section for name, section in sections.items() if section}
+        if not sections:
+            contents[own] = sections[own] = DEFAULTS | PREPROCESSOR_CLASSES[kind]
+        elif not any(limit.startswith(kind) for limit in limits):
+            continue
+        minimum, maximum = limits.get(f"{kind}_min_pixels"), limits.get(f"{kind}_max_pixels")
+        low, high = _pixel_limits(kind, _media_settings(hf_dir, kind), minimum, maximum)
+        for name, section in sections.items():
+            section["size"] = {"shortest_edge": low, "longest_edge": high}
+            for key, value in (("min_pixels", low), ("max_pixels", high)):
+                if section.get(key) is not None:  # transformers prefers it to `size`
+                    section[key] = value
+            for key, limit in (("fps", "video_fps"), ("max_frames", "video_maxlen")):
+                if kind == "video" and limit in limits:
+                    section[key] = limits[limit]
+            changed[name] = contents[name]
+    return changed
 
 
 # ---- files of rows -----------------------------------------------------------------------------------------------

@@ -275,9 +275,10 @@ def test_processor_bad_settings(tmp_path, files, message):
 
 @pytest.mark.parametrize(("files", "expected"), [
     ({}, {258}),
-    ({"generation_config": {"eos_token_id": [7, 9]}, "config": {"eos_token_id": 5}}, {7, 9}),
-    ({"generation_config": {"eos_token_id": 0}}, {0}),
-    ({"generation_config": {"do_sample": True}, "config": {"text_config": {"eos_token_id": 5}}}, {5}),
+    ({"generation_config": {"eos_token_id": [7, 9]}, "config": {"eos_token_id": 5}}, {7, 9, 258}),
+    ({"generation_config": {"eos_token_id": 256}}, {256, 258}),  # <|endoftext|> only: <|im_end|> ends an answer too
+    ({"generation_config": {"eos_token_id": 258}}, {258}),
+    ({"generation_config": {"do_sample": True}, "config": {"text_config": {"eos_token_id": 5}}}, {5, 258}),
     ({"config": {"eos_token_id": None}}, {258}),
 ])
 def test_end_token_ids(tmp_path, files, expected):

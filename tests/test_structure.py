@@ -22,7 +22,7 @@ MAY_IMPORT = {  # the README's map
     "data": {"common"},
     "model": {"common", "kernels_npu"},
     "parallel": {"common", "kernels_npu", "model"},
-    "convert": {"common", "kernels_npu", "model", "parallel"},
+    "convert": {"common", "kernels_npu", "data", "model", "parallel"},
     "infer": {"common", "kernels_npu", "data", "model", "convert"},
     "train": {"common", "kernels_npu", "data", "model", "parallel", "convert"},
 }
