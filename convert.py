@@ -663,8 +663,8 @@ def read_peft_settings(directory: str | Path) -> dict:
                                    "modules_to_save") if config.get(key)]
     unsupported += [key for key, plain in (("peft_type", "LORA"), ("bias", "none")) if config.get(key, plain) != plain]
     if unsupported or not {"r", "lora_alpha"} <= config.keys():
-        raise InputError(f"{path}: is not that of plain LoRA ({', '.join(unsupported) or 'it has no r or lora_alpha'}): "
-                         "train the adapter again without that, or merge it into the weights with PEFT")
+        raise InputError(f"{path}: is not that of plain LoRA ({', '.join(unsupported) or 'no r or lora_alpha'}): merge "
+                         "the adapter into the weights with PEFT, or train another one")
     layers = {name.partition(".lora_")[0].removesuffix(".base_layer") for name in PeftFile(directory).tensors}
     targets = sorted({layer.rpartition(".")[2] for layer in layers})
     return {"rank": config["r"], "alpha": config["lora_alpha"], "target_modules": targets}

@@ -207,24 +207,25 @@ DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 
 
 class Adapter(nn.Module):
-    """Compute what LoRA (arXiv:2106.09685) adds to a product with a weight: alpha / r * B A x.
+    """Add a low-rank product to the output of a frozen weight (LoRA, arXiv:2106.09685): out + alpha / r * B A x.
 
     For a linear layer A is [r, in] and B [out, r]; for the experts of a layer A is [E, in, r] and B [E, r, out].
     """
 
-    def __init__(self, weight_name: str, a: tuple[int, ...], b: tuple[int, ...], scale: float, dropout: float):
+    def __init__(self, weight_name: str, a: tuple[int, ...], b: tuple[int, ...], scale: float, dropout: float = 0.0):
         super().__init__()
         self.weight_name, self.scale = weight_name, scale
         self.A, self.B = nn.Parameter(torch.empty(a)), nn.Parameter(torch.empty(b))
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
-    def forward(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
-        """Return [N, out] for x [N, in]. For experts, `counts` [E] are the numbers of consecutive rows."""
+    def forward(self, out: Tensor, x: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Take x [N, in] and the weight's product with it [N, out]; counts [E] are each expert's consecutive rows."""
         a, b = to_local(self.A), to_local(self.B)
         if counts is None:
-            return self.scale * F.linear(F.linear(self.dropout(x), a), b)
-        grouped_matmul = kernels_npu.ops.grouped_matmul
-        return self.scale * grouped_matmul(grouped_matmul(x, a, counts), b, counts)
+            product = F.linear(F.linear(self.dropout(x), a), b)
+        else:
+            product = kernels_npu.ops.grouped_matmul(kernels_npu.ops.grouped_matmul(x, a, counts), b, counts)
+        return torch.add(out, product, alpha=self.scale)
 
     def draw(self, leaf: str, block: Tensor, generator: torch.Generator) -> None:
         """Draw initial values as PEFT does, for `Qwen3VL.init_weights`: A is Kaiming uniform, B is zero."""
@@ -232,14 +233,15 @@ class Adapter(nn.Module):
         block.uniform_(-bound, bound, generator=generator)
 
 
-class AdapterGroup(nn.Module):
-    """Hold the adapters of a block, or of its experts, and run it. So FSDP2's hooks gather the adapters meanwhile.
+class AdapterGroup(nn.ModuleDict):
+    """Hold the adapters of a block, or of a layer's experts, as its child `lora`, and run its forward.
 
-    Adapters are a group of their own, because they are float32 and the frozen weights need not be.
+    So the hooks of FSDP2 gather the adapters while the block runs. They are a group of their own because they are
+    float32 and the frozen weights are not.
     """
 
-    def wrap(self, owner: nn.Module) -> None:
-        """Become a child of the block and run its forward."""
+    def __init__(self, owner: nn.Module, adapters: dict[str, Adapter]):
+        super().__init__(adapters)
         owner.lora = self
         owner.forward = functools.partial(self, owner.forward)
 
@@ -250,64 +252,57 @@ class AdapterGroup(nn.Module):
 def run_adapted_experts(
     lora: AdapterGroup, x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
-    """Apply the experts of `model.run_experts` with their adapters: the `run_experts` seam."""
+    """Apply experts with adapters: the `run_experts` seam. Shapes are those of `model.run_experts`."""
     ops = kernels_npu.ops
     rows, slot_to_row, counts = ops.moe_permute(x, expert_ids, gate_up.shape[0])
-    rows = ops.swiglu(ops.grouped_matmul(rows, gate_up, counts) + lora.gate_up_proj(rows, counts))
-    rows = ops.grouped_matmul(rows, down, counts) + lora.down_proj(rows, counts)
+    rows = ops.swiglu(lora.gate_up_proj(ops.grouped_matmul(rows, gate_up, counts), rows, counts))
+    rows = lora.down_proj(ops.grouped_matmul(rows, down, counts), rows, counts)
     return ops.moe_unpermute(rows, slot_to_row, weights)
 
 
 def add_adapters(model: Qwen3VL, settings: dict) -> dict:
     """Add adapters to a model on the meta device, and freeze the weights of each component that has some.
 
-    settings: `rank`, `alpha`, `dropout` and `target_modules`, the ends of names of linear layers, or "experts" (None:
-    the default). Returns them with the targets that were used. Raises UsageError for a target that does not exist.
+    settings: `rank`, `alpha`, `dropout` and `target_modules`, the ends of names of linear layers and of `Experts`
+    (None: the default). Returns them with the targets that were used. Raises UsageError if a target does not exist.
     """
-    rank, targets = settings["rank"], settings["target_modules"]
+    rank, dropout, scale = settings["rank"], settings["dropout"], settings["alpha"] / settings["rank"]
     names = {module: name for name, module in model.named_modules()}
-    # the router, mlp.gate, is not a linear layer in transformers, so PEFT could not load its adapter
-    layers = {module: f".{names[module]}" for block in _blocks(model) for module in block.modules()
-              if isinstance(module, (nn.Linear, Experts)) and not names[module].endswith(".gate")}
+    layers = [m for block in _blocks(model) for m in block.modules() if isinstance(m, (nn.Linear, Experts))]
+    layers = [m for m in layers if not names[m].endswith(".gate")]  # in PEFT, a router is no linear layer
 
-    def exists(target: str) -> bool:
-        return any(name.endswith(f".{target}") for name in layers.values())
+    def matches(target: str) -> list[nn.Module]:
+        return [layer for layer in layers if names[layer].endswith(f".{target}")]
 
-    targets = sorted(set(targets or filter(exists, DEFAULT_TARGETS)))
+    targets = sorted(settings["target_modules"] or filter(matches, DEFAULT_TARGETS))
     for target in targets:
-        if not exists(target):
-            available = sorted({name.rpartition(".")[2] for name in layers.values()})
-            raise UsageError(f"--lora-target-modules {target}: the model has no such layer: give some of "
-                             f"{','.join(available)}")
-    if "experts" in targets and settings["dropout"]:
-        raise UsageError("--lora-dropout does not work with the target experts, as in PEFT: leave one of them out")
-
-    def new_adapter(weight_name: str, *shapes: tuple[int, ...]) -> Adapter:
-        with torch.device("meta"):
-            return Adapter(weight_name, *shapes, settings["alpha"] / rank, settings["dropout"])
-
+        if not matches(target):
+            available = ", ".join(sorted({names[layer].rpartition(".")[2] for layer in layers}))
+            raise UsageError(f"--lora-target-modules: the model has no {target}: give some of {available}")
+    targeted = {layer for target in targets for layer in matches(target)}
+    if dropout and any(isinstance(layer, Experts) for layer in targeted):
+        raise UsageError("--lora-dropout: the inputs of experts cannot be dropped, as in PEFT: leave it or experts out")
     for block in _blocks(model):
-        group = AdapterGroup()
-        for module in [m for m in block.modules() if layers.get(m, "").endswith(tuple(f".{t}" for t in targets))]:
-            name = names[module]
-            if isinstance(module, Experts):
-                of_experts = AdapterGroup()
-                for leaf, p in list(module.named_parameters(recurse=False)):
-                    num_experts, in_size, out_size = p.shape
-                    adapter = new_adapter(f"{name}.{leaf}", (num_experts, in_size, rank), (num_experts, rank, out_size))
-                    of_experts.add_module(leaf, adapter)
-                of_experts.wrap(module)
-                module.run_experts = functools.partial(run_adapted_experts, of_experts)
-            else:
-                adapter = new_adapter(f"{name}.weight", (rank, module.in_features), (module.out_features, rank))
-                group.add_module(name.rpartition(".")[2], adapter)
-                module.register_forward_hook(lambda _, args, out, adapter=adapter: out + adapter(*args))
-        if len(list(group.children())):
-            group.wrap(block)
+        adapters = {}
+        for layer in [m for m in block.modules() if m in targeted]:
+            name = names[layer]
+            with torch.device("meta"):
+                if isinstance(layer, Experts):
+                    of_experts = {}
+                    for leaf, p in layer.named_parameters():
+                        sizes = (*p.shape[:2], rank), (len(p), rank, p.shape[2])
+                        of_experts[leaf] = Adapter(f"{name}.{leaf}", *sizes, scale)
+                    layer.run_experts = functools.partial(run_adapted_experts, AdapterGroup(layer, of_experts))
+                    continue
+                sizes = (rank, layer.in_features), (layer.out_features, rank)
+                adapter = adapters[name.rpartition(".")[2]] = Adapter(f"{name}.weight", *sizes, scale, dropout)
+            layer.register_forward_hook(lambda _, args, out, adapter=adapter: adapter(out, *args))
+        if adapters:
+            AdapterGroup(block, adapters)
 
-    adapted = {component_of(adapter.weight_name) for adapter in named_adapters(model).values()}
+    components = {component_of(names[layer]) for layer in targeted}
     for name, p in model.named_parameters():
-        p.requires_grad_(".lora." in name or p.requires_grad and component_of(name) not in adapted)
+        p.requires_grad_(".lora." in name or p.requires_grad and component_of(name) not in components)
     model.may_be_absent = lambda name, others=model.may_be_absent: ".lora." in name or others(name)
     return settings | {"target_modules": targets}
 
@@ -318,13 +313,12 @@ def named_adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 def adapter_flops(model: Qwen3VL) -> dict[str, float]:
-    """Return the multiply-adds of all adapters of each component, for `model.step_flops`."""
+    """Return each component's `adapters` for `model.step_flops`."""
     flops: dict[str, float] = {}
     for adapter in named_adapters(model).values():
-        component, size = component_of(adapter.weight_name), adapter.A.numel() + adapter.B.numel()
-        if adapter.A.ndim == 3:
-            size *= model.config.text.num_experts_per_tok / adapter.A.shape[0]
-        flops[component] = flops.get(component, 0) + size
+        component = component_of(adapter.weight_name)
+        used = model.config.text.num_experts_per_tok / len(adapter.A) if adapter.A.ndim == 3 else 1
+        flops[component] = flops.get(component, 0) + used * (adapter.A.numel() + adapter.B.numel())
     return flops
 
 
@@ -579,8 +573,9 @@ def parallelize(
     """Apply expert and context parallelism, recompute or offload, compilation and FSDP2 to a model, in place.
 
     The model is on the meta device or the CPU, and each parameter's `requires_grad` is final. Parameters stay float32
-    shards; if there are adapters, the frozen ones become shards of `compute_dtype`. Each group is gathered in `compute_dtype` when its module runs, and its gradients are reduced in float32. A
-    single rank that computes in float32 does not use FSDP2. Raises UsageError for sizes that the model does not allow.
+    shards, but those that are frozen in a model with adapters become `compute_dtype`. Each group is gathered in
+    `compute_dtype` when its module runs, and its gradients are reduced in float32. A single rank that computes in
+    float32 does not use FSDP2. Raises UsageError for sizes that the model does not allow.
     """
     visual, text = model.model.visual, model.model.language_model
     has_adapters = bool(named_adapters(model))

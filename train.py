@@ -81,8 +81,8 @@ def make_parser() -> Parser:
     add("--freeze-text-decoder", action=switch, default=False, help="do not train the text decoder")
 
     add = p.add_argument_group("adapters").add_argument
-    add("--lora-rank", type=non_negative_int, default=0, metavar="N", help="train low-rank adapters (LoRA) of this rank "
-        "and freeze the weights of the components that have some; 0: none. A usual --lr is 1e-4")
+    add("--lora-rank", type=non_negative_int, default=0, metavar="N", help="train low-rank adapters (LoRA) and freeze "
+        "the weights of the components that have some; 0: none. The usual --lr is 1e-4")
     add("--lora-alpha", type=positive, metavar="X", help="scale the adapters by X / rank (default: 2 x rank)")
     add("--lora-target-modules", metavar="A,B", help="layers that get adapters, by the end of their names; qkv, proj, "
         "linear_fc1 and linear_fc2 are the vision encoder's and projector's, experts are the matrices of all experts "
@@ -285,12 +285,10 @@ def build_trainable_model(args: argparse.Namespace, config: Qwen3VLConfig) -> tu
         "target_modules": args.lora_target_modules and args.lora_target_modules.split(","),
     }
     if args.lora_init:
-        stored = convert.read_peft_settings(args.lora_init)
-        for key in ("rank", "alpha"):
-            if settings[key] not in (None, stored[key]):
-                raise UsageError(f"--lora-{key} {settings[key]:g}: --lora-init {args.lora_init} has {stored[key]:g}: "
-                                 "leave the flag out")
-        settings |= {key: value for key, value in stored.items() if settings[key] is None}
+        for key, value in convert.read_peft_settings(args.lora_init).items():
+            settings[key] = settings[key] or value
+            if key != "target_modules" and settings[key] != value:
+                raise UsageError(f"--lora-{key} {settings[key]:g}: --lora-init has {value:g}: leave the flag out")
     if settings["rank"] is None:
         return model, None
     if settings["alpha"] is None:
@@ -412,20 +410,21 @@ def open_source(
 
 
 def check_adapters(source: AdaptedWeights, adapters: dict | None, model: Qwen3VL) -> None:
-    """Raise InputError if a checkpoint with adapters has other settings, or other trained components, than this run."""
-    differences = []
-    for key in ("rank", "alpha", "target_modules", "dropout"):
-        stored, here = source.settings[key], adapters and adapters[key]
-        if stored != here:
-            stored, here = (",".join(value) if isinstance(value, list) else value for value in (stored, here))
-            differences.append(f"--lora-{key.replace('_', '-')} {stored}" + (f" in place of {here}" if adapters else ""))
-    if differences:
-        raise InputError(f"{source.path}: has adapters with other settings than this run's: give {', '.join(differences)}")
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    stored = {name for name in source.trained.tensors if not name.startswith("optimizer.")}
-    if different := sorted(component_of(name) for name in trainable ^ stored):
-        raise InputError(f"{source.path}: only one of it and this run trains the {different[0]}: give the --freeze flags "
-                         "that it was trained with")
+    """Raise InputError unless this run has the adapters of a checkpoint and trains the same components."""
+    different = [key for key in ("rank", "alpha", "dropout", "target_modules")
+                 if adapters is None or adapters[key] != source.settings[key]]
+
+    def flags(settings: dict) -> str:
+        values = {key: ",".join(v) if isinstance(v := settings[key], list) else v for key in different}
+        return " ".join(f"--lora-{key.replace('_', '-')} {value}" for key, value in values.items())
+
+    if different:
+        raise InputError(f"{source.path}: has other adapters than this run: give {flags(source.settings)}, not "
+                         f"{flags(adapters) if adapters else '--lora-rank 0'}")
+    for name, p in model.named_parameters():
+        if p.requires_grad != (name in source.trained.tensors):
+            raise InputError(f"{source.path}: only one of its run and this one trains the {component_of(name)}: give "
+                             "the same --freeze flags")
 
 
 def load_initial_state(
