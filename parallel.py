@@ -233,7 +233,7 @@ class Adapter(nn.Module):
         block.uniform_(-bound, bound, generator=generator)
 
 
-class AdapterGroup(nn.ModuleDict):
+class AdapterGroup(nn.Module):
     """Hold the adapters of a block, or of a layer's experts, as its child `lora`, and run its forward.
 
     So the hooks of FSDP2 gather the adapters while the block runs. They are a group of their own because they are
@@ -241,7 +241,9 @@ class AdapterGroup(nn.ModuleDict):
     """
 
     def __init__(self, owner: nn.Module, adapters: dict[str, Adapter]):
-        super().__init__(adapters)
+        super().__init__()
+        for name, adapter in adapters.items():
+            self.add_module(name, adapter)
         owner.lora = self
         owner.forward = functools.partial(self, owner.forward)
 
