@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import glob
 import hashlib
 import io
@@ -229,12 +230,8 @@ def _is_file_name(name: object) -> bool:
 _LAYER = re.compile(r"model\.(?:language_model\.layers|visual\.blocks|visual\.deepstack_merger_list)\.\d+")
 
 
-def _check_names_and_shapes(
-    tensors: dict[str, TensorInfo], model: nn.Module, path: Path, may_be_absent: Callable[[str], bool] | None = None
-) -> None:
+def _check_names_and_shapes(tensors: dict[str, TensorInfo], model: nn.Module, path: Path) -> None:
     """Compare the names and shapes in a source with the model's. Raises InputError.
-
-    `may_be_absent` takes a name; the default is the model's.
 
     Two kinds of unknown tensors are ignored: layers beyond config.json's depth, because editing it is how users cut a
     model, and the lm_head.weight that some checkpoints with tied weights hold beside the embedding.
@@ -242,8 +239,7 @@ def _check_names_and_shapes(
     expected = {name: tensor.shape for name, tensor in stored_tensors(model).items()}
     layers = {name: match[0] for name in [*tensors, *expected] if (match := _LAYER.match(name))}
     cut_layers = set(layers.values()) - {layers.get(name) for name in expected}
-    may_be_absent = may_be_absent or model.may_be_absent
-    missing = [name for name in expected if name not in tensors and not may_be_absent(name)]
+    missing = [name for name in expected if name not in tensors and not model.may_be_absent(name)]
     unknown = [name for name in tensors
                if name not in expected and name != "lm_head.weight" and layers.get(name) not in cut_layers]
     problems = [f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
@@ -437,11 +433,6 @@ def _read_verified(path: Path, records: dict[str, dict]) -> bytes:
     return content
 
 
-def without_optimizer(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Return a checkpoint's parameters and buffers."""
-    return {name: info for name, info in tensors.items() if not name.startswith("optimizer.")}
-
-
 class CheckpointWeights:
     """Read a DCP directory. Opening it checks that every file has its size and every tensor all of its values.
 
@@ -493,7 +484,8 @@ class CheckpointWeights:
 
     def check_compatible(self, model: nn.Module) -> CheckpointWeights:
         """Compare names and shapes with the model's and return self. Raises InputError."""
-        _check_names_and_shapes(without_optimizer(self.tensors), model, self.path)
+        weights = {name: info for name, info in self.tensors.items() if not name.startswith("optimizer.")}
+        _check_names_and_shapes(weights, model, self.path)
         _check_tied_copy(self, model)
         return self
 
@@ -544,14 +536,16 @@ def _read_full(source: Source, name: str) -> Tensor:
     return source.read(name, (0,) * len(shape), shape)
 
 
-def check_trained(trained: Source, model: nn.Module) -> None:
-    """Raise InputError unless a source has the model's adapters, and nothing that the model does not have."""
-    tensors = without_optimizer(trained.tensors)
-    _check_names_and_shapes(tensors, model, trained.path, may_be_absent=lambda name: ".lora." not in name)
+def _check_trained(stored: dict[str, torch.Size], expected: dict[str, torch.Size], path: Path) -> None:
+    """Compare the names and shapes of adapters, and of what was trained beside them. Raises InputError."""
+    for name in sorted(stored.keys() | expected.keys()):
+        if stored.get(name) != expected.get(name):
+            raise InputError(f"{path}: {name} is missing, unknown or of another shape; use the config.json and the "
+                             "--lora-target-modules that its adapters were trained with")
 
 
 class AdaptedWeights:
-    """What a run with adapters has trained, on top of the weights that it began with.
+    """Read what a run with adapters has trained, and beneath it the weights that the run began with.
 
     A model with adapters loads both as they are. For a model without them, `read` adds the adapters' products to the
     weights, in float32. `settings` are those of `parallel.add_adapters`, and "base", see `open_checkpoint`.
@@ -562,7 +556,8 @@ class AdaptedWeights:
         self.path = (trained or base).path
         self.tensors = base.tensors | (trained.tensors if trained else {})
         self._merged: dict[str, tuple[str, Adapter]] = {}  # weight -> its adapter
-        self._factors: tuple[str, Tensor, Tensor] = "", torch.empty(0), torch.empty(0)  # of the latest weight
+        # The experts of a layer are merged window by window, and each window needs a part of both factors.
+        self._read_factor = functools.lru_cache(maxsize=2)(functools.partial(_read_full, trained))
 
     def check_compatible(self, model: nn.Module) -> AdaptedWeights:
         """Compare names and shapes with the model's and return self. Raises InputError."""
@@ -572,7 +567,9 @@ class AdaptedWeights:
             add_adapters(model, self.settings)
             self._merged = {adapter.weight_name: (name, adapter) for name, adapter in named_adapters(model).items()}
         if self.trained:
-            check_trained(self.trained, model)
+            stored = {n: shape for n, (_, shape) in self.trained.tensors.items() if not n.startswith("optimizer.")}
+            expected = {n: t.shape for n, t in stored_tensors(model).items() if ".lora." in n or n in stored}
+            _check_trained(stored, expected, self.path)
         return self
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
@@ -583,10 +580,8 @@ class AdaptedWeights:
         if name not in self._merged:
             return values
         adapter_name, adapter = self._merged[name]
-        if self._factors[0] != name:
-            a, b = (_read_full(self.trained, f"{adapter_name}.{leaf}").float() for leaf in "AB")
-            self._factors = (name, b, a) if a.ndim == 2 else (name, a, b)
-        _, left, right = self._factors
+        leaves = "BA" if len(sizes) == 2 else "AB"
+        left, right = (self._read_factor(f"{adapter_name}.{leaf}").float() for leaf in leaves)
         *experts, rows, columns = _slices(offset, sizes)
         return values.float() + adapter.scale * left[(*experts, rows)] @ right[(*experts, slice(None), columns)]
 
@@ -608,7 +603,7 @@ def open_checkpoint(load_dir: str | Path, hf_dir: str | Path) -> CheckpointWeigh
 
 
 class RelaidTensors:
-    """Tensors of another source under other names and in another layout."""
+    """Read the tensors of another source under other names and in another layout."""
 
     def __init__(self, source: Source, layouts: dict[str, tuple[str, torch.Size, Callable[[Tensor], Tensor]]]):
         """layouts: {name: (the other source's name, shape, function from the other layout)}."""
@@ -672,12 +667,10 @@ def read_peft_settings(directory: str | Path) -> dict:
 
 def open_peft(directory: str | Path, model: nn.Module) -> RelaidTensors:
     """Open the adapters of a PEFT directory. Raises InputError if they are not those of the model."""
-    source, expected = PeftFile(directory), {t.peft_name: t for t in peft_tensors(model)}
-    for name in sorted(expected.keys() | source.tensors.keys()):
-        if name not in expected or name not in source.tensors or source.tensors[name][1] != expected[name].peft_shape:
-            raise InputError(f"{source.path}: its adapters are not those that config.json and --lora-target-modules "
-                             f"describe: {name} is missing, unknown or of another shape; give its model and targets")
-    return RelaidTensors(source, {t.name: (t.peft_name, t.shape, t.from_peft) for t in expected.values()})
+    source, tensors = PeftFile(directory), peft_tensors(model)
+    stored = {name: shape for name, (_, shape) in source.tensors.items()}
+    _check_trained(stored, {t.peft_name: t.peft_shape for t in tensors}, source.path)
+    return RelaidTensors(source, {t.name: (t.peft_name, t.shape, t.from_peft) for t in tensors})
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -1114,16 +1107,17 @@ def dcp_to_peft(
     """Write a checkpoint's adapters as a PEFT directory. Raises InputError if other weights were trained too."""
     source = CheckpointWeights(find_checkpoint(load_dir))
     settings = read_settings(source.path).get("adapters")
-    others = [name for name in without_optimizer(source.tensors) if ".lora." not in name]
+    stored = {name: shape for name, (_, shape) in source.tensors.items() if not name.startswith("optimizer.")}
+    others = [name for name in stored if ".lora." not in name]
     if settings is None or others:
-        reason = "has no adapters" if settings is None else f"trained more than adapters ({others[0]}, ...)"
-        raise InputError(f"{source.path}: {reason}, which a PEFT directory cannot hold; convert it with dcp_to_hf")
+        reason = "has no adapters" if settings is None else f"holds more than adapters ({others[0]}, ...)"
+        raise InputError(f"{source.path}: {reason}, so PEFT cannot load it; convert it with dcp_to_hf")
     model = build_model(Qwen3VLConfig.from_json(model_assets_dir))
     add_adapters(model, settings)
-    check_trained(source, model)
+    tensors = peft_tensors(model)
+    _check_trained(stored, {t.name: t.shape for t in tensors}, source.path)
     final = Path(save_dir).resolve()
     _check_output(final, [Path(model_assets_dir).resolve(), source.path.resolve()], overwrite)
-    tensors = peft_tensors(model)
     relaid = RelaidTensors(source, {t.peft_name: (t.name, t.peft_shape, t.to_peft) for t in tensors})
     experts = {a.weight_name.rpartition(".mlp.")[2] for a in named_adapters(model).values() if a.A.ndim == 3}
     config = {
@@ -1131,13 +1125,16 @@ def dcp_to_peft(
         "r": settings["rank"], "lora_alpha": settings["alpha"], "lora_dropout": settings["dropout"],
         "target_modules": [target for target in settings["target_modules"] if not target.endswith("experts")],
         "target_parameters": sorted(f"mlp.{name}" for name in experts),
-        "exclude_modules": ["patch_embed.proj"],  # a convolution in transformers
+        "exclude_modules": ["patch_embed.proj"] * ("proj" in settings["target_modules"]),  # a convolution there
         "inference_mode": True,
     }
     with _conversion(final, sum(map(_nbytes, relaid.tensors.values()))) as (staging, records, bar):
         with _HashedFile(staging / PeftFile.single_file, records) as file:
             _write_safetensors(file, relaid.tensors, relaid, bar)
         _write_bytes(staging / PEFT_CONFIG, json.dumps(config, indent=1).encode(), records)
+    if settings["base"]:
+        logger.warning("%s: its adapters belong to the weights of %s, which dcp_to_hf converts",
+                       final, settings["base"])
     return final
 
 

@@ -141,7 +141,10 @@ def load_transformers(directory: Path, raw: dict):
     return hf
 
 
-@pytest.mark.parametrize(("model", "flags"), [("dense", LORA), ("moe", ALL)])
+@pytest.mark.parametrize(("model", "flags"), [
+    ("dense", [*LORA, "--lora-target-modules", "proj,down_proj", "--lora-dropout", 0.1]), ("moe", ALL),
+    ("moe", [*LORA, "--lora-target-modules", "experts"]),
+])
 def test_conversions_equal_peft(folder, tmp_path, model, flags):
     """A run's adapters, merged and exported: equal logits, and base weights without adapters bit for bit."""
     raw = json.loads((folder / model / "config.json").read_text())
@@ -215,7 +218,7 @@ def test_lora_init_and_projector(folder, tmp_path):
     with_projector = run_job(argv(folder, "moe", tmp_path / "third", *LORA, "--freeze-vision-encoder", iters=1))
     assert {component_of(name) for name in weights(with_projector) if ".lora." not in name
             and not name.startswith("optimizer.")} == {"vision projector"}
-    with pytest.raises(common.InputError, match="trained more than adapters .*convert it with dcp_to_hf"):
+    with pytest.raises(common.InputError, match="holds more than adapters .*convert it with dcp_to_hf"):
         convert.dcp_to_peft(with_projector, tmp_path / "peft3", folder / "moe")
     convert.dcp_to_hf(with_projector, tmp_path / "hf3", folder / "moe", "float32")
     merged, stored = convert.HuggingFaceWeights(tmp_path / "hf3"), weights(with_projector)
