@@ -1033,12 +1033,14 @@ def setup(
         warmup_iters = round(args.lr_warmup_fraction * train_iters)
     writer = convert.CheckpointWriter(args.async_save, state.timeout)
     save_fn = eval_fn = None
+    settings = {"media_limits": data.media_limits(args)}
+    if isinstance(source, AdaptedWeights):
+        settings["adapters"] = source.settings
     if args.save:
         save_fn = functools.partial(
             save_iteration, writer=writer, directory=args.save, model=model, state=state, save_rng=not args.no_save_rng,
             optimizer=None if args.no_save_optim else optimizer, retain=args.save_retain,
-            settings={"media_limits": data.media_limits(args),
-                      "adapters": source.settings if isinstance(source, AdaptedWeights) else None},
+            settings=settings,
         )
     if eval_loader:
         eval_fn = functools.partial(evaluate, model, eval_loader, state, args.eval_iters)
