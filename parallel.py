@@ -1,9 +1,8 @@
 """Everything that is applied to a built model from outside to train it on many ranks.
 
 The file holds the process groups, adapters, context and expert parallelism, recompute and offload, FSDP2, and gradient
-clipping.
-`model.py` calls nothing here: this file replaces the seams that `model.py` documents, and FSDP2 hooks onto its modules.
-So the same forward runs on one rank and on many.
+clipping. `model.py` calls nothing here: this file replaces the seams that `model.py` documents, and FSDP2 hooks onto
+its modules. So the same forward runs on one rank and on many.
 
 Neighbouring ranks share a sample (context parallel) and the experts of a layer (expert parallel); the two groups
 overlap. All ranks shard every other parameter. With a smaller --fsdp-size, each group of that many neighbours holds a
@@ -276,7 +275,7 @@ def add_adapters(model: Qwen3VL, settings: dict) -> dict:
     def matches(target: str) -> list[nn.Module]:
         return [layer for layer in layers if names[layer].endswith(f".{target}")]
 
-    targets = sorted(settings["target_modules"] or filter(matches, DEFAULT_TARGETS))
+    targets = sorted(set(settings["target_modules"] or filter(matches, DEFAULT_TARGETS)))
     for target in targets:
         if not matches(target):
             available = ", ".join(sorted({names[layer].rpartition(".")[2] for layer in layers}))
