@@ -241,6 +241,8 @@ class Generator:
 def load_model(hf_dir: str | Path, load: str | Path | None = None, dtype: str | None = None) -> Qwen3VL:
     """Load a Hugging Face directory onto `kernels_npu.ops`'s device; `load` names a DCP checkpoint with the weights.
 
+    The adapters of a checkpoint are merged into the weights.
+
     `dtype` ('bfloat16', ...) defaults to config.json's on an accelerator, to float32 on a CPU. Raises InputError.
     """
     config, ops = Qwen3VLConfig.from_json(hf_dir), kernels_npu.ops
@@ -249,7 +251,7 @@ def load_model(hf_dir: str | Path, load: str | Path | None = None, dtype: str | 
     dtype = dtype or "float32"
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"{Path(hf_dir) / 'config.json'}: dtype {dtype!r} is not supported: give --dtype")
-    source = convert.CheckpointWeights(convert.find_checkpoint(load)) if load else convert.HuggingFaceWeights(hf_dir)
+    source = convert.open_checkpoint(load, hf_dir) if load else convert.HuggingFaceWeights(hf_dir)
     model = build_model(config, is_frozen=lambda name: True)
     for p in model.parameters():
         p.data = p.data.to(getattr(torch, dtype))  # buffers keep their own type

@@ -1,14 +1,15 @@
 """Everything that is applied to a built model from outside to train it on many ranks.
 
-The file holds the process groups, context and expert parallelism, recompute and offload, FSDP2, and gradient clipping.
-`model.py` calls nothing here: this file replaces the seams that `model.py` documents, and FSDP2 hooks onto its modules.
-So the same forward runs on one rank and on many.
+The file holds the process groups, adapters, context and expert parallelism, recompute and offload, FSDP2, and gradient
+clipping. `model.py` calls nothing here: this file replaces the seams that `model.py` documents, and FSDP2 hooks onto
+its modules. So the same forward runs on one rank and on many.
 
 Neighbouring ranks share a sample (context parallel) and the experts of a layer (expert parallel); the two groups
 overlap. All ranks shard every other parameter. With a smaller --fsdp-size, each group of that many neighbours holds a
 full replica.
 
-Shapes: T tokens, H heads, K key-value heads, d head size, D hidden size, E experts, I expert width, k experts a token.
+Shapes: T tokens, H heads, K key-value heads, d head size, D hidden size, E experts, I expert width, k experts a token,
+r rank of an adapter.
 """
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh
@@ -34,7 +36,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import kernels_npu
 from common import PeerError, UsageError
 from kernels_npu import Torch
-from model import Experts, Qwen3VL, TextAttention, VisionAttention, full_tensor_and_offset, run_experts
+from model import Experts, Qwen3VL, TextAttention, VisionAttention, component_of, full_tensor_and_offset
 
 # ---- ranks ---------------------------------------------------------------------------------------------------------
 
@@ -198,6 +200,129 @@ class AllToAll(torch.autograd.Function):
         return AllToAll.apply(grad, *ctx.reverse), None, None, None
 
 
+# ---- adapters ------------------------------------------------------------------------------------------------------
+
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # where they exist
+
+
+class Adapter(nn.Module):
+    """Add a low-rank product to the output of a frozen weight (LoRA, arXiv:2106.09685): out + alpha / r * B A x.
+
+    For a linear layer A is [r, in] and B [out, r]; for the experts of a layer A is [E, in, r] and B [E, r, out].
+    """
+
+    def __init__(self, weight_name: str, a: tuple[int, ...], b: tuple[int, ...], scale: float, dropout: float = 0.0):
+        super().__init__()
+        self.weight_name, self.scale = weight_name, scale
+        self.A, self.B = nn.Parameter(torch.empty(a)), nn.Parameter(torch.empty(b))
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def forward(self, out: Tensor, x: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Take x [N, in] and the weight's product with it [N, out]; counts [E] are each expert's consecutive rows."""
+        a, b = to_local(self.A), to_local(self.B)
+        if counts is None:
+            product = F.linear(F.linear(self.dropout(x), a), b)
+        else:
+            product = kernels_npu.ops.grouped_matmul(kernels_npu.ops.grouped_matmul(x, a, counts), b, counts)
+        return torch.add(out, product, alpha=self.scale)
+
+    def draw(self, leaf: str, block: Tensor, generator: torch.Generator) -> None:
+        """Draw initial values as PEFT does, for `Qwen3VL.init_weights`: A is Kaiming uniform, B is zero."""
+        bound = block.shape[1] ** -0.5 if leaf == "A" else 0.0
+        block.uniform_(-bound, bound, generator=generator)
+
+
+class AdapterGroup(nn.Module):
+    """Hold the adapters of a block, or of a layer's experts, as its child `lora`, and run its forward.
+
+    So the hooks of FSDP2 gather the adapters while the block runs. They are a group of their own because they are
+    float32 and the frozen weights are not.
+    """
+
+    def __init__(self, owner: nn.Module, adapters: dict[str, Adapter]):
+        super().__init__()
+        for name, adapter in adapters.items():
+            self.add_module(name, adapter)
+        owner.lora = self
+        owner.forward = functools.partial(self, owner.forward)
+
+    def forward(self, run: Callable, *args):
+        return run(*args)
+
+
+def run_adapted_experts(
+    lora: AdapterGroup, x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """Apply experts with adapters: the `run_experts` seam. Shapes are those of `model.run_experts`."""
+    ops = kernels_npu.ops
+    rows, slot_to_row, counts = ops.moe_permute(x, expert_ids, gate_up.shape[0])
+    rows = ops.swiglu(lora.gate_up_proj(ops.grouped_matmul(rows, gate_up, counts), rows, counts))
+    rows = lora.down_proj(ops.grouped_matmul(rows, down, counts), rows, counts)
+    return ops.moe_unpermute(rows, slot_to_row, weights)
+
+
+def add_adapters(model: Qwen3VL, settings: dict) -> dict:
+    """Add adapters to a model on the meta device, and freeze the weights of each component that has some.
+
+    settings: `rank`, `alpha`, `dropout` and `target_modules`, the ends of names of linear layers and of `Experts`
+    (None: the default). Returns them with the targets that were used. Raises UsageError if a target does not exist.
+    """
+    rank, dropout, scale = settings["rank"], settings["dropout"], settings["alpha"] / settings["rank"]
+    names = {module: name for name, module in model.named_modules()}
+    layers = [m for block in _blocks(model) for m in block.modules() if isinstance(m, (nn.Linear, Experts))]
+    layers = [m for m in layers if not names[m].endswith(".gate")]  # in PEFT, a router is no linear layer
+
+    def matches(target: str) -> list[nn.Module]:
+        return [layer for layer in layers if names[layer].endswith(f".{target}")]
+
+    targets = sorted(set(settings["target_modules"] or filter(matches, DEFAULT_TARGETS)))
+    for target in targets:
+        if not matches(target):
+            available = ", ".join(sorted({names[layer].rpartition(".")[2] for layer in layers}))
+            raise UsageError(f"--lora-target-modules: the model has no {target}: give some of {available}")
+    targeted = {layer for target in targets for layer in matches(target)}
+    if dropout and any(isinstance(layer, Experts) for layer in targeted):
+        raise UsageError("--lora-dropout: the inputs of experts cannot be dropped, as in PEFT: leave it or experts out")
+    for block in _blocks(model):
+        adapters = {}
+        for layer in [m for m in block.modules() if m in targeted]:
+            name = names[layer]
+            with torch.device("meta"):
+                if isinstance(layer, Experts):
+                    of_experts = {}
+                    for leaf, p in layer.named_parameters():
+                        sizes = (*p.shape[:2], rank), (len(p), rank, p.shape[2])
+                        of_experts[leaf] = Adapter(f"{name}.{leaf}", *sizes, scale)
+                    layer.run_experts = functools.partial(run_adapted_experts, AdapterGroup(layer, of_experts))
+                    continue
+                sizes = (rank, layer.in_features), (layer.out_features, rank)
+                adapter = adapters[name.rpartition(".")[2]] = Adapter(f"{name}.weight", *sizes, scale, dropout)
+            layer.register_forward_hook(lambda _, args, out, adapter=adapter: adapter(out, *args))
+        if adapters:
+            AdapterGroup(block, adapters)
+
+    components = {component_of(names[layer]) for layer in targeted}
+    for name, p in model.named_parameters():
+        p.requires_grad_(".lora." in name or p.requires_grad and component_of(name) not in components)
+    model.may_be_absent = lambda name, others=model.may_be_absent: ".lora." in name or others(name)
+    return settings | {"target_modules": targets}
+
+
+def named_adapters(model: nn.Module) -> dict[str, Adapter]:
+    """Return the adapters of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
+
+
+def adapter_flops(model: Qwen3VL) -> dict[str, float]:
+    """Return each component's `adapters` for `model.step_flops`."""
+    flops: dict[str, float] = {}
+    for adapter in named_adapters(model).values():
+        component = component_of(adapter.weight_name)
+        used = model.config.text.num_experts_per_tok / len(adapter.A) if adapter.A.ndim == 3 else 1
+        flops[component] = flops.get(component, 0) + used * (adapter.A.numel() + adapter.B.numel())
+    return flops
+
+
 # ---- context parallel ----------------------------------------------------------------------------------------------
 
 
@@ -316,12 +441,13 @@ def _context_parallel(model: Qwen3VL, state: ParallelState) -> None:
 
 
 def expert_parallel_forward(
-    group: dist.ProcessGroup, x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: DTensor, down: DTensor
+    group: dist.ProcessGroup, run_local: Callable[..., Tensor], x: Tensor, expert_ids: Tensor, weights: Tensor,
+    gate_up: DTensor, down: DTensor,
 ) -> Tensor:
     """Run the experts of all ranks: the `run_experts` seam with expert parallelism (GShard, arXiv:2006.16668).
 
-    Copies of the tokens go to the ranks of their experts, through `model.run_experts` there, and return. No token is
-    dropped. Shapes are those of `model.run_experts`.
+    Copies of the tokens go to the ranks of their experts, through `run_local` there, which is the seam without expert
+    parallelism, and return. No token is dropped. Shapes are those of `model.run_experts`.
     """
     ops, size = kernels_npu.ops, dist.get_world_size(group)
     rows, slot_to_row, send_counts = ops.moe_permute(x, expert_ids, gate_up.shape[0])
@@ -330,11 +456,11 @@ def expert_parallel_forward(
     counts = torch.stack((send_counts, recv_counts)).view(2, size, -1)
     send_sizes, recv_sizes = ops.to_host(counts.sum(-1))  # the only wait for the device in a layer
     rows = AllToAll.apply(rows, send_sizes, recv_sizes, group)
-    # The rows arrive grouped by sender, but experts need them grouped by expert: run_experts permutes a second time.
+    # The rows arrive grouped by sender, but experts need them grouped by expert: run_local permutes a second time.
     gate_up, down = gate_up.to_local(), down.to_local()
     local_ids = torch.arange(len(gate_up), device=x.device).repeat(size)
     local_ids = local_ids.repeat_interleave(counts[1].flatten(), output_size=len(rows))[:, None]
-    rows = run_experts(rows, local_ids, torch.ones_like(local_ids, dtype=weights.dtype), gate_up, down)
+    rows = run_local(rows, local_ids, torch.ones_like(local_ids, dtype=weights.dtype), gate_up, down)
     return ops.moe_unpermute(AllToAll.apply(rows, recv_sizes, send_sizes, group), slot_to_row, weights)
 
 
@@ -347,11 +473,13 @@ def _expert_parallel(model: Qwen3VL, state: ParallelState) -> None:
         raise UsageError(f"--expert-parallel-size {size}: the model has {num_experts} experts: give one of "
                          f"{_divisors(math.gcd(state.world_size, num_experts))}")
     for experts in (module for module in model.modules() if isinstance(module, Experts)):
-        for name, p in list(experts.named_parameters()):
-            local = p.detach().chunk(size)[state.ep_mesh.get_local_rank()].clone()
-            dtensor = DTensor.from_local(local, state.ep_mesh, [Shard(0)], run_check=False)
-            setattr(experts, name, nn.Parameter(dtensor, requires_grad=p.requires_grad))
-        experts.run_experts = functools.partial(expert_parallel_forward, state.ep_mesh.get_group())
+        for module in experts.modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                local = p.detach().chunk(size)[state.ep_mesh.get_local_rank()].clone()
+                dtensor = DTensor.from_local(local, state.ep_mesh, [Shard(0)], run_check=False)
+                setattr(module, name, nn.Parameter(dtensor, requires_grad=p.requires_grad))
+        group = state.ep_mesh.get_group()
+        experts.run_experts = functools.partial(expert_parallel_forward, group, experts.run_experts)
 
 
 # ---- recompute and offload -----------------------------------------------------------------------------------------
@@ -360,13 +488,16 @@ def _expert_parallel(model: Qwen3VL, state: ParallelState) -> None:
 def recompute_block(block: nn.Module, *args):
     """Run a block without keeping its activations, which backward computes again: the `block_fn` seam.
 
-    The result of top-k is kept. In a second computation, rounding could send a token to other experts.
+    The result of top-k is kept. In a second computation, rounding could send a token to other experts. Dropout draws
+    the same mask again.
     """
     if not torch.is_grad_enabled():
         return block(*args)
     keep_routing = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.topk.default])
+    has_dropout = any(isinstance(module, nn.Dropout) for module in block.modules())
     return checkpoint(
-        block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=keep_routing, determinism_check="none"
+        block, *args, use_reentrant=False, preserve_rng_state=has_dropout, context_fn=keep_routing,
+        determinism_check="none",
     )
 
 
@@ -459,11 +590,16 @@ def parallelize(
     """Apply expert and context parallelism, recompute or offload, compilation and FSDP2 to a model, in place.
 
     The model is on the meta device or the CPU, and each parameter's `requires_grad` is final. Parameters stay float32
-    shards, with `cpu_offload` in host memory. Each group is gathered in `compute_dtype` on the device when its module
-    runs, and its gradients are reduced there in float32. A single rank that computes in float32 uses FSDP2 only for
-    `cpu_offload`. Raises UsageError for sizes that the model does not allow.
+    shards, with `cpu_offload` in host memory; those that are frozen in a model with adapters become `compute_dtype`.
+    Each group is gathered in `compute_dtype` on the device when its module runs, and its gradients are reduced there in
+    float32. A single rank that computes in float32 uses FSDP2 only for `cpu_offload`. Raises UsageError for sizes that
+    the model does not allow.
     """
     visual, text = model.model.visual, model.model.language_model
+    has_adapters = bool(named_adapters(model))
+    if has_adapters:
+        for p in model.parameters():
+            p.data = p.data if p.requires_grad else p.data.to(compute_dtype)
     if state.ep_size > 1:
         _expert_parallel(model, state)
     if state.cp_size > 1:
@@ -491,15 +627,17 @@ def parallelize(
     place = CPUOffloadPolicy(pin_memory=state.device.type != "cpu") if cpu_offload else OffloadPolicy()
     shard = functools.partial(fully_shard, mesh=state.mesh, mp_policy=policy, offload_policy=place)
     place_experts = functools.partial(_expert_placement, state)
-    blocks = [*visual.blocks, *visual.deepstack_merger_list, visual.merger, *text.layers]
+    of_experts = _expert_modules(model) if state.ep_size > 1 else set()
     gathers = []  # in forward order: the modules whose parameters are gathered for the same block
-    for block in blocks:
+    for block in _blocks(model):
         is_last = block is text.layers[-1]  # backward needs its parameters at once
-        experts = [m for m in block.modules() if isinstance(m, Experts)] if state.ep_size > 1 else []
-        for module in experts:
-            shard(module, mesh=state.expert_mesh, reshard_after_forward=not is_last, shard_placement_fn=place_experts)
-        shard(block, reshard_after_forward=not is_last, shard_placement_fn=place_experts)
-        gathers.append([block, *experts])
+        groups = [m for m in block.modules() if m is block or m in of_experts or isinstance(m, AdapterGroup)]
+        for module in reversed(groups):  # inner modules first
+            shard(module, mesh=state.expert_mesh if module in of_experts else state.mesh,
+                  reshard_after_forward=not is_last, shard_placement_fn=place_experts)
+        gathers.append(groups)
+    if has_adapters:  # torch 2.7.1 refuses different types in one group, here the root's
+        shard(visual, reshard_after_forward=False)
     if model.config.tie_word_embeddings:
         shard([text.embed_tokens, model.lm_head], reshard_after_forward=False)  # separate groups would untie them
     else:
@@ -510,6 +648,17 @@ def parallelize(
     for modules, following in itertools.pairwise([[text.embed_tokens], *gathers]):
         modules[0].set_modules_to_forward_prefetch(following)
     _sum_gradients(model, state)
+
+
+def _blocks(model: Qwen3VL) -> list[nn.Module]:
+    """Return the modules that are recomputed and sharded one at a time, in forward order."""
+    visual, text = model.model.visual, model.model.language_model
+    return [*visual.blocks, *visual.deepstack_merger_list, visual.merger, *text.layers]
+
+
+def _expert_modules(model: Qwen3VL) -> set[nn.Module]:
+    """Return the modules that hold parameters of experts: `Experts` and the groups of their adapters."""
+    return {m for experts in model.modules() if isinstance(experts, Experts) for m in (experts, *experts.children())}
 
 
 def _sum_gradients(model: Qwen3VL, state: ParallelState) -> None:
@@ -525,8 +674,9 @@ def _sum_gradients(model: Qwen3VL, state: ParallelState) -> None:
     Not every backend can average, so the reduction is a sum where FSDP2 allows it. FSDP2 then divides by itself. In
     torch 2.7.1 FSDP2 asks gloo for an average and receives a sum: there, the hook divides by `world_size`.
     """
+    of_experts = _expert_modules(model)
     for module in fsdp_modules(model):
-        divisor = state.ep_size if isinstance(module, Experts) else 1
+        divisor = state.ep_size if module in of_experts else 1
         if hasattr(module, "set_force_sum_reduction_for_comms"):
             module.set_force_sum_reduction_for_comms(True)
         elif not state.backend_averages:

@@ -36,7 +36,7 @@ import data
 import kernels_npu
 import parallel
 from common import InputError, Parser, UsageError, number
-from convert import CheckpointWeights, HuggingFaceWeights, Source
+from convert import AdaptedWeights, CheckpointWeights, HuggingFaceWeights, Source
 from model import (
     COMPONENTS,
     Qwen3VL,
@@ -80,6 +80,18 @@ def make_parser() -> Parser:
     add("--freeze-vision-projector", action=switch, default=False,
         help="do not train the vision projector (the merger and the DeepStack mergers)")
     add("--freeze-text-decoder", action=switch, default=False, help="do not train the text decoder")
+
+    add = p.add_argument_group("adapters").add_argument
+    add("--lora-rank", type=non_negative_int, default=0, metavar="N", help="train low-rank adapters (LoRA) and freeze "
+        "the weights of the components that have some; 0: none. The usual --lr is 1e-4")
+    add("--lora-alpha", type=positive, metavar="X", help="scale the adapters by X / rank (default: 2 x rank)")
+    add("--lora-target-modules", metavar="A,B", help="layers that get adapters, by the end of their names; qkv, proj, "
+        "linear_fc1 and linear_fc2 are the vision encoder's and projector's, experts are the matrices of all experts "
+        f"(default: {','.join(parallel.DEFAULT_TARGETS)}, where the model has them)")
+    add("--lora-dropout", type=number(float, 0, 1, below=True), default=0.0, metavar="X",
+        help="probability with which an adapter's inputs are dropped in training")
+    add("--lora-init", metavar="DIR", help="PEFT directory with the adapters to start from; it also supplies rank, "
+        "alpha and target modules, and flags that are given must equal them")
 
     group = p.add_argument_group("data")
     add = group.add_argument
@@ -246,10 +258,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
          "--profile-step-end is before --profile-step-start: give a later one"),
         ((args.eval_interval or args.eval_iters) and not args.eval_dataset,
          "--eval-interval and --eval-iters need --eval-dataset: give the held-out rows"),
+        (args.lora_init is None and not args.lora_rank
+         and (args.lora_alpha or args.lora_target_modules or args.lora_dropout),
+         "--lora-alpha, --lora-target-modules and --lora-dropout describe adapters: give --lora-rank too"),
+        ((args.lora_rank or args.lora_init) and args.init == "random" and not args.load,
+         "adapters need trained weights: leave out --init random, or --lora-rank and --lora-init"),
         (args.finetune and same_directory, "--finetune starts a new run: give another --save than --load"),
     ]
     for name in ("dataset_dir", "cache_dir", "load", "save", "save_hf", "eval_dataset", "tensorboard_dir",
-                 "profile_dir"):
+                 "profile_dir", "lora_init"):
         flag = "--" + name.replace("_", "-")
         problems.append((getattr(args, name) == "", f"{flag} is empty: give a path, or leave it out"))
     for is_wrong, message in problems:
@@ -279,6 +296,25 @@ def freezing_predicate(args: argparse.Namespace) -> Callable[[str], bool]:
         "text decoder": args.freeze_text_decoder,
     }
     return lambda name: is_frozen[component_of(name)]
+
+
+def build_trainable_model(args: argparse.Namespace, config: Qwen3VLConfig) -> tuple[Qwen3VL, dict | None]:
+    """Build the model that the flags describe on the meta device; return it and its adapters' settings, if any."""
+    model = build_model(config, freezing_predicate(args))
+    settings = {
+        "rank": args.lora_rank or None, "alpha": args.lora_alpha, "dropout": args.lora_dropout,
+        "target_modules": args.lora_target_modules and args.lora_target_modules.split(","),
+    }
+    if args.lora_init:
+        for key, value in convert.read_peft_settings(args.lora_init).items():
+            settings[key] = settings[key] or value
+            if key != "target_modules" and settings[key] != value:
+                raise UsageError(f"--lora-{key} {settings[key]:g}: --lora-init has {value:g}: leave the flag out")
+    if settings["rank"] is None:
+        return model, None
+    if settings["alpha"] is None:
+        settings["alpha"] = 2.0 * settings["rank"]
+    return model, parallel.add_adapters(model, settings)
 
 
 def model_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -374,10 +410,19 @@ def set_learning_rates(
         group["lr"] = warmup * (low + decay * (group["max_lr"] - low))
 
 
-def open_source(hf_dir: str, init: str, load: str | None, model: Qwen3VL) -> Source | None:
-    """Open the weights to start from and check that they fit the model; return None for random weights."""
+def open_source(
+    hf_dir: str, init: str, load: str | None, model: Qwen3VL, adapters: dict | None = None, lora_init: str | None = None
+) -> Source | None:
+    """Open the weights to start from and check that they fit the model; return None for random weights.
+
+    With the settings of `adapters`, the checkpoint is that of a run with the same settings, or it has the weights that
+    new adapters, or those of the PEFT directory `lora_init`, are added to.
+    """
     if load:
-        source = CheckpointWeights(convert.find_checkpoint(load))
+        source = convert.open_checkpoint(load, hf_dir)
+        if isinstance(source, AdaptedWeights):
+            check_adapters(source, adapters, model)
+            return source.check_compatible(model)
     elif init == "random":
         return None
     elif convert.hf_has_weights(hf_dir):
@@ -385,7 +430,28 @@ def open_source(hf_dir: str, init: str, load: str | None, model: Qwen3VL) -> Sou
     else:
         raise InputError(f"{hf_dir}: holds no safetensors: give a directory with weights, --init random to train from "
                          "scratch, or --load")
+    if adapters:
+        trained = convert.open_peft(lora_init, model) if lora_init else None
+        source = AdaptedWeights(source, trained, {**adapters, "base": str(source.path.resolve()) if load else None})
     return source.check_compatible(model)
+
+
+def check_adapters(source: AdaptedWeights, adapters: dict | None, model: Qwen3VL) -> None:
+    """Raise InputError unless this run has the adapters of a checkpoint and trains the same components."""
+    different = [key for key in ("rank", "alpha", "dropout", "target_modules")
+                 if adapters is None or adapters[key] != source.settings[key]]
+
+    def flags(settings: dict) -> str:
+        values = {key: ",".join(v) if isinstance(v := settings[key], list) else v for key in different}
+        return " ".join(f"--lora-{key.replace('_', '-')} {value}" for key, value in values.items())
+
+    if different:
+        raise InputError(f"{source.path}: has other adapters than this run: give {flags(source.settings)}, not "
+                         f"{flags(adapters) if adapters else '--lora-rank 0'}")
+    for name, p in model.named_parameters():
+        if p.requires_grad != (name in source.trained.tensors):
+            raise InputError(f"{source.path}: only one of its run and this one trains the {component_of(name)}: give "
+                             "the same --freeze flags")
 
 
 def load_initial_state(
@@ -398,6 +464,8 @@ def load_initial_state(
     those ranks are returned. `finetune` loads the weights only.
     """
     convert.load_weights(model, source, seed)
+    if isinstance(source, AdaptedWeights):
+        source = source.trained
     if finetune or not isinstance(source, CheckpointWeights):
         return 0, None
     trainer_state = convert.load_trainer_state(source.path, state.rank)
@@ -458,9 +526,11 @@ def check_save_directory(save: Path, model: Qwen3VL, saves_optimizer: bool) -> N
         raise InputError(f"--save {save}: {socket.gethostname()} does not see what rank 0 wrote there, or cannot "
                          "write: give a directory that all nodes share")
     nbytes = 0
+    has_adapters = bool(parallel.named_adapters(model))
     for p in model.parameters():
         states = OPTIMIZER_STATES if saves_optimizer and p.requires_grad else 0
-        nbytes += 4 * p.numel() * (1 + states)
+        is_saved = p.requires_grad or not has_adapters
+        nbytes += 4 * p.numel() * (is_saved + states)
     free = shutil.disk_usage(save).free
     if free < nbytes:
         raise InputError(f"--save {save}: a checkpoint takes {nbytes / 1e9:.3g} GB, but {free / 1e9:.3g} GB are free: "
@@ -520,7 +590,8 @@ def set_loss_weights(
     `parallel._sum_gradients` explains. `error` is this rank's reason for not taking the step, such as a bad row: if any
     rank has one, every rank raises.
     """
-    trainable = trainable_components(model)
+    adapters = parallel.adapter_flops(model)
+    trainable = trainable_components(model) - adapters.keys()
     # supervised tokens of each sample of each micro-batch
     counts = [b.sample_ids[b.supervised_index].bincount(minlength=len(b.cu_seqlens) - 1).tolist() for b in batches]
     file_counts = [sum(each) for each in zip(*(b.rows_read + b.rows_bad for b in batches), strict=True)]
@@ -529,7 +600,8 @@ def set_loss_weights(
         len(batches),
         sum(n > 0 for sample_counts in counts for n in sample_counts),
         sum(sum(sample_counts) for sample_counts in counts),
-        sum(step_flops(model.config, b.cu_seqlens, b.grid_thw, len(b.supervised_index), trainable) for b in batches),
+        sum(step_flops(model.config, b.cu_seqlens, b.grid_thw, len(b.supervised_index), trainable, adapters)
+            for b in batches),
         sum(b.cu_seqlens[-1] for b in batches),
         sum(len(b.sources) for b in batches),
         sum(len(b.grid_thw) for b in batches),
@@ -919,6 +991,7 @@ def evaluate(
     total, count = torch.zeros((), device=state.device), 0
     rows = np.zeros((2, len(loader.dataset.paths)))  # read and bad ones of each file
     stream = itertools.islice(loader, max_batches)
+    model.eval()  # without dropout
     while True:
         batch, error = attempt(next, stream, None)
         failed, ended, stop = state.sum(error is not None, batch is None, common.stop_requested.is_set())
@@ -933,6 +1006,7 @@ def evaluate(
         total += model(batch)[0]
         count += len(batch.supervised_index)
     parallel.reshard(model)
+    model.train()
     if stop:
         return None
     rows_of_ranks = np.reshape(state.sum_over_dp(*rows.flat), rows.shape).astype(int)
@@ -987,10 +1061,17 @@ def setup_data(args: argparse.Namespace, state: ParallelState) -> tuple[data.Loa
 
 def setup_model(args: argparse.Namespace, config: Qwen3VLConfig, state: ParallelState) -> tuple[Qwen3VL, Source | None]:
     """Return the model, sharded and allocated but not yet filled, and the weights to fill it with (None: random)."""
-    model = build_model(config, freezing_predicate(args))
+    model, adapters = state.run_synced(lambda: build_trainable_model(args, config))
     if args.save:
         state.run_synced(lambda: check_save_directory(Path(args.save), model, not args.no_save_optim))
-    source = state.run_synced(lambda: open_source(args.init_from_hf_path, args.init, args.load, model))
+    source = state.run_synced(lambda: open_source(
+        args.init_from_hf_path, args.init, args.load, model, adapters, args.lora_init
+    ))
+    starts_adapters = isinstance(source, AdaptedWeights) and not isinstance(source.trained, CheckpointWeights)
+    if starts_adapters and args.load and args.save:
+        load = Path(args.load).resolve()
+        if Path(args.save).resolve() in (load, load.parent):
+            raise UsageError("--lora-rank starts a new run on the weights of --load: give another --save than --load")
     size = sum(p.numel() for p in model.parameters())
     if not args.init_model_with_meta_device:
         if size > 10e9:
@@ -1013,7 +1094,7 @@ def setup(
     ops, log_rank0 = kernels_npu.ops, log.info if state.rank == 0 else (lambda *_: None)
     random.seed(args.seed)
     np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed + state.rank)  # for dropout; the weights have generators of their own
 
     config = Qwen3VLConfig.from_json(args.init_from_hf_path)
     loader, eval_loaders = setup_data(args, state)
@@ -1050,11 +1131,14 @@ def setup(
         warmup_iters = round(args.lr_warmup_fraction * train_iters)
     writer = convert.CheckpointWriter(args.async_save, state.timeout)
     save_fn = eval_fn = None
+    settings = {"media_limits": data.media_limits(args)}
+    if isinstance(source, AdaptedWeights):
+        settings["adapters"] = source.settings
     if args.save:
         save_fn = functools.partial(
             save_iteration, writer=writer, directory=args.save, model=model, state=state, save_rng=not args.no_save_rng,
             optimizer=None if args.no_save_optim else optimizer, retain=args.save_retain,
-            settings={"media_limits": data.media_limits(args)},
+            settings=settings,
         )
     if eval_loaders:
         eval_fn = functools.partial(evaluate_files, model, eval_loaders, state, args.eval_iters)

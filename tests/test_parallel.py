@@ -192,6 +192,9 @@ DIRTY = ["--on-bad-sample", "skip", "--seq-length", 50, "--global-batch-size", 8
 EVAL = ["--eval-dataset", "text.json", "--eval-interval", 2]  # five rows: some ranks receive none
 PER_TOKEN = ["--loss-type", "per_token", "--global-batch-size", 12, "--loss-chunk-size", 7]
 PER_SAMPLE = ["--loss-type", "per_sample", "--micro-batch-size", 2]
+LORA = ["--lora-rank", 4, "--lr", 1e-2]  # the projector and the vision encoder are trained in full
+LORA_ALL = [*LORA, "--lora-target-modules", "q_proj,o_proj,qkv,linear_fc2"]
+LORA_EXPERTS = [*LORA, "--lora-target-modules", "v_proj,experts", "--freeze-vision-encoder"]
 PACKED = ["--packing", "--seq-length", 150, "--global-batch-size", 2]  # two samples or more in a row
 
 # (model, rows, flags of one rank and many alike): [(ranks, flags of the many)]
@@ -214,12 +217,17 @@ CASES = {
     ("dense", "dirty", *DIRTY): [(4, CP2)],
     ("dense", "kinds", *PACKED, "--loss-type", "per_sample"): [(2, [*CP2, *OFFLOAD])],
     ("moe", "kinds", *PACKED, "--streaming"): [(4, [*CP4, *EP4])],
+    ("dense", "alone", *LORA): [(2, CP2)],
+    ("tied", "kinds", *LORA_ALL): [(2, []), (4, [*CP2, *FSDP2, *OFFLOAD])],
+    ("moe", "kinds", *AUX, *LORA_EXPERTS): [(4, [*EP2, *FSDP2, *RECOMPUTE])],
+    ("starved", "alone", *LORA_EXPERTS, *PACKED): [(2, [*EP2, *CP2, *OFFLOAD])],
 }
 # `make test-slow`: one feature at a time; the cases above combine them. A failure here says which feature is wrong.
 ONE_AT_A_TIME = {
     ("dense", "kinds"): [(4, RECOMPUTE), (4, FSDP2)],
     ("moe", "kinds", *AUX): [(2, []), (4, FSDP2), (2, CP2), (2, EP2), (4, EP4), (4, EP2)],
     ("moe", "images", "--micro-batch-size", 2): [(2, [*EP2, *CP2])],
+    ("moe", "kinds", *AUX, *LORA_EXPERTS): [(2, []), (4, [*EP2, *CP2])],
 }
 
 

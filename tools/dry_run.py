@@ -24,11 +24,11 @@ import data
 import kernels_npu
 import parallel
 from common import InputError, UsageError
-from model import Qwen3VL, Qwen3VLConfig, build_model, plain_block
+from model import Qwen3VL, Qwen3VLConfig, plain_block
 from train import (
     batch_sizes,
+    build_trainable_model,
     configure_model,
-    freezing_predicate,
     make_optimizer,
     model_settings,
     optimizer_settings,
@@ -295,7 +295,7 @@ def dry_run(args: argparse.Namespace) -> None:
     if args.compile:
         raise UsageError("--compile: a dry run cannot trace compiled blocks: leave it out")
     size, accumulation = batch_sizes(args.micro_batch_size, args.global_batch_size, state.dp_size)
-    model = build_model(config, freezing_predicate(args))
+    model, _ = build_trainable_model(args, config)
     total = sum(p.numel() for p in model.parameters())
     settings = model_settings(args)
     configure_model(model, state, **settings | {"synchronize_per_layer": False})  # which takes no memory
