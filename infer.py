@@ -255,6 +255,7 @@ def load_model(hf_dir: str | Path, load: str | Path | None = None, dtype: str | 
     model = build_model(config, is_frozen=lambda name: True)
     for p in model.parameters():
         p.data = p.data.to(getattr(torch, dtype))  # buffers keep their own type
+    ops.compute_dtype = getattr(torch, dtype)  # the default attention depends on it
     source.check_compatible(model)  # before memory is allocated
     model.to_empty(device=ops.device)
     convert.load_weights(model, source)

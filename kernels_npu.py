@@ -181,6 +181,10 @@ class Torch:
     def synchronize(self) -> None:
         """Wait until the device has finished its queued work."""
 
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Copy a small host tensor to the device. The host does not wait for the device's queued work."""
+        return tensor.to(self.device)
+
     def get_rng_state(self) -> Tensor | None:
         """Return the device's own random state, or None on a CPU."""
         return None
@@ -241,6 +245,11 @@ class Accelerator(Torch):
     def synchronize(self) -> None:
         self.module.synchronize()
 
+    def to_device(self, tensor: Tensor) -> Tensor:
+        if tensor.device == self.device:
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)  # a copy from pageable memory would wait
+
     def get_rng_state(self) -> Tensor | None:
         return self.module.get_rng_state()
 
@@ -275,7 +284,7 @@ class Cuda(Accelerator):
         """Call PyTorch's FlashAttention-2 (arXiv:2307.08691) once for sequences of any lengths."""
         if q.dtype == torch.float32:
             raise UsageError("flash_attention_2 needs bf16 or float16: give sdpa for float32")
-        bounds = _on_device(tuple(cu_seqlens), q.device)
+        bounds = _on_device(tuple(cu_seqlens), self)
         longest = max(b - a for a, b in itertools.pairwise(cu_seqlens))
         # the operation behind torch.nn.attention.varlen, which torch 2.7.1 lacks
         return torch.ops.aten._flash_attention_forward(
@@ -423,9 +432,10 @@ def import_torch_npu() -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def _on_device(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
-    """Copy sequence bounds to the device once for all layers, as a copy makes the host wait."""
-    return torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
+@torch.inference_mode(False)  # training cannot save a tensor that inference has created
+def _on_device(cu_seqlens: tuple[int, ...], ops: Torch) -> Tensor:
+    """Copy sequence bounds to the device once for all layers."""
+    return ops.to_device(torch.tensor(cu_seqlens, dtype=torch.int32))
 
 
 def _per_sequence(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int]) -> Tensor:

@@ -307,16 +307,15 @@ class VisionModel(nn.Module):
         pixel_values [P, 1536]; grid_thw [N, 3] on the host: frames, rows and columns of patches of each image or video.
         tokens: the visual tokens of `grid_thw` whose patches are in pixel_values; other ranks may have the others.
         """
-        device = pixel_values.device
         rows, columns, neighbour_ids, bilinear_weights = (
-            self.patches_of(p, tokens) for p in patch_positions(grid_thw, self.config)
+            kernels_npu.ops.to_device(self.patches_of(p, tokens)) for p in patch_positions(grid_thw, self.config)
         )
         frames = [h * w for t, h, w in grid_thw.tolist() for _ in range(t)]
         cu_seqlens = [0, *itertools.accumulate(frames)]  # attention stays within a frame
-        cos, sin = self.rotary_tables(rows.to(device), columns.to(device))
+        cos, sin = self.rotary_tables(rows, columns)
 
         x = self.patch_embed(pixel_values)
-        positions = self.pos_embed(neighbour_ids.to(device)) * bilinear_weights.to(device)[..., None]
+        positions = self.pos_embed(neighbour_ids) * bilinear_weights[..., None]
         x = x + positions.sum(1).to(x.dtype)
         deepstack = []
         for i, block in enumerate(self.blocks):
@@ -501,10 +500,10 @@ class TextModel(nn.Module):
         d, (_, height, width) = self.config.head_dim, self.config.mrope_section
         device = position_ids.device
         inv_freq = 1.0 / self.config.rope_theta ** (torch.arange(0, d, 2, dtype=torch.float32, device=device) / d)
-        axis = torch.zeros(d // 2, dtype=torch.long)
+        axis = torch.zeros(d // 2, dtype=torch.long, device=device)
         axis[1 : 3 * height : 3] = 1
         axis[2 : 3 * width : 3] = 2
-        angles = position_ids.float()[axis.to(device)].T * inv_freq
+        angles = position_ids.float()[axis].T * inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos(), angles.sin()
 

@@ -133,14 +133,6 @@ class ParallelState:
             groups.append(dist.new_subgroups_by_enumeration(ranks_of_groups, timeout=self.timeout)[0])
         return DeviceMesh.from_group(groups, self.device.type, mesh, mesh_dim_names=names)
 
-    @functools.cached_property
-    def backend_averages(self) -> bool:
-        """Return whether the backend supports ReduceOp.AVG: gloo in torch 2.7.1 silently sums. This is a collective."""
-        one = torch.empty(1, device=self.device)
-        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in 2.13
-        reduce_scatter(one, torch.ones(self.world_size, device=self.device), op=dist.ReduceOp.AVG)
-        return one.item() == 1
-
     def sum(self, *values: float | Tensor) -> list[float]:
         """Sum each number over all ranks, in float64. The host waits for the device once.
 
@@ -671,21 +663,32 @@ def _sum_gradients(model: Qwen3VL, state: ParallelState) -> None:
     position, and FSDP2 averages it over `world_size / ep_size` ranks only. It is `ep_size` times too large, and a hook
     divides it.
 
-    Not every backend can average, so the reduction is a sum where FSDP2 allows it. FSDP2 then divides by itself. In
-    torch 2.7.1 FSDP2 asks gloo for an average and receives a sum: there, the hook divides by `world_size`.
+    Not every backend can average, and NCCL's average over one rank can miss elements (NVIDIA/nccl#1950). So the
+    reduction is a sum, and FSDP2 divides by itself. In torch 2.7.1 it does not: there, the hook divides by the ranks
+    that share a replica. The average over replicas remains, which gloo lacks.
     """
     of_experts = _expert_modules(model)
     for module in fsdp_modules(model):
         divisor = state.ep_size if module in of_experts else 1
         if hasattr(module, "set_force_sum_reduction_for_comms"):
             module.set_force_sum_reduction_for_comms(True)
-        elif not state.backend_averages:
-            if state.dp_replicate > 1:
-                raise UsageError("--fsdp-size: this PyTorch cannot replicate parameters on a CPU: leave the flag out, "
-                                 "or install a newer PyTorch")
-            divisor = state.world_size
+        elif state.dp_replicate > 1 and dist.get_backend() == "gloo":
+            raise UsageError("--fsdp-size: this PyTorch cannot replicate parameters on a CPU: leave the flag out, "
+                             "or install a newer PyTorch")
+        elif (group := module._get_fsdp_state()._fsdp_param_group) is not None:
+            group.reduce_scatter_reduce_op = dist.ReduceOp.SUM
+            divisor = state.fsdp_size
         if divisor > 1:
-            module.set_all_reduce_hook(lambda gradient, divisor=divisor: gradient.div_(divisor))
+            module.set_all_reduce_hook(functools.partial(_divide, divisor=divisor))
+
+
+def _divide(gradient: Tensor, divisor: int) -> None:
+    """Divide a reduced gradient: FSDP2's all-reduce hook."""
+    gradient.div_(divisor)
+    if not gradient.is_cpu:
+        # FSDP2 allocates the gradient on its reduce-scatter stream, and adds it to an earlier micro-batch's on the
+        # stream of this hook. The next reduce-scatter must not reuse its memory before.
+        gradient.record_stream(torch.get_device_module(gradient.device).current_stream())
 
 
 def _expert_placement(state: ParallelState, p: nn.Parameter) -> Shard | None:

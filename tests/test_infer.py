@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 import convert
 import data
 import infer
+import kernels_npu
 from common import InputError, run_program
 
 ROWS = {
@@ -345,6 +346,16 @@ def test_load_model_keeps_tied_embeddings(tmp_path):
     model = infer.load_model(tiny.hf_dir(tmp_path, raw, tiny.hf_model(raw)), dtype="bfloat16")
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_load_model_in_float32_selects_an_attention_that_has_it(tmp_path, monkeypatch):
+    """On CUDA the default, flash_attention_2, has no float32, which config.json may ask for."""
+    device = kernels_npu.Cuda(torch.device("cpu"))
+    monkeypatch.setattr(kernels_npu, "ops", device)
+    assert device.default_attention == "flash_attention_2"
+    raw = tiny.config_dict(layers=3)
+    infer.load_model(tiny.hf_dir(tmp_path, raw | {"dtype": "float32"}, tiny.hf_model(raw)))
+    assert device.default_attention == "sdpa"
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -40,6 +40,15 @@ def test_peak_flops_by_device_name(monkeypatch, name, peak):
     assert device.peak_flops() == peak
 
 
+def test_sequence_bounds_of_inference_serve_training():
+    """Flash attention saves the bounds for backward, which PyTorch refuses for a tensor made in inference mode."""
+    device = kernels_npu.Cuda(torch.device("cpu"), torch.bfloat16)
+    with torch.inference_mode():
+        bounds = kernels_npu._on_device((0, 3, 5), device)
+    assert not bounds.is_inference() and bounds.tolist() == [0, 3, 5] and bounds.dtype == torch.int32
+    assert kernels_npu._on_device((0, 3, 5), device) is bounds
+
+
 def test_grouped_matmul_without_gradients_reads_only_active_experts():
     cpu, weight = Cpu(torch.device("cpu")), torch.randn(6, 8, 4)
     weight[[0, 2, 3]] = torch.nan

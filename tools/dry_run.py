@@ -291,7 +291,6 @@ def dry_run(args: argparse.Namespace) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=args.world_size)
     ops = kernels_npu.ops = FakeDevice(torch.device("cpu"))  # PyTorch has no fake tensors of a device that is missing
     state = FakeParallelState(ops, cp=args.context_parallel_size, ep=args.expert_parallel_size, fsdp=args.fsdp_size)
-    state.backend_averages = False  # the fake backend cannot be asked
     if args.compile:
         raise UsageError("--compile: a dry run cannot trace compiled blocks: leave it out")
     size, accumulation = batch_sizes(args.micro_batch_size, args.global_batch_size, state.dp_size)
