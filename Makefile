@@ -1,8 +1,9 @@
 # make demo         train a small Qwen3-VL-MoE from scratch and ask it about images that it has never seen
 # make test         run the tests, then lint
 # make lint         ruff, and mypy on the eight files
-# make bench        compare speed and memory with transformers and plot how cost grows (a quarter of an hour)
-# make test-cuda    run the tests that need a GPU, with PYTHON and its packages: installs nothing
+# make bench        compare speed and memory with transformers and plot how cost grows (a quarter of an hour); with a
+#                   GPU, compare with transformers and measure MFU, recompute and offload there (under ten minutes)
+# make test-cuda    run the tests that need a GPU and the self-check, with PYTHON and its packages: installs nothing
 # make test-npu     run the NPU's code with the released torch_npu on an emulated device: needs gcc, no NPU
 # make test-slow    run the slow tests and a second environment with transformers 4.57
 # make test-oldest  run test and test-npu with the oldest supported Python and torch: installs several GB
@@ -10,7 +11,7 @@
 #
 # The targets install what they need in .venv (test-oldest: in .venv-oldest), with the first Python >= 3.10 found.
 # PIP_FLAGS is passed to every pip install. test-cuda and bench also run on a GPU machine that already has torch,
-# transformers, tokenizers, matplotlib and pytest:
+# transformers, tokenizers, Pillow and pytest:
 #
 #     make test-cuda PYTHON=python3
 #     make bench BENCH_PYTHON=python3
@@ -25,7 +26,7 @@ TORCHVISION := torchvision==0.28.0
 export TOKENIZERS_PARALLELISM := false
 export PIP_FLAGS
 
-.PHONY: demo test lint bench test-cuda test-npu test-slow test-oldest clean
+.PHONY: demo test lint bench bench-cpu bench-gpu test-cuda test-npu test-slow test-oldest clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo
@@ -40,14 +41,27 @@ lint: .venv/.test
 	.venv/bin/mypy
 
 bench: $(if $(filter .venv/%,$(BENCH_PYTHON)),.venv/.test)
+	device=$$($(BENCH_PYTHON) -c 'import torch; print("gpu" if torch.cuda.is_available() else "cpu")') && \
+		$(MAKE) bench-$$device
+
+bench-cpu:
 	$(BENCH_PYTHON) benchmarks/training.py
 	$(BENCH_PYTHON) benchmarks/generation.py
 	$(BENCH_PYTHON) benchmarks/preprocessing.py
 	$(BENCH_PYTHON) benchmarks/options.py
 	$(BENCH_PYTHON) benchmarks/growth.py --plot docs/growth.png
 
+# one failure does not hide the figures of the programs after it
+bench-gpu:
+	status=0; \
+	$(BENCH_PYTHON) benchmarks/gpu.py || status=1; \
+	$(BENCH_PYTHON) benchmarks/training.py --rounds 5 --only dense-equal,dense-mixed,moe-mixed,memory || status=1; \
+	$(BENCH_PYTHON) benchmarks/generation.py --rounds 5 --only dense-1,moe-16 || status=1; \
+	exit $$status
+
 test-cuda:
 	$(PYTHON) -m pytest -q -m cuda tests/test_cuda.py
+	$(PYTHON) kernels_npu.py --device cuda
 
 test-npu: .venv/.test
 	npu=$$(.venv/bin/python tests/npu/stub.py) && env $$npu .venv/bin/python -m pytest -q tests/npu

@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import difflib
 import fcntl
+import gc
 import json
 import logging
 import os
@@ -72,6 +73,11 @@ def read_json(path: str | Path, missing_ok: bool = False) -> dict:
     return content
 
 
+def print_line(text: str) -> None:
+    """Print a line to standard output in one write, so that lines of several threads do not mix."""
+    print(text + "\n", end="", flush=True)
+
+
 # ---- flags ---------------------------------------------------------------------------------------------------------
 
 
@@ -92,10 +98,18 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{files} cannot be read as flags ({one_line(e)}): give one flag per line")
 
     def error(self, message: str):
-        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-        for word in re.findall(r"--[\w-]+", message) if "unrecognized" in message else ():
-            near = difflib.get_close_matches(word, flags, n=1)
-            message += f" (did you mean {near[0]}?)" if near else f" ({self.prog} --help lists the flags)"
+        names = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        flags = {name.replace("_", "-"): name for name in names}
+        words = message.split() if "unrecognized" in message else ()
+        unknown = [word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")]
+        # Only likely typing errors get a suggestion. At a lower cutoff, flags of Megatron would get a wrong one.
+        near = [difflib.get_close_matches(word, flags, n=1, cutoff=0.9)
+                or [flag for flag in flags if sorted(flag) == sorted(word)] for word in unknown]  # swapped letters
+        if any(near):
+            message += f" (did you mean {', '.join(flags[match[0]] for match in near if match)}?)"
+        if not all(near):
+            message += (f"; {self.prog} --help lists the flags, and the migration table in README.zh.md has those of "
+                        "MindSpeed-MM")
         raise UsageError(message)
 
 
@@ -183,9 +197,10 @@ class StopSignals:
 def leave_process_group(worker: int) -> None:
     """Put a DataLoader worker in a process group of its own: only the main process gets Ctrl-C and torchrun's SIGTERM.
 
-    This is a `worker_init_fn`.
+    This is a `worker_init_fn`. Training switches the garbage collector off, which a forked worker inherits.
     """
     os.setpgid(0, 0)
+    gc.enable()
 
 
 @contextlib.contextmanager
@@ -211,7 +226,7 @@ def explain_errors(state) -> Iterator[None]:
             problem = f"{text}: give a smaller --num-workers if the system ran out of memory"
         elif isinstance(e, MemoryError) or re.search("out of memory|n't allocate", text):
             problem = (f"out of memory ({text}): give a smaller --micro-batch-size or --seq-length, --recompute full, "
-                       f"--activation-offload or more ranks; current rows: {rows}")
+                       f"--activation-offload, --cpu-offload or more ranks; current rows: {rows}")
         elif isinstance(e, RuntimeError) and re.search("[Tt]imed out|[Tt]imeout", text):
             all_ranks_fail = True
             unresponsive = ", ".join(map(str, state.unresponsive_ranks())) or "(all answer)"

@@ -1,20 +1,23 @@
-"""Weights and checkpoints: Hugging Face safetensors <-> model <-> DCP, crash-safe saves, and the two conversions.
+"""Weights and checkpoints: Hugging Face safetensors <-> model <-> DCP, crash-safe saves, and the conversions.
 
 A *source* is a directory of stored tensors (see `Source`). Loading, resharding and both conversions copy slices from a
 source, so that a process holds only a few chunks beside its own shard.
 
 A checkpoint has the format of torch.distributed.checkpoint (DCP), which `dcp.load` reads: tensors in chunks of at most
 CHUNK_BYTES, parameters and buffers under their Hugging Face names, optimizer state as `optimizer.KEY.NAME`. Beside them
-lie `checksums.json` and each rank's `trainer_state_rank_00000.pt`. Reading an untrusted checkpoint runs no code.
+lie `checksums.json`, `settings.json` and each rank's `trainer_state_rank_00000.pt`. Reading an untrusted checkpoint
+runs no code. A run with adapters saves only what it trains; `AdaptedWeights` reads that with the weights beneath.
 
     python convert.py hf_to_dcp --hf_dir DIR --dcp_dir DIR
     python convert.py dcp_to_hf --load_dir ITER_DIR --save_dir DIR --model_assets_dir HF_DIR
+    python convert.py dcp_to_peft --load_dir ITER_DIR --save_dir DIR --model_assets_dir HF_DIR
     python convert.py verify DIR
 """
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import glob
 import hashlib
 import io
@@ -32,7 +35,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -44,18 +47,21 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+import data
 import kernels_npu
-from common import InputError, Parser, is_peer_failure, number, one_line, read_json, run_program, shorten
+from common import InputError, Parser, is_peer_failure, number, one_line, print_line, read_json, run_program, shorten
 from model import Qwen3VLConfig, build_model
-from parallel import local_shard_and_offset, run_synced
+from parallel import Adapter, add_adapters, local_shard_and_offset, named_adapters, run_synced
 
 CHUNK_BYTES = 16 << 20
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
+SETTINGS = "settings.json"
 INDEX = "model.safetensors.index.json"
 SAFETENSORS_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 BUFFER_TYPES = {"I64": torch.int64, "I32": torch.int32}
 EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
+PEFT_CONFIG = "adapter_config.json"
 LAYOUT = {"expert_layout": "published"}  # in our safetensors headers, because square experts do not show their layout
 
 TensorInfo = tuple[torch.dtype, torch.Size]
@@ -75,6 +81,9 @@ class Source(Protocol):
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         """Return a slice of a tensor in its stored type. It may be a view of shared memory: never write to it."""
+
+    def file_of(self, name: str) -> Path:
+        """Return the file that holds a tensor, or the first one that does."""
 
 
 # ---- tensors and their chunks --------------------------------------------------------------------------------------
@@ -193,6 +202,15 @@ def load_data_positions(directory: Path) -> list[dict]:
     return [_read_trainer_state(path)["data"] for path in sorted(directory.glob("trainer_state_rank_*.pt"))]
 
 
+def read_settings(directory: Path) -> dict:
+    """Return the settings that a checkpoint was saved with, {} for one without them. Raises InputError."""
+    path = directory / SETTINGS
+    if not path.exists():
+        return {}
+    _read_verified(path, _read_checksums(directory))
+    return read_json(path)
+
+
 def _read_trainer_state(path: Path) -> dict:
     content = _read_verified(path, _read_checksums(path.parent))
     try:
@@ -237,6 +255,18 @@ def _check_names_and_shapes(tensors: dict[str, TensorInfo], model: nn.Module, pa
                              f"{list(shape)}; use the config.json that belongs to these weights")
 
 
+def _check_tied_copy(source: Source, model: nn.Module) -> None:
+    """Raise InputError if the source holds another lm_head.weight than the embedding that the model uses for it."""
+    copy, embedding = "lm_head.weight", "model.language_model.embed_tokens.weight"
+    if copy in stored_tensors(model) or not {copy, embedding} <= source.tensors.keys():
+        return
+    (dtype, shape), (_, copy_shape) = source.tensors[embedding], source.tensors[copy]
+    chunks = _row_chunks(shape, dtype.itemsize)
+    if shape != copy_shape or any((source.read(copy, *at) != source.read(embedding, *at)).any() for at in chunks):
+        raise InputError(f"{source.file_of(copy)}: {copy} differs from {embedding}, but config.json says that they are "
+                         "one (tie_word_embeddings is true): set that to false to use both, or remove lm_head.weight")
+
+
 def hf_has_weights(hf_dir: str | Path) -> bool:
     """Return whether a Hugging Face directory holds safetensors, as one file or as an index of several."""
     return any((Path(hf_dir) / name).exists() for name in ("model.safetensors", INDEX))
@@ -244,6 +274,8 @@ def hf_has_weights(hf_dir: str | Path) -> bool:
 
 class HuggingFaceWeights:
     """Read the safetensors of a Hugging Face directory. Raises InputError for missing and damaged files."""
+
+    single_file = "model.safetensors"
 
     def __init__(self, hf_dir: str | Path):
         self.path = Path(hf_dir)
@@ -257,14 +289,14 @@ class HuggingFaceWeights:
 
     def _list_files(self) -> dict[str, list[str]]:
         """Return {file: names of its tensors} from the index. For a single file the list of names is empty."""
-        if (self.path / "model.safetensors").exists():
-            return {"model.safetensors": []}
+        if (self.path / self.single_file).exists():
+            return {self.single_file: []}
         index = self.path / INDEX
         pickles = [*self.path.glob("pytorch_model*.bin")]
         if not index.exists() and pickles:
             raise InputError(f"{pickles[0]}: is a pickle, which can run code; convert it to safetensors")
         if not index.exists():
-            raise InputError(f"{self.path}: holds no weights (neither model.safetensors nor {INDEX})")
+            raise InputError(f"{self.path}: holds no weights (neither {self.single_file} nor {INDEX})")
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index}: has no weight_map; download it again")
@@ -317,7 +349,11 @@ class HuggingFaceWeights:
                 self._transposed.add(name)
                 self.tensors[name] = dtype, tensor.shape
         _check_names_and_shapes(self.tensors, model, self.path)
+        _check_tied_copy(self, model)
         return self
+
+    def file_of(self, name: str) -> Path:
+        return self.path / next(file for file, names in self.files.items() if name in names)
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         """Return a slice of a tensor, in the published layout. It may be a view of the mapped file."""
@@ -450,7 +486,11 @@ class CheckpointWeights:
         """Compare names and shapes with the model's and return self. Raises InputError."""
         weights = {name: info for name, info in self.tensors.items() if not name.startswith("optimizer.")}
         _check_names_and_shapes(weights, model, self.path)
+        _check_tied_copy(self, model)
         return self
+
+    def file_of(self, name: str) -> Path:
+        return self.path / self._chunks[name][0][2].relative_path
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         """Return a slice of a tensor, assembled from the chunks that overlap it."""
@@ -486,6 +526,151 @@ class CheckpointWeights:
                              ) from e
         self._recent[key] = chunk
         return chunk
+
+
+# ---- adapters ------------------------------------------------------------------------------------------------------
+
+
+def _read_full(source: Source, name: str) -> Tensor:
+    shape = source.tensors[name][1]
+    return source.read(name, (0,) * len(shape), shape)
+
+
+def _check_trained(stored: dict[str, torch.Size], expected: dict[str, torch.Size], path: Path) -> None:
+    """Compare the names and shapes of adapters, and of what was trained beside them. Raises InputError."""
+    for name in sorted(stored.keys() | expected.keys()):
+        if stored.get(name) != expected.get(name):
+            raise InputError(f"{path}: {name} is missing, unknown or of another shape; use the config.json and the "
+                             "--lora-target-modules that its adapters were trained with")
+
+
+class AdaptedWeights:
+    """Read what a run with adapters has trained, and beneath it the weights that the run began with.
+
+    A model with adapters loads both as they are. For a model without them, `read` adds the adapters' products to the
+    weights, in float32. `settings` are those of `parallel.add_adapters`, and "base", see `open_checkpoint`.
+    """
+
+    def __init__(self, base: Source, trained: Source | None, settings: dict):
+        self.base, self.trained, self.settings = base, trained, settings
+        self.path = (trained or base).path
+        self.tensors = base.tensors | (trained.tensors if trained else {})
+        self._merged: dict[str, tuple[str, Adapter]] = {}  # weight -> its adapter
+        # The experts of a layer are merged window by window, and each window needs a part of both factors.
+        self._read_factor = functools.lru_cache(maxsize=2)(functools.partial(_read_full, trained))
+
+    def check_compatible(self, model: nn.Module) -> AdaptedWeights:
+        """Compare names and shapes with the model's and return self. Raises InputError."""
+        self.base.check_compatible(model)
+        if not named_adapters(model):
+            model = build_model(model.config)
+            add_adapters(model, self.settings)
+            self._merged = {adapter.weight_name: (name, adapter) for name, adapter in named_adapters(model).items()}
+        if self.trained:
+            stored = {n: shape for n, (_, shape) in self.trained.tensors.items() if not n.startswith("optimizer.")}
+            expected = {n: t.shape for n, t in stored_tensors(model).items() if ".lora." in n or n in stored}
+            _check_trained(stored, expected, self.path)
+        return self
+
+    def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        """Return a slice of a tensor: what was trained, a weight with its adapter, or the weight itself."""
+        if self.trained and name in self.trained.tensors:
+            return self.trained.read(name, offset, sizes)
+        values = self.base.read(name, offset, sizes)
+        if name not in self._merged:
+            return values
+        adapter_name, adapter = self._merged[name]
+        leaves = "BA" if len(sizes) == 2 else "AB"
+        left, right = (self._read_factor(f"{adapter_name}.{leaf}").float() for leaf in leaves)
+        *experts, rows, columns = _slices(offset, sizes)
+        return values.float() + adapter.scale * left[(*experts, rows)] @ right[(*experts, slice(None), columns)]
+
+
+def open_checkpoint(load_dir: str | Path, hf_dir: str | Path) -> CheckpointWeights | AdaptedWeights:
+    """Open a checkpoint and, if it holds adapters, the weights that they belong to.
+
+    These are the safetensors of `hf_dir`, or the full checkpoint that the run with adapters was started from.
+    """
+    checkpoint = CheckpointWeights(find_checkpoint(load_dir))
+    adapters = read_settings(checkpoint.path).get("adapters")
+    if adapters is None:
+        return checkpoint
+    base = adapters["base"]
+    if base is not None and not (Path(base) / ".metadata").exists():
+        raise InputError(f"{checkpoint.path}: its adapters belong to the weights of the checkpoint {base}, which is "
+                         "missing; put it back there")
+    return AdaptedWeights(CheckpointWeights(base) if base else HuggingFaceWeights(hf_dir), checkpoint, adapters)
+
+
+class RelaidTensors:
+    """Read the tensors of another source under other names and in another layout."""
+
+    def __init__(self, source: Source, layouts: dict[str, tuple[str, torch.Size, Callable[[Tensor], Tensor]]]):
+        """layouts: {name: (the other source's name, shape, function from the other layout)}."""
+        self.source, self.layouts, self.path = source, layouts, source.path
+        self.tensors = {name: (source.tensors[stored][0], shape) for name, (stored, shape, _) in layouts.items()}
+
+    def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        stored, _, layout = self.layouts[name]
+        return layout(_read_full(self.source, stored))[_slices(offset, sizes)]
+
+
+class PeftTensor(NamedTuple):
+    """An A or B and how PEFT stores it: those of experts as [E * r, in] and [out, r * E]."""
+
+    name: str
+    peft_name: str
+    shape: torch.Size
+    peft_shape: torch.Size
+    to_peft: Callable[[Tensor], Tensor]
+    from_peft: Callable[[Tensor], Tensor]
+
+
+def peft_tensors(model: nn.Module) -> list[PeftTensor]:
+    """Return all A and B of a model. PEFT wraps a layer's experts twice; the inner adapter is that of gate_up_proj."""
+    tensors = []
+    for name, adapter in named_adapters(model).items():
+        layer, _, weight = adapter.weight_name.rpartition(".")
+        inner = ".base_layer" if weight == "gate_up_proj" else ""
+        for leaf, p in adapter.named_parameters():
+            swapped = (0, 0) if p.ndim == 2 else (1, 2) if leaf == "A" else (0, 2)  # dimensions
+            split = p.transpose(*swapped)
+            merged = split if p.ndim == 2 else split.flatten(0, 1) if leaf == "A" else split.flatten(1, 2)
+            tensors.append(PeftTensor(
+                f"{name}.{leaf}", f"base_model.model.{layer}{inner}.lora_{leaf}.weight", p.shape, merged.shape,
+                lambda t, swapped=swapped, shape=merged.shape: t.transpose(*swapped).reshape(shape),
+                lambda t, swapped=swapped, shape=split.shape: t.reshape(shape).transpose(*swapped),
+            ))
+    return tensors
+
+
+class PeftFile(HuggingFaceWeights):
+    """Read the safetensors of a PEFT directory."""
+
+    single_file = "adapter_model.safetensors"
+
+
+def read_peft_settings(directory: str | Path) -> dict:
+    """Return the rank, alpha and target modules of a PEFT directory. Raises InputError unless it is plain LoRA."""
+    path = Path(directory) / PEFT_CONFIG
+    config = read_json(path)
+    unsupported = [key for key in ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern",
+                                   "modules_to_save") if config.get(key)]
+    unsupported += [key for key, plain in (("peft_type", "LORA"), ("bias", "none")) if config.get(key, plain) != plain]
+    if unsupported or not {"r", "lora_alpha"} <= config.keys():
+        raise InputError(f"{path}: is not that of plain LoRA ({', '.join(unsupported) or 'no r or lora_alpha'}): merge "
+                         "the adapter into the weights with PEFT, or train another one")
+    layers = {name.partition(".lora_")[0].removesuffix(".base_layer") for name in PeftFile(directory).tensors}
+    targets = sorted({layer.rpartition(".")[2] for layer in layers})
+    return {"rank": config["r"], "alpha": config["lora_alpha"], "target_modules": targets}
+
+
+def open_peft(directory: str | Path, model: nn.Module) -> RelaidTensors:
+    """Open the adapters of a PEFT directory. Raises InputError if they are not those of the model."""
+    source, tensors = PeftFile(directory), peft_tensors(model)
+    stored = {name: shape for name, (_, shape) in source.tensors.items()}
+    _check_trained(stored, {t.peft_name: t.peft_shape for t in tensors}, source.path)
+    return RelaidTensors(source, {t.name: (t.peft_name, t.shape, t.from_peft) for t in tensors})
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -648,9 +833,14 @@ def _commit(staging: Path, final: Path, records: dict[str, dict], tracker: str |
 
 
 def _chunks_to_save(model: nn.Module, optimizer: Optimizer | None) -> Iterator[TensorChunk]:
-    """Yield what this rank writes: its shard of every DTensor (replicas take turns), and on rank 0 plain tensors."""
-    tensors = {}
+    """Yield what this rank writes: its shard of every DTensor (replicas take turns), and on rank 0 plain tensors.
+
+    A model with adapters is saved without its frozen parameters.
+    """
+    tensors, has_adapters = {}, bool(named_adapters(model))
     for name, tensor in stored_tensors(model).items():
+        if has_adapters and isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+            continue
         tensors[name] = tensor
         state = optimizer.state.get(tensor, {}) if optimizer is not None else {}
         tensors |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
@@ -667,7 +857,7 @@ def _chunks_to_save(model: nn.Module, optimizer: Optimizer | None) -> Iterator[T
 
 
 def _save(
-    final: Path, chunks: Iterable[TensorChunk], trainer_state: dict | None, retain: int | None,
+    final: Path, chunks: Iterable[TensorChunk], trainer_state: dict | None, settings: dict | None, retain: int | None,
     group: dist.ProcessGroup | None,
 ) -> None:
     """Write the iteration directory `final` and point the tracker to it; every rank of `group` calls this.
@@ -676,6 +866,8 @@ def _save(
     earlier iterations are unchanged (see `atomic_directory`).
     """
     iteration, rank = int(final.name.removeprefix("iter_")), _rank()
+    if rank == 0:
+        print_line(f"saving checkpoint at iteration {iteration:7d} to {final.parent}")
 
     def write() -> list[tuple]:
         entries = _write_shard(staging / f"__{rank}_0.distcp", chunks, records)
@@ -688,6 +880,8 @@ def _save(
 
     def describe() -> None:
         _write_metadata(staging, itertools.chain(*entries_of_ranks), records)
+        if settings is not None:
+            _write_bytes(staging / SETTINGS, json.dumps(settings, indent=1).encode(), records)
         CheckpointWeights(staging)  # every tensor has all of its values
 
     try:
@@ -700,6 +894,8 @@ def _save(
         failure = InputError(f"{final}: was not saved: {one_line(e)}; the iterations before it are as they were")
         failure.only_on_this_rank = getattr(e, "only_on_this_rank", False)  # for `run_program`
         raise failure from e
+    if rank == 0:
+        print_line(f"successfully saved checkpoint from iteration {iteration:7d} to {final.parent}")
     if retain:
         _on_rank_0(lambda: _prune(final.parent, iteration, retain), group)
 
@@ -720,22 +916,24 @@ class CheckpointWriter:
 
     def save(
         self, save_dir: str | Path, iteration: int, model: nn.Module, optimizer: Optimizer | None = None,
-        trainer_state: dict | None = None, retain: int | None = None,
+        trainer_state: dict | None = None, retain: int | None = None, settings: dict | None = None,
     ) -> Path:
         """Write `save_dir/iter_XXXXXXX`, or start to write it in the background, and return it; every rank calls this.
 
         `trainer_state` is this rank's: plain types and tensors, with "iteration" (int) and "data" (dict). `retain` is
-        the number of iterations to keep, among those up to this one. Raises the errors of `_save`.
+        the number of iterations to keep, among those up to this one. `settings` are the run's, for `read_settings`:
+        JSON types, the same on every rank. Raises the errors of `_save`.
         """
         self.wait()  # the previous save still reads the copies
         final, chunks = Path(save_dir) / f"iter_{iteration:07d}", _chunks_to_save(model, optimizer)
         if self._thread is None:
-            _save(final, chunks, trainer_state, retain, None)
+            _save(final, chunks, trainer_state, settings, retain, None)
         else:
             copies = [(name, shape, offset, self._copy((name, offset), values))
                       for name, shape, offset, values in chunks]
             kernels_npu.ops.synchronize()
-            self._saving = self._thread.submit(_save, final, copies, copy.deepcopy(trainer_state), retain, self._group)
+            self._saving = self._thread.submit(_save, final, copies, copy.deepcopy(trainer_state),
+                                               copy.deepcopy(settings), retain, self._group)
         return final
 
     def _copy(self, key: tuple, values: Tensor) -> Tensor:
@@ -864,16 +1062,17 @@ _ASSET = re.compile(r".*(?<!\.index)\.json|.*\.(txt|jinja|model)|(LICEN[SC]E|NOT
 
 
 def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str | Path, dtype: str | None = None,
-              overwrite: bool = False, max_shard_gb: float = 5) -> Path:
+              overwrite: bool = False, max_shard_gb: float = 5, keep_preprocessor: bool = False) -> Path:
     """Write a checkpoint's parameters and buffers as a Hugging Face directory, with the base model's assets.
 
     `dtype` ('bfloat16', ...) is the parameters' type, by default the one in the assets' config.json, or else the stored
-    type. Buffers keep their own.
+    type. Buffers keep their own. Adapters are merged into the weights that they belong to (see `open_checkpoint`). The
+    preprocessor files get the limits of the training run and a line is printed, unless `keep_preprocessor`.
     """
     assets = Path(model_assets_dir)
     config = Qwen3VLConfig.from_json(assets)
     model = build_model(config)
-    source = CheckpointWeights(find_checkpoint(load_dir)).check_compatible(model)
+    source = open_checkpoint(load_dir, assets).check_compatible(model)
     final = Path(save_dir).resolve()
     _check_output(final, [assets.resolve(), source.path.resolve()], overwrite)
     dtype = dtype or config.dtype
@@ -882,6 +1081,13 @@ def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str 
     output = _output_tensors({name: source.tensors[name] for name in names}, parameters, dtype)
     shards = _split_into_shards(output, max_shard_gb * 1e9)
     total = sum(map(_nbytes, output.values()))
+    limits = {} if keep_preprocessor else read_settings(source.path).get("media_limits", {})
+    preprocessors = data.preprocessor_files(assets, limits) if limits else {}
+    files = {path.name: path.read_bytes() for path in assets.glob("*")
+             if path.is_file() and _ASSET.fullmatch(path.name) and path.name != CHECKSUMS}
+    files |= {name: json.dumps(content, indent=2).encode() for name, content in preprocessors.items()}
+    if dtype is not None:
+        files["config.json"] = _config_with_dtype(files["config.json"], dtype)
     with _conversion(final, total) as (staging, records, bar):
         weight_map = {}
         for i, shard in enumerate(shards):
@@ -891,12 +1097,48 @@ def dcp_to_hf(load_dir: str | Path, save_dir: str | Path, model_assets_dir: str 
                 _write_safetensors(file, {name: output[name] for name in shard}, source, bar)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_bytes(staging / INDEX, json.dumps(index, indent=2).encode(), records)
-        for path in sorted(assets.glob("*")):
-            if path.is_file() and _ASSET.fullmatch(path.name) and path.name != CHECKSUMS:
-                data = path.read_bytes()
-                if path.name == "config.json" and dtype is not None:
-                    data = _config_with_dtype(data, dtype)
-                _write_bytes(staging / path.name, data, records)
+        for name, content in sorted(files.items()):
+            _write_bytes(staging / name, content, records)
+    if preprocessors:
+        print(f"{final}: wrote the training run's {data.describe_limits(limits)} into {' and '.join(preprocessors)} "
+              "(--keep-preprocessor copies the base model's files)")
+    return final
+
+
+def dcp_to_peft(
+    load_dir: str | Path, save_dir: str | Path, model_assets_dir: str | Path, overwrite: bool = False
+) -> Path:
+    """Write a checkpoint's adapters as a PEFT directory. Raises InputError if other weights were trained too."""
+    source = CheckpointWeights(find_checkpoint(load_dir))
+    settings = read_settings(source.path).get("adapters")
+    stored = {name: shape for name, (_, shape) in source.tensors.items() if not name.startswith("optimizer.")}
+    others = [name for name in stored if ".lora." not in name]
+    if settings is None or others:
+        reason = "has no adapters" if settings is None else f"holds more than adapters ({others[0]}, ...)"
+        raise InputError(f"{source.path}: {reason}, so PEFT cannot load it; convert it with dcp_to_hf")
+    model = build_model(Qwen3VLConfig.from_json(model_assets_dir))
+    add_adapters(model, settings)
+    tensors = peft_tensors(model)
+    _check_trained(stored, {t.name: t.shape for t in tensors}, source.path)
+    final = Path(save_dir).resolve()
+    _check_output(final, [Path(model_assets_dir).resolve(), source.path.resolve()], overwrite)
+    relaid = RelaidTensors(source, {t.peft_name: (t.name, t.peft_shape, t.to_peft) for t in tensors})
+    experts = {a.weight_name.rpartition(".mlp.")[2] for a in named_adapters(model).values() if a.A.ndim == 3}
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(model_assets_dir), "bias": "none",
+        "r": settings["rank"], "lora_alpha": settings["alpha"], "lora_dropout": settings["dropout"],
+        "target_modules": [target for target in settings["target_modules"] if not target.endswith("experts")],
+        "target_parameters": sorted(f"mlp.{name}" for name in experts),
+        "exclude_modules": ["patch_embed.proj"] * ("proj" in settings["target_modules"]),  # a convolution there
+        "inference_mode": True,
+    }
+    with _conversion(final, sum(map(_nbytes, relaid.tensors.values()))) as (staging, records, bar):
+        with _HashedFile(staging / PeftFile.single_file, records) as file:
+            _write_safetensors(file, relaid.tensors, relaid, bar)
+        _write_bytes(staging / PEFT_CONFIG, json.dumps(config, indent=1).encode(), records)
+    if settings["base"]:
+        logger.warning("%s: its adapters belong to the weights of %s, which dcp_to_hf converts",
+                       final, settings["base"])
     return final
 
 
@@ -907,7 +1149,7 @@ def _check_output(final: Path, inputs: list[Path], overwrite: bool) -> None:
     if not overwrite:
         raise InputError(f"{final}: already exists; choose another --save_dir, or give --overwrite")
     holds_input = any(final == path or final in path.parents for path in inputs)
-    if holds_input or not (final / INDEX).exists():
+    if holds_input or not any((final / name).exists() for name in (INDEX, PEFT_CONFIG)):
         raise InputError(f"{final}: is not overwritten, because it holds the input or is not the output of an earlier "
                          "conversion; choose another --save_dir")
 
@@ -962,13 +1204,13 @@ def _write_safetensors(file: _HashedFile, tensors: dict[str, TensorInfo], source
             bar.update(values.nbytes)
 
 
-def _config_with_dtype(data: bytes, dtype: str) -> bytes:
+def _config_with_dtype(content: bytes, dtype: str) -> bytes:
     """Return config.json with the type of the weights; unchanged bytes if it names that type already."""
-    config = json.loads(data)
+    config = json.loads(content)
     parts = (config, config["text_config"], config["vision_config"])
     entries = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if key in part] or [(config, "dtype")]
     if all(part.get(key) == dtype for part, key in entries):
-        return data
+        return content
     for part, key in entries:
         part[key] = dtype
     return json.dumps(config, indent=2, ensure_ascii=False).encode()
@@ -1009,9 +1251,9 @@ def _verify_one(path: Path) -> str:
         for name, record in records.items():
             digest = hashlib.sha256()
             with open(path / name, "rb") as file:
-                while data := file.read(1 << 20):
-                    digest.update(data)
-                    bar.update(len(data))
+                while block := file.read(1 << 20):
+                    digest.update(block)
+                    bar.update(len(block))
             if digest.hexdigest() != record["sha256"]:
                 raise InputError(f"{path / name}: has other contents than were written; use another checkpoint")
     return f"{path}: {len(records)} files, {sum(sizes.values()) / 1e9:.3f} GB, all as written"
@@ -1023,20 +1265,26 @@ def _verify_one(path: Path) -> str:
 def main(argv: list[str]) -> None:
     """Run the command line. `common.run_program` reports what this raises."""
     parser = Parser(description="Hugging Face safetensors <-> DCP checkpoints", prog="convert.py")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{hf_to_dcp,dcp_to_hf,verify}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{hf_to_dcp,dcp_to_hf,dcp_to_peft,verify}")
     to_dcp = commands.add_parser("hf_to_dcp", help="convert a Hugging Face directory to DCP_DIR/release")
     to_dcp.add_argument("--hf_dir", required=True, help="directory with config.json and safetensors")
     to_dcp.add_argument("--dcp_dir", required=True, help="directory to write release/ and the tracker file to")
-    to_hf = commands.add_parser("dcp_to_hf", help="convert a checkpoint to a Hugging Face directory")
-    to_hf.add_argument("--load_dir", required=True, help="an iteration's directory, or a save directory for its latest")
-    to_hf.add_argument("--save_dir", required=True, help="Hugging Face directory to write")
-    to_hf.add_argument("--model_assets_dir", required=True,
-                       help="directory to copy the configuration, tokenizer and licence from")
+    to_hf = commands.add_parser("dcp_to_hf", help="convert a checkpoint to a Hugging Face directory, adapters merged")
+    to_peft = commands.add_parser("dcp_to_peft", help="convert a checkpoint's adapters to a PEFT directory")
+    for command in (to_hf, to_peft):
+        command.add_argument("--load_dir", required=True,
+                             help="an iteration's directory, or a save directory for its latest")
+        command.add_argument("--save_dir", required=True, help="directory to write")
+        command.add_argument("--model_assets_dir", required=True, help="Hugging Face directory of the base model: its "
+                             "configuration, tokenizer and licence, and the weights that adapters are merged into")
     to_hf.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
                        help="type of the written weights (default: the one in config.json, else as stored)")
+    to_hf.add_argument("--keep-preprocessor", action="store_true",
+                       help="copy the preprocessor files as they are, without the training run's limits of pixels and "
+                       "frames")
     to_hf.add_argument("--max-shard-size", type=number(float, 0, above=True), default=5.0, metavar="GB",
                        help="largest size of a safetensors file")
-    for command in (to_dcp, to_hf):
+    for command in (to_dcp, to_hf, to_peft):
         command.add_argument("--overwrite", action="store_true", help="replace an earlier output")
     verifier = commands.add_parser("verify", help="check a directory's files against their checksums")
     verifier.add_argument("dir", help="a checkpoint, a save directory or a Hugging Face directory")
@@ -1049,7 +1297,9 @@ def main(argv: list[str]) -> None:
         print("wrote", hf_to_dcp(args.hf_dir, args.dcp_dir, args.overwrite))
     elif args.command == "dcp_to_hf":
         print("wrote", dcp_to_hf(args.load_dir, args.save_dir, args.model_assets_dir, args.dtype, args.overwrite,
-                                 args.max_shard_size))
+                                 args.max_shard_size, args.keep_preprocessor))
+    elif args.command == "dcp_to_peft":
+        print("wrote", dcp_to_peft(args.load_dir, args.save_dir, args.model_assets_dir, args.overwrite))
     else:
         print("\n".join(verify(args.dir)))
 

@@ -8,9 +8,10 @@ stream of micro-batches (`Loader`). The program converts and inspects datasets (
     python data.py check --dataset rows.json --init-from-hf-path DIR --report report.html
 
 Token ids, positions and pixels equal those of transformers' Qwen3-VL processor with its Pillow image processor; video
-prompts equal those of transformers 4.57. One difference is intended: only this file writes control tokens. An
-"<|im_end|>" in a row's text becomes the ordinary tokens of its characters. Added tokens that are not special, such as
-<think>, stay tokens. The only markup is `<image>` and `<video>` in user turns.
+prompts equal those of transformers 4.57. Options in a row, such as `max_pixels`, act as in the Qwen team's
+qwen-vl-utils. Two differences are intended. Rotated videos are upright. And only this file writes control tokens: an
+"<|im_end|>" in a row's text becomes the ordinary tokens of its characters. Other added tokens, such as <think> and
+<|box_start|>, stay tokens. The only markup is `<image>` and `<video>` in user and tool turns.
 
 Shapes: T tokens, P patches, N images and videos, Nv media tokens, Ns supervised tokens.
 """
@@ -18,11 +19,13 @@ Shapes: T tokens, P patches, N images and videos, Nv media tokens, Ns supervised
 from __future__ import annotations
 
 import argparse
+import base64
 import codecs
 import contextlib
 import functools
 import gc
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -37,10 +40,11 @@ from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import BinaryIO, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -98,7 +102,7 @@ class Batch:
     input_ids: Tensor = _declare("token")  # [T] int64
     labels: Tensor = _declare("token")  # [T] int64, shifted
     position_ids: Tensor = _declare("token")  # [3, T] int64
-    pixel_values: Tensor = _declare("patch")  # [P, 1536] float32
+    pixel_values: Tensor = _declare("patch")  # [P, 1536] float32, or the Loader's `pixel_dtype`
     grid_thw: Tensor = _declare("media")  # [N, 3] int64
     visual_index: Tensor = _declare("index")  # [Nv] int64, positions of the media tokens
     supervised_index: Tensor = _declare("index")  # [Ns] int64, positions whose label is not IGNORE
@@ -192,19 +196,27 @@ def add_media_flags(group: argparse._ArgumentGroup) -> None:
         for limit, change in (("min", "enlarge smaller"), ("max", "shrink larger")):
             group.add_argument(f"--{kind}-{limit}-pixels", type=number(int, 1), metavar="N",
                                help=f"{change} {kind}s to N pixels, {pixels} (default: the model's setting)")
-    group.add_argument("--video-fps", type=number(float, 0.001, 1e6), default=2.0, metavar="X",
-                       help="frames to sample per second of video")
-    group.add_argument("--video-maxlen", type=number(int, 2), default=64, metavar="N",
-                       help="maximum number of frames to sample from a video")
+    group.add_argument("--video-fps", type=number(float, 0.001, 1e6), metavar="X",
+                       help="frames to sample per second of video (default: 2.0)")
+    group.add_argument("--video-maxlen", type=number(int, 2), metavar="N",
+                       help="maximum number of frames to sample from a video (default: 64)")
 
 
-def media_limits(args: argparse.Namespace) -> dict[str, float | None]:
-    """Return these flags as arguments of `Processor`. Raises UsageError if a minimum is above its maximum."""
+def media_limits(args: argparse.Namespace) -> dict[str, float]:
+    """Return those of these flags that were given, as arguments of `Processor`.
+
+    Raises UsageError if a minimum is above its maximum.
+    """
     for kind in ("image", "video"):
         low, high = getattr(args, f"{kind}_min_pixels"), getattr(args, f"{kind}_max_pixels")
         if low and high and low > high:
             raise UsageError(f"--{kind}-min-pixels {low} is above --{kind}-max-pixels {high}: give a smaller one")
-    return {name: getattr(args, name) for name in MEDIA_LIMITS}
+    return {name: getattr(args, name) for name in MEDIA_LIMITS if getattr(args, name) is not None}
+
+
+def describe_limits(limits: dict[str, float]) -> str:
+    """Return the flags that give these limits."""
+    return ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in limits.items())
 
 
 def add_row_flags(group: argparse._ArgumentGroup) -> None:
@@ -215,6 +227,14 @@ def add_row_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--train-on-prompt", action=switch, default=False,
                        help="supervise every token except those of media")
     group.add_argument("--mask-history", action=switch, default=False, help="supervise the last answer only")
+    add_thinking_flag(group)
+
+
+def add_thinking_flag(group: argparse._ArgumentGroup) -> None:
+    """Add --enable-thinking, an argument of `Processor`."""
+    group.add_argument("--enable-thinking", action=argparse.BooleanOptionalAction, default=None,
+                       help="for a chat template that knows enable_thinking: prompts ask for a thought, or with --no- "
+                       "end with an empty one, and answers lose theirs")
 
 
 def encode_options(args: argparse.Namespace) -> EncodeOptions:
@@ -229,10 +249,27 @@ def encode_options(args: argparse.Namespace) -> EncodeOptions:
 
 # ---- row formats -------------------------------------------------------------------------------------------------
 
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+         "function_call": "assistant", "tool": "tool", "observation": "tool"}
+NEXT_ROLES = {None: ("user", "system"), "system": ("user",), "user": ("assistant",), "assistant": ("user", "tool"),
+              "tool": ("assistant", "tool")}  # role of a message -> roles that may follow
 PLACEHOLDER = re.compile("(<image>|<video>)")
-STILL_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".ppm")
-IMAGE_SUFFIXES = (*STILL_SUFFIXES, ".gif", ".webp")
+# <image 1>, <|image_1|>, <Image>, <|image_pad|>
+OTHER_PLACEHOLDER = re.compile(r"<\|?(image|video)([ _-]?\d*|_pad)\|?>", re.IGNORECASE)
+IMAGE_URL = re.compile("data:image[^,]*;base64,", re.IGNORECASE)  # the Qwen team's examples lack the format
+
+# The keys that are used. All others are metadata, which `data.py check` counts, unless they are in the tuples below.
+ROW_KEYS = ("id", "messages", "conversations", "system", "tools", "image", "images", "video", "videos")
+MESSAGE_KEYS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+ANSWER_KEYS = ("tool_calls", "loss")  # and reasoning_content, if the chat template uses it
+PART_CONTENTS = ("text", "image", "image_url", "video", "video_url")
+PART_KEYS = ("type", *PART_CONTENTS, "path", "url")  # and MediaOptions
+# A row that has one of these is refused where the key is not used, because it would mean something else without it.
+PROMPT_KEYS = ("tools", "tool_calls", "functions", "function_call", "objects", "audio", "audios", "raw_fps")
+TRAINING_KEYS = ("chosen", "rejected", "rejected_response", "rejected_messages", "label", "kto_tag", "channel",
+                 "loss_scale", "loss_mask")  # these have no effect on the prompts of infer.py
+MESSAGE_TRAINING_KEYS = (*TRAINING_KEYS, "loss", "weight", "train", "training")  # of messages and content parts
+EMPTY = (None, "", [], {})  # a key with such a value counts as absent: tools that write tables fill in absent keys
 
 
 @dataclass
@@ -241,58 +278,214 @@ class Media:
 
     kind: str  # "image" or "video"
     key: str  # the key that names it, for error messages: "images[0]"
-    spec: str | list | dict | None  # a path, a list of paths or {"path": ..., "fps": ...}; None for a placeholder
+    # A path, a list of paths or {"path": ..., "fps": ...}. A placeholder has None, or "" if the row need not fill it.
+    spec: str | list | dict | None
+    options: dict = field(default_factory=dict)  # fields of MediaOptions, not checked yet
+
+
+@dataclass(frozen=True)
+class MediaOptions:
+    """Settings of one image or video in a row, with the names and meanings of the Qwen team's qwen-vl-utils.
+
+    Those that are None are the processor's.
+    """
+
+    min_pixels: float | None = None  # height x width of an image, or of each frame of a video
+    max_pixels: float | None = None
+    resized_height: float | None = None  # a size instead of pixel limits, which `smart_resize` rounds
+    resized_width: float | None = None
+    # Of videos only:
+    total_pixels: float | None = None  # height x width of a video's frame pairs together
+    fps: float | None = None  # frames to take per second
+    sample_fps: float | None = None  # of frames: the rate at which they were taken from a video
+    nframes: float | None = None  # number of frames to take
+    min_frames: float | None = None
+    max_frames: float | None = None
+    video_start: float | None = None  # seconds
+    video_end: float | None = None
+    source_fps: float | None = None  # `fps` of {"path": ..., "fps": ...}: the video's own rate
+
+    def __post_init__(self):
+        for pair in (("nframes", "fps"), ("sample_fps", "fps")):
+            if None not in (getattr(self, name) for name in pair):
+                raise InputError(f"'{pair[0]}' and '{pair[1]}' exclude each other: keep one")
+        if (self.resized_height is None) != (self.resized_width is None):
+            raise InputError("'resized_height' and 'resized_width' belong together: give both or none")
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise InputError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}: give a smaller one")
+
+
+NO_OPTIONS = MediaOptions()
+VIDEO_OPTIONS = tuple(f.name for f in fields(MediaOptions) if f.name != "source_fps")
+IMAGE_OPTIONS = VIDEO_OPTIONS[: VIDEO_OPTIONS.index("total_pixels")]
 
 
 @dataclass
 class Turn:
-    """One message: its role, and its texts and media in order."""
+    """One message, or consecutive tool answers: its role, and its texts and media in order."""
 
-    role: str
+    role: str  # "system", "user", "assistant" or "tool"
     parts: list[str | Media]
+    thought: str | None = None  # reasoning_content of an answer
+    calls: list[str] = field(default_factory=list)  # tool calls of an answer, as the chat template writes them
+    loss: bool | None = None  # whether to supervise this turn; None leaves it to the options
+
+
+def is_no_media(value) -> bool:
+    """Return whether a value names no image or video, such as "", [null] or {"path": null, "bytes": null}."""
+    if isinstance(value, list):
+        return all(item is None for item in value)
+    return all(item in EMPTY for item in value.values()) if isinstance(value, dict) else value in EMPTY
 
 
 def parse_row(row: dict, for_generation: bool = False) -> list[Turn]:
     """Convert a row to turns: an optional system turn, then user and assistant turns alternately.
 
     The two formats are `{"messages": [{"role", "content"}], "images", "videos"}` and `{"conversations": [{"from",
-    "value"}], "image", "video"}`. `<image>` and `<video>` are placeholders in user turns only, as in transformers'
-    chat template. Content may also be a list of `{"type": "text" | "image" | "video", ...}`; placeholders in its texts
-    are ordinary text. `for_generation` drops a final answer. Raises InputError.
+    "value"}], "image", "video"}`. Both may have the system turn's text under `system`. `<image>` and `<video>` are
+    placeholders in user and tool turns only, as in transformers' chat template. Content may also be a list of `{"type":
+    "text" | "image" | "video", ...}`; placeholders in its texts are ordinary text. `for_generation` drops a final
+    answer. Raises InputError.
+
+    The row's `tools` become the end of the system turn. An assistant's message may have `tool_calls`, or be a
+    `function_call` whose text is the calls as JSON. Messages with the role `tool` or `observation` may follow it.
     """
     if not isinstance(row, dict):
         raise InputError(f"a row must be an object with 'messages' or 'conversations', not {shorten(row)}")
-    name = "messages" if "messages" in row else "conversations"
-    role_key, text_key = ("role", "content") if name == "messages" else ("from", "value")
+    _refuse_keys(row, for_generation)
+    names = [name for name in MESSAGE_KEYS if row.get(name) not in EMPTY]
+    if len(names) > 1:
+        raise InputError("the row has both 'messages' and 'conversations': keep one")
+    name = names[0] if names else "messages"
+    role_key, text_key = MESSAGE_KEYS[name]
     if name not in row:
         keys = ", ".join(row) or "none"
         raise InputError(f"the row has neither 'messages' nor 'conversations'; its keys: {keys[:200]}")
     if not isinstance(row[name], list) or not row[name]:
         raise InputError(f"'{name}' must be a list of turns, not {shorten(row[name])}")
 
-    turns = []
+    turns: list[Turn] = []
+    system = row.get("system")
+    if system not in EMPTY:
+        if not isinstance(system, str):
+            raise InputError(f"'system' must be a string, not {shorten(system)}")
+        turns.append(Turn("system", [system]))
     for i, message in enumerate(row[name]):
-        if not isinstance(message, dict) or role_key not in message or text_key not in message:
+        has_calls = isinstance(message, dict) and message.get("tool_calls") not in EMPTY
+        if not isinstance(message, dict) or role_key not in message or text_key not in message and not has_calls:
             raise InputError(f"{name}[{i}] must be an object with '{role_key}' and '{text_key}'")
         role = ROLES.get(message[role_key]) if isinstance(message[role_key], str) else None
         if role is None:
             found = shorten(message[role_key])
             raise InputError(f"{name}[{i}]: unknown {role_key} {found}, use one of {', '.join(ROLES)}")
-        expected = "assistant" if turns and turns[-1].role == "user" else "user"
-        if role != expected and not (role == "system" and i == 0):
+        expected = NEXT_ROLES[turns[-1].role if turns else None]
+        if role not in expected:
             raise InputError(
-                f"{name}[{i}] has the role {role} where {expected} is expected: after an optional first system turn, "
-                "user and assistant must alternate"
+                f"{name}[{i}] has the role {role} where {' or '.join(expected)} is expected: after an optional first "
+                "system turn (or the row's key 'system'), user and assistant must alternate, or tool and assistant"
             )
-        turns.append(Turn(role, _split_content(message[text_key], role, f"{name}[{i}].{text_key}")))
+        turn = _parse_message(message, role_key, text_key, role, f"{name}[{i}]")
+        if role == "tool":
+            turn.parts = ["<tool_response>\n", *turn.parts, "\n</tool_response>"]
+        if role == "tool" and turns[-1].role == "tool":
+            turns[-1].parts += ["\n", *turn.parts]
+        else:
+            turns.append(turn)
+    if tools := _read_objects(row.get("tools"), "'tools'"):
+        if turns[0].role == "system":
+            turns[0].parts.append("\n\n")
+        else:
+            turns.insert(0, Turn("system", []))
+        turns[0].parts.append(TOOLS_PROMPT.format("".join("\n" + _to_json(tool) for tool in tools)))
 
     if for_generation and turns[-1].role == "assistant":
         turns.pop()
-    last, missing = ("user", "question") if for_generation else ("assistant", "answer")
-    if turns[-1].role != last:
-        raise InputError(f"'{name}' must end with a turn of the {last}: there is no {missing}")
+    last, missing = (("user", "tool"), "question") if for_generation else (("assistant",), "answer")
+    if turns[-1].role not in last:
+        raise InputError(f"'{name}' must end with a turn of the {' or '.join(last)}: there is no {missing}")
     _fill_placeholders(turns, _list_media(row, "image"), _list_media(row, "video"))
     return turns
+
+
+def _parse_message(message: dict, role_key: str, text_key: str, role: str, key: str) -> Turn:
+    """Convert a message. `role` is its role in the chat template, `key` names it in error messages."""
+    content, thought, loss = message.get(text_key), message.get("reasoning_content"), message.get("loss")
+    if role == "assistant" and thought is not None and not isinstance(thought, str):
+        raise InputError(f"'{key}.reasoning_content' must be a string, not {shorten(thought)}")
+    if loss not in (*EMPTY, 0, 1):  # True equals 1
+        raise InputError(f"'{key}.loss' must be true or false, not {shorten(loss)}")
+    if loss and role != "assistant":
+        raise InputError(f"'{key}.loss' is true, but only messages of the assistant can be supervised one by one: "
+                         "remove the key (--train-on-prompt supervises all prompts)")
+    calls_key = f"'{key}.tool_calls'"
+    calls = _read_objects(message.get("tool_calls"), calls_key)
+    if calls and role != "assistant":
+        raise InputError(f"{calls_key} is only for messages of the assistant: remove it")
+    if message[role_key] == "function_call":
+        calls_key = f"{key}.{text_key}"
+        content, calls = [], _read_objects([content] if content in EMPTY else content, calls_key)
+    elif calls and content in EMPTY:
+        content = []
+    return Turn(
+        role=role,
+        parts=_split_content(content, "user" if role == "tool" else role, f"{key}.{text_key}"),
+        thought=thought,
+        calls=[_render_call(call, calls_key) for call in calls],
+        loss=None if loss in EMPTY else bool(loss),
+    )
+
+
+def _read_objects(value, key: str) -> list[dict]:
+    """Return a list of objects, which may be a single object, or written as JSON. Raises InputError."""
+    content = [] if value in EMPTY else value
+    if isinstance(content, str):
+        with contextlib.suppress(ValueError):
+            content = json.loads(content)
+    content = [content] if isinstance(content, dict) else content
+    if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
+        raise InputError(f"{key} must be a list of objects, or such a list as JSON in a string, not {shorten(value)}")
+    return content
+
+
+def _row_objects(row: dict) -> Iterator[tuple[str, dict, tuple[str, ...], tuple[str, ...]]]:
+    """Yield the path of each object (the row, its messages, their parts), the object, its used and training keys."""
+    yield "", row, ROW_KEYS, TRAINING_KEYS
+    for name, keys in MESSAGE_KEYS.items():
+        messages = row.get(name)
+        for i, message in enumerate(messages if isinstance(messages, list) else ()):
+            if isinstance(message, dict):
+                yield f"{name}[{i}].", message, keys + ANSWER_KEYS, MESSAGE_TRAINING_KEYS
+                parts = message.get(keys[1])
+                for k, part in enumerate(parts if isinstance(parts, list) else ()):
+                    if isinstance(part, dict):
+                        path, used_keys = f"{name}[{i}].{keys[1]}[{k}].", PART_KEYS + VIDEO_OPTIONS
+                        yield path, part, used_keys, MESSAGE_TRAINING_KEYS
+                        for key in ("image_url", "video_url"):
+                            if isinstance(part.get(key), dict):
+                                yield f"{path}{key}.", part[key], used_keys, MESSAGE_TRAINING_KEYS
+
+
+def _refuse_keys(row: dict, for_generation: bool) -> None:
+    """Raise InputError if the row has a key that is not supported."""
+    for path, item, used_keys, training_keys in _row_objects(row):
+        for key in PROMPT_KEYS if for_generation else PROMPT_KEYS + training_keys:
+            if key not in used_keys and key in item and item[key] not in EMPTY:
+                raise InputError(f"'{path}{key}' is not supported, and the row means something else without it: remove "
+                                 "the key, or the row")
+
+
+def unused_keys(row: dict, has_thoughts: bool = False) -> set[str]:
+    """Return the names of a row's keys that have no effect, such as "source" and "messages[].name".
+
+    `has_thoughts`: the chat template is a Thinking model's (see `ChatTemplate`), so that reasoning_content is used.
+    """
+    return {
+        re.sub(r"\[\d+\]", "[]", path) + key
+        for path, item, used_keys, training_keys in _row_objects(row)
+        for key, value in item.items()
+        if key not in used_keys + PROMPT_KEYS + training_keys and value not in EMPTY
+        and not (has_thoughts and key == "reasoning_content")
+    }
 
 
 def split_row(row: dict) -> list[dict]:
@@ -314,18 +507,28 @@ def _split_content(content, role: str, key: str) -> list[str | Media]:
     parts = []
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            parts.append(part["text"])
-        elif kind in ("image", "video") and role == "user":
-            parts.append(Media(kind, f"{key}[{i}]", part.get(kind, part.get("path"))))
-        else:
+        is_text = kind == "text" and isinstance(part.get("text"), str)
+        if not is_text and (kind not in PART_CONTENTS[1:] or role != "user"):
             raise InputError(f"{key}[{i}] must be of type 'text', or in a user's turn 'image' or 'video'")
+        kind = kind.removesuffix("_url")
+        for name in PART_CONTENTS:
+            if not name.startswith(kind) and not is_no_media(part.get(name)):
+                raise InputError(f"{key}[{i}] is of type '{part['type']}' but has '{name}': give that a part of its "
+                                 "own")
+        parts.append(part["text"] if is_text else _media_part(part, kind, f"{key}[{i}]"))
     return parts
+
+
+def _media_part(part: dict, kind: str, key: str) -> Media:
+    """Return the image or video of a content part. Tools that write tables may have added empty keys to the part."""
+    sources = [part[name] for name in (kind, f"{kind}_url", "path", "url") if name in part]
+    spec = next((source for source in sources if not is_no_media(source)), "" if sources else None)
+    return Media(kind, key, spec, {name: part[name] for name in VIDEO_OPTIONS if part.get(name) is not None})
 
 
 def _list_media(row: dict, kind: str) -> list[Media]:
     """Return the media under the row's keys `image` and `images`, or `video` and `videos`."""
-    keys = [key for key in (kind, kind + "s") if row.get(key) not in (None, [])]
+    keys = [key for key in (kind, kind + "s") if not is_no_media(row.get(key))]
     if len(keys) > 1:
         raise InputError(f"the row has both '{keys[0]}' and '{keys[1]}': keep one")
     if not keys:
@@ -333,68 +536,237 @@ def _list_media(row: dict, kind: str) -> list[Media]:
     key, value = keys[0], row[keys[0]]
     if not isinstance(value, list):
         return [Media(kind, key, value)]
-    if key == "video" and all(isinstance(item, str) and item.lower().endswith(STILL_SUFFIXES) for item in value):
+    are_images = all(
+        isinstance(item, str) and (item.lower().endswith(IMAGE_SUFFIXES) or IMAGE_URL.match(item)) for item in value)
+    if key == "video" and are_images and len(value) > 1:  # else it is one animation
         return [Media(kind, key, value)]  # a list of frames is one video
     return [Media(kind, f"{key}[{i}]", item) for i, item in enumerate(value)]
 
 
 def _fill_placeholders(turns: list[Turn], images: list[Media], videos: list[Media]) -> None:
     """Put the row's media into its placeholders, or before the first user text if the row has no placeholders."""
+    media = {"image": images, "video": videos}
+    for turn in turns:
+        turn.parts = [part for part in turn.parts
+                      if isinstance(part, str) or part.spec != "" or media[part.kind]]
     slots = [part for turn in turns for part in turn.parts if isinstance(part, Media)]
     if not slots:
+        texts = "\n".join(part for turn in turns if turn.role == "user" for part in turn.parts)
+        if (images or videos) and (other := OTHER_PLACEHOLDER.search(texts)):
+            raise InputError(f"{other[0]} in a user's turn is not a placeholder: write <image> or <video> there, in a "
+                             "list of parts a part such as {'type': 'image'}, or another text")
         first = next(turn for turn in turns if turn.role == "user")
         first.parts[:0] = images + videos
         return
-    for kind, given in (("image", images), ("video", videos)):
-        empty = [slot for slot in slots if slot.kind == kind and slot.spec is None]
+    for kind, given in media.items():
+        empty = [slot for slot in slots if slot.kind == kind and not slot.spec]
         if len(empty) != len(given):
             raise InputError(
                 f"the user's turns have {len(empty)} <{kind}> placeholders, but the row has {len(given)} {kind}s: "
                 "give as many of one as of the other"
             )
-        for slot, media in zip(empty, given, strict=True):
-            slot.key, slot.spec = media.key, media.spec
+        for slot, item in zip(empty, given, strict=True):
+            slot.key, slot.spec = item.key, item.spec
+
+
+# ---- chat template -----------------------------------------------------------------------------------------------
+
+# The published chat templates: SHA-256 without the white space outside of literals.
+TEMPLATES = {
+    "Qwen3-VL-Instruct": "c63fdc8ee923fc9bcdde5a86415249142538e4b2aaa27c43ce6f743db4db5d5a",
+    "Qwen3-VL-Thinking": "21b8d87f6d20988e5154a8e3cf5a6899900a1b6d9ea1feca61ff8918b0b463c7",
+}
+LITERAL_OR_SPACE = re.compile(r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|\s+""", re.DOTALL)
+THINKING_PROMPT = re.compile(r"""<think>(\\n|\s)*(["'{]|$)""")  # the end of a Thinking model's generation prompt
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+TOOLS_PROMPT = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>{}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The properties of a model's chat template that `render_turns` follows."""
+
+    has_thoughts: bool = False  # render as Qwen3-VL-Thinking's template does, else as Qwen3-VL-Instruct's
+    answer_prefix: str = "assistant\n"  # the end of a prompt, after <|im_start|>
+
+
+def load_chat_template(hf_dir: str | Path, enable_thinking: bool | None = None) -> ChatTemplate:
+    """Return the properties of a directory's chat template, and warn if it is not one of TEMPLATES.
+
+    A template has thoughts if its generation prompt ends with "<think>\\n" or depends on `enable_thinking`. Raises
+    UsageError if it does not depend on `enable_thinking`, but a value is given. transformers looks for the template in
+    the same files, in the same order.
+    """
+    path = Path(hf_dir, "chat_template.jinja")
+    template = path.read_text("utf-8", "replace") if path.exists() else None
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if not template:
+            path = Path(hf_dir, name)
+            template = read_json(path, missing_ok=True).get("chat_template")
+            if isinstance(template, list):  # of named templates
+                template = next((item.get("template") for item in template if item.get("name") == "default"), None)
+    template = str(template or "")
+    prompt = template.rpartition("add_generation_prompt")[2]
+    asks_for_thought, has_switch = bool(THINKING_PROMPT.search(prompt)), "enable_thinking" in prompt
+    if enable_thinking is not None and not has_switch:
+        flag = "--enable-thinking" if enable_thinking else "--no-enable-thinking"
+        raise UsageError(f"{flag}: the chat template of {hf_dir} does not know enable_thinking: leave the flag out")
+    has_thoughts = asks_for_thought or has_switch
+    name = "Qwen3-VL-Thinking" if has_thoughts else "Qwen3-VL-Instruct"
+    digest = hashlib.sha256(LITERAL_OR_SPACE.sub(r"\1", template).encode()).hexdigest()
+    if template and digest != TEMPLATES[name] and os.environ.get("RANK", "0") == "0":
+        logger.warning("%s is not the chat template of %s and is not used: rows are rendered as %s's does, "
+                       "<|im_start|>role, newline, content, <|im_end|>, newline", path, name, name)
+    thought = EMPTY_THOUGHT if enable_thinking is False else "<think>\n" if asks_for_thought else ""
+    return ChatTemplate(has_thoughts, "assistant\n" + thought)
+
+
+def render_turns(turns: list[Turn], template: ChatTemplate) -> Iterator[tuple[str, list[str | Media]]]:
+    """Yield what the chat template writes between <|im_start|> and <|im_end|> of each turn, in two parts.
+
+    The first part is not supervised: the role, and the start of an answer that a prompt may end with. A template with
+    thoughts strips those of answers before the last question. The last answer has at least an empty thought, which
+    belongs to the first part.
+    """
+    last_question = max((i for i, turn in enumerate(turns) if _is_question(turn)), default=len(turns))
+    for i, turn in enumerate(turns):
+        if turn.role != "assistant":
+            yield "system\n" if turn.role == "system" else "user\n", turn.parts
+            continue
+        prefix = start = "assistant\n"
+        content, has_content = "".join(turn.parts), bool(turn.parts)
+        if template.has_thoughts:
+            thought = turn.thought or ""
+            if turn.thought is None and "</think>" in content:
+                thought = content.split("</think>")[0].rstrip("\n").split("<think>")[-1].lstrip("\n")
+                content = content.split("</think>")[-1].lstrip("\n")
+            has_content = bool(content)
+            if template.answer_prefix.endswith(EMPTY_THOUGHT):
+                thought = ""
+            if i > last_question and (i == len(turns) - 1 or thought):
+                thought, content = thought.strip("\n"), content.lstrip("\n")
+                start += f"<think>\n{thought}\n</think>\n\n"
+                prefix = template.answer_prefix if thought else start
+        lines = [content, *turn.calls] if has_content else turn.calls
+        yield prefix, [(start + "\n".join(lines)).removeprefix(prefix)]
+
+
+def _is_question(turn: Turn) -> bool:
+    """Return whether a turn is the user's, and not a tool answer written as text."""
+    text = "".join(part if isinstance(part, str) else part.kind for part in turn.parts)
+    is_tool_answer = text.startswith("<tool_response>") and text.endswith("</tool_response>")
+    return turn.role == "user" and not is_tool_answer
+
+
+def _render_call(call: dict, key: str) -> str:
+    """Return a tool call, `{"name", "arguments"}` or `{"function": ...}`, as the chat template writes it."""
+    call = call.get("function") or call
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
+        raise InputError(f"{key} must have objects with 'name' and 'arguments', not {shorten(call)}")
+    arguments = call["arguments"]
+    arguments = arguments if isinstance(arguments, str) else _to_json(arguments)
+    return f'<tool_call>\n{{"name": "{call["name"]}", "arguments": {arguments}}}\n</tool_call>'
+
+
+def _to_json(value) -> str:
+    """Return JSON as transformers' `tojson` writes it."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 # ---- images and videos -------------------------------------------------------------------------------------------
 
 # A file's content may differ from its suffix. Without these lists Pillow would start Ghostscript for PostScript, and
-# FFmpeg would open the addresses in a playlist, in other folders or on the network.
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-VIDEO_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": "asf,avi,flv,gif,matroska,webm,mov,mp4,m4a,3gp,3g2,"
+# FFmpeg would open the addresses in a playlist, in other folders or on the network. Pillow tries the formats in this
+# order; the last two have no signature. It reads MPO as JPEG. Builds of Pillow may lack some formats.
+Image.init()
+IMAGE_FORMATS = [name for name in (
+    "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "BLP", "CUR", "DCX", "DDS", "DIB", "FLI",
+    "ICNS", "ICO", "MSP", "PCX", "PSD", "QOI", "SGI", "SUN", "XBM", "XPM", "SPIDER", "TGA",
+) if name in Image.OPEN]
+IMAGE_SUFFIXES = tuple(
+    suffix for suffix, name in Image.registered_extensions().items() if name in (*IMAGE_FORMATS, "MPO"))
+FFMPEG_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": "asf,avi,flv,gif,matroska,webm,mov,mp4,m4a,3gp,3g2,"
                  "mj2,mpeg,mpegts,mpegvideo,mpegtsraw,mxf,ogg,wtv,h264,hevc,ivf,m4v,nut,yuv4mpegpipe,apng"}
 
 
+def read_spec(media: Media) -> tuple[str | list, MediaOptions]:
+    """Return where an image or video is, as a path or list of paths, and its options. Raises InputError."""
+    path, inner = media.spec, {}
+    if isinstance(path, dict):
+        inner = {key: value for key, value in path.items() if value is not None}
+        key = next((key for key in ("path", "url", media.kind) if key in inner), None)
+        if key is None:
+            raise InputError(f"a path is needed, not {shorten(path)}")
+        path = inner.pop(key)
+    inner.pop("detail", None)  # of OpenAI's image_url: a model's setting that Qwen3-VL lacks
+    for name, value in (*media.options.items(), *inner.items()):
+        if name not in (IMAGE_OPTIONS if media.kind == "image" else VIDEO_OPTIONS):
+            raise InputError(f"'{name}' is not an option of {media.kind}s: remove it")
+        least = 0 if name in ("video_start", "video_end") else 0.001
+        if type(value) not in (int, float) or not least <= value <= 1e12:
+            raise InputError(f"'{name}' must be a number from {least} to 1e12, not {shorten(value)}")
+    if "fps" in inner:
+        inner["source_fps"] = inner.pop("fps")
+    return path, MediaOptions(**media.options | inner)
+
+
 def resolve_path(path: str, media_dir: str | Path, confine: bool) -> Path:
-    """Return `path`, relative to `media_dir`.
+    """Return `path`, which may be a "file://" URL, relative to `media_dir`.
 
     Raises InputError if the file does not exist, or if `confine` is set and it is outside `media_dir`.
     """
     if not isinstance(path, str) or not path or "\0" in path:
         raise InputError(f"a path is needed, not {shorten(path)}")
-    if path.startswith(("http://", "https://", "data:")):
+    if re.match(r"(?!file)[a-z]\w+://|data:", path, re.IGNORECASE):
         raise InputError(f"{path[:80]} is not a file on disk: download it first")
-    full = Path(media_dir, path)
+    full = Path(media_dir, path.removeprefix("file://"))
+    if path.startswith("file://") and not os.path.exists(full):
+        full = Path(media_dir, unquote(path.removeprefix("file://")))  # as Path.as_uri() writes it
     if confine and not Path(os.path.realpath(full)).is_relative_to(os.path.realpath(media_dir)):
         raise InputError(f"{path} is outside {media_dir}, which --confine-paths forbids")
     if not os.path.exists(full):
-        raise InputError(f"{full} does not exist")
+        raise InputError(f"{str(full)[:1000]} does not exist")
     return full
 
 
-def load_image(path: Path, decode: bool = True) -> Image.Image:
+def find_image(path: str, media_dir: str | Path, confine: bool) -> Path | str:
+    """Return the file of an image, as `resolve_path` does, or a "data:image/...;base64,..." URL as it is."""
+    if isinstance(path, str) and IMAGE_URL.match(path):
+        return path
+    return resolve_path(path, media_dir, confine)
+
+
+def load_image(path: Path | str, decode: bool = True) -> Image.Image:
     """Load an image in RGB, rotated as its EXIF data says, equal to transformers 5.23's. Raises InputError.
 
     An alpha channel is dropped, but a single transparent colour (of a palette or some PNG files) becomes white: that
     is what transformers' `load_image` and image processor do together. Without `decode` only the header is read, and
-    only `size` is valid. It may be the size before rotation, which gives the same number of tokens.
+    only `size` is valid. It may be the size before rotation, which gives the same number of tokens. `path` is a file,
+    or as a string a "data:image/...;base64,..." URL.
     """
-    with _decoding(path, "an image"), Image.open(path, formats=IMAGE_FORMATS) as image:
+    name = path if isinstance(path, Path) else path[:60]
+    with _decoding(name, "an image"), Image.open(_image_source(path), formats=IMAGE_FORMATS) as image:
         if not decode:
             return image
         ImageOps.exif_transpose(image, in_place=True)
         image = image.convert("RGB")
         return image if image.info.get("transparency") is None else _on_white(image)
+
+
+def _image_source(path: Path | str) -> Path | io.BytesIO:
+    """Return what Pillow opens: a file, or the content of a "data:" URL."""
+    return path if isinstance(path, Path) else io.BytesIO(base64.b64decode(path.partition(",")[2]))
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -404,12 +776,15 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _decoding(path: Path, kind: str) -> Iterator[None]:
+def _decoding(path: Path | str, kind: str) -> Iterator[None]:
     """Convert whatever a decoder raises for a damaged file to an InputError."""
     try:
         yield
     except InputError:
         raise
+    except UnidentifiedImageError as error:
+        reason = f"it is damaged, or in none of the formats {', '.join(sorted((*IMAGE_FORMATS, 'MPO')))}"
+        raise InputError(f"{path} cannot be read as {kind}: {reason}") from error
     except Exception as error:
         raise InputError(f"{path} cannot be read as {kind}: {one_line(error)}") from error
 
@@ -423,41 +798,60 @@ class Video:
     # If the rate varies: each frame's time and the end of the last, in seconds from the first, [num_frames + 1].
     # None if the rate is constant: frame i is shown at i / fps.
     times: np.ndarray | None
+    sample_fps: float | None  # frames to take per second; None takes all of them
     # Decodes the frames with these rising numbers one at a time, as a full-size frame takes much memory.
     read: Callable[[list[int]], Iterator[Image.Image]]
     header: Callable[[int], Image.Image]  # returns a frame that is not decoded: only its `size` is valid
 
+    def frame_range(self, start: float | None, end: float | None) -> tuple[int, int]:
+        """Return the numbers of the first and last frame between two times in seconds. Raises InputError."""
+        first, last = 0, self.num_frames - 1
+        starts = None if self.times is None else self.times[:-1]
+        if start is not None:
+            first = math.ceil(start * self.fps) if starts is None else int(np.searchsorted(starts, start))
+        if end is not None:
+            number = math.floor(end * self.fps) if starts is None else int(np.searchsorted(starts, end, "right")) - 1
+            last = min(last, number)
+        if first >= last:
+            seconds = self.num_frames / self.fps
+            raise InputError(f"'video_start' and 'video_end' leave less than two frames of a video of {seconds:.2f} s")
+        return first, last
 
-def open_video(spec: str | list | dict, media_dir: str | Path, confine: bool, default_fps: float) -> Video:
+
+def open_video(
+    path: str | list, media_dir: str | Path, confine: bool, default_fps: float, options: MediaOptions = NO_OPTIONS
+) -> Video:
     """Open the video that a row names. Raises InputError.
 
-    It is a list of images, a folder of images (sorted by the numbers in their names), an animated image, a video file,
-    or `{"path": any of these, "fps": rate}`. A rate given there takes precedence over the file's. Images without a rate
-    count as sampled at `default_fps`, as in the Qwen team's own tools.
+    It is a list of images, a folder of images (sorted by the numbers in their names), an animated image or a video
+    file. `options.source_fps` takes precedence over the file's rate. A video is sampled at `options.fps`, else at
+    `default_fps`. As in the Qwen team's own tools, images count as sampled already, at `options.sample_fps` or
+    `options.fps`, else at `default_fps`. Images with a `source_fps` are sampled like a file.
     """
-    path, fps = (spec.get("path"), spec.get("fps")) if isinstance(spec, dict) else (spec, None)
-    if fps is not None and (type(fps) not in (int, float) or not 0.001 <= fps <= 1e6):
-        raise InputError(f"'fps' must be a number of frames per second, 0.001 or more, not {shorten(fps)}")
     if isinstance(path, list):
-        paths = [resolve_path(item, media_dir, confine) for item in path]
+        paths = [find_image(item, media_dir, confine) for item in path]
     else:
         full = resolve_path(path, media_dir, confine)
         if not full.is_dir():
-            is_animation = full.suffix.lower() in (*IMAGE_SUFFIXES, ".apng")
-            return _open_animation(full, fps) if is_animation else _open_video_file(full, fps)
+            if options.sample_fps is not None:
+                raise InputError("'sample_fps' is the rate of a list of frames: give 'fps' for a video file")
+            open_file = _open_animation if full.suffix.lower() in IMAGE_SUFFIXES else _open_video_file
+            return open_file(full, options.source_fps, options.fps or default_fps)
         names = [name for name in os.listdir(full) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."]
         names.sort(key=lambda name: [int(s) if s.isdecimal() else s for s in re.split("([0-9]+)", name)])
         paths = [resolve_path(os.path.join(path, name), media_dir, confine) for name in names]
+    rate = options.sample_fps or options.fps or default_fps
     return Video(
         num_frames=len(paths),
-        fps=float(fps or default_fps),
+        fps=float(options.source_fps or rate),
         times=None,
+        sample_fps=rate if options.source_fps else None,
         read=lambda numbers: (load_image(paths[i]) for i in numbers),
         header=lambda i: load_image(paths[i], decode=False),
     )
 
 
-def _open_animation(path: Path, fps: float | None) -> Video:
+def _open_animation(path: Path, fps: float | None, sample_fps: float) -> Video:
     """Open an animated GIF, WebP or PNG. Transparent pixels become white, as PyAV decodes a GIF."""
 
     def frames() -> Iterator[Image.Image]:
@@ -480,7 +874,7 @@ def _open_animation(path: Path, fps: float | None) -> Video:
         times = np.cumsum([0, *durations]) / 1000
         fps = count / times[-1]
         times = None if _is_steady(times, fps) else times
-    return Video(count, float(fps), times, read, header=lambda _: image)
+    return Video(count, float(fps), times, sample_fps, read, header=lambda _: image)
 
 
 MIN_COMPLETE = 0.9  # a file with a smaller share of its frames was cut off; headers and old codecs miscount a few
@@ -493,11 +887,11 @@ def _open_container(path: Path):
         import av
     except ImportError as error:
         raise InputError(f"{path}: reading video files needs PyAV: pip install av") from error
-    return av.open(f"file:{path}", options=VIDEO_OPTIONS)
+    return av.open(f"file:{path}", options=FFMPEG_OPTIONS)
 
 
-def _open_video_file(path: Path, fps: float | None) -> Video:
-    """Open a video file. Like transformers, ignore a rotation stored in it.
+def _open_video_file(path: Path, fps: float | None, sample_fps: float) -> Video:
+    """Open a video file. Its header gives the size before rotation.
 
     Reading all packets, without decoding, counts the frames and gives their times: headers may lack both.
     """
@@ -537,7 +931,7 @@ def _open_video_file(path: Path, fps: float | None) -> Video:
         with _decoding(path, "a video"):
             yield from _decode_frames(path, numbers, ticks, keys)
 
-    return Video(count, float(fps), times, read, header=lambda _: header)
+    return Video(count, float(fps), times, sample_fps, read, header=lambda _: header)
 
 
 def _decode_frames(path: Path, numbers: list[int], ticks: np.ndarray, keys: np.ndarray) -> Iterator[Image.Image]:
@@ -563,7 +957,33 @@ def _decode_frames(path: Path, numbers: list[int], ticks: np.ndarray, keys: np.n
                 position, frame = position + 1, following
             if position < number and position + 1 < MIN_COMPLETE * len(ticks):
                 raise ValueError(f"it has {len(ticks)} frames, but only {position + 1} can be decoded")
-            yield frame.to_image()  # past the end, the last one: in old AVI files some packets hold no frame
+            yield _upright_image(frame)  # past the end, the last one: in old AVI files some packets hold no frame
+
+
+# A display matrix (a, b, c, d) shows the stored point (x, y) at (a x + c y, b x + d y). Pillow turns counterclockwise.
+UPRIGHT = {
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+}
+
+
+def _upright_image(frame) -> Image.Image:
+    """Return PyAV's frame as an image, turned as its display matrix says.
+
+    Phones store portrait videos lying. Players and torchcodec turn them; transformers with PyAV does not.
+    """
+    image = frame.to_image()
+    side_data = frame.side_data.get("DISPLAYMATRIX")
+    if side_data is None:
+        return image
+    matrix = np.round(np.frombuffer(side_data, np.int32)[[0, 1, 3, 4]] / 65536).astype(int)
+    turn = UPRIGHT.get(tuple(matrix.tolist()))
+    return image if turn is None else image.transpose(turn)
 
 
 def _is_steady(times: np.ndarray, fps: float) -> bool:
@@ -600,6 +1020,12 @@ def smart_resize(
 DEFAULTS = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "rescale_factor": 1 / 255, "min_frames": 4,
             "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 DEFAULT_PIXELS = {"image": (65536, 16777216), "video": (4096, 25165824)}
+PROCESSOR_FILE = "processor_config.json"  # of transformers 5, for both kinds
+PREPROCESSOR_FILES = {"image": "preprocessor_config.json", "video": "video_preprocessor_config.json"}
+PREPROCESSOR_CLASSES = {
+    "image": {"image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen3VLProcessor"},
+    "video": {"video_processor_type": "Qwen3VLVideoProcessor", "processor_class": "Qwen3VLProcessor"},
+}
 CONTROL_TOKENS = {
     "im_start_token_id": "<|im_start|>",
     "im_end_token_id": "<|im_end|>",
@@ -608,6 +1034,7 @@ CONTROL_TOKENS = {
     "image_token_id": "<|image_pad|>",
     "video_token_id": "<|video_pad|>",
 }
+TEXT_TOKENS = (*CONTROL_TOKENS.values(), "<|endoftext|>", "<|vision_pad|>")  # stay text when a row's text has them
 
 
 @dataclass
@@ -615,7 +1042,9 @@ class EncodedTurn:
     """One turn as tokens and patches."""
 
     ids: list[int]
+    role: str = "assistant"
     answer_start: int | None = None  # index of the answer's first token, in an assistant's turn
+    loss: bool | None = None  # as in Turn
     visual_spans: list[tuple[int, int, int]] = field(default_factory=list)  # (start, rows, columns) of media tokens
     pixels: list[np.ndarray] = field(default_factory=list)  # patches of each image or video
     grids: list[tuple[int, int, int]] = field(default_factory=list)  # (frame pairs, rows, columns) of patches
@@ -628,7 +1057,8 @@ class Processor:
     video_preprocessor_config.json or transformers 5's processor_config.json, else the released models'; arguments
     override them. `image_*_pixels` limit an image's height * width, `video_*_pixels` a video's frames * height * width.
     A video is sampled at `video_fps` frames per second, up to `video_maxlen` frames. `end_token_ids` are the tokens
-    that end an answer. Raises InputError if a file is missing, damaged or contradicts another.
+    that end an answer. `enable_thinking` is for chat templates that know it: False renders without thoughts. Raises
+    InputError if a file is missing, damaged or contradicts another, UsageError if `enable_thinking` has no effect.
     """
 
     def __init__(
@@ -641,17 +1071,11 @@ class Processor:
         video_max_pixels: int | None = None,
         video_fps: float = 2.0,
         video_maxlen: int = 64,
+        enable_thinking: bool | None = None,
     ):
         path = Path(hf_dir, "tokenizer.json")
-        if not path.exists():
-            raise InputError(f"{path} does not exist: the model's tokenizer is needed")
-        try:
-            self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers has no exception classes of its own
-            raise InputError(f"{path} cannot be read as a tokenizer: {one_line(error)}") from error
-        self.tokenizer.encode_special_tokens = True  # control tokens in a text become ordinary tokens
-        self.tokenizer.no_padding()  # the file may ask for padding and truncation
-        self.tokenizer.no_truncation()
+        self.tokenizer, self._special_ids = _load_tokenizer(path)
+        self.template = load_chat_template(hf_dir, enable_thinking)
 
         config_path = Path(hf_dir, "config.json")
         config = read_json(config_path, missing_ok=True)
@@ -667,7 +1091,7 @@ class Processor:
         token, token_id = max(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
         if token_id >= text.get("vocab_size", math.inf):
             raise InputError(f"{path} has {token} as id {token_id}, config.json's vocab_size is {text['vocab_size']}")
-        self.end_token_ids = _end_token_ids(hf_dir) or {self.im_end_token_id}
+        self.end_token_ids = {self.im_end_token_id, *_end_token_ids(hf_dir)}  # a base model's may lack <|im_end|>
 
         self.image, self.video = _media_settings(hf_dir, "image"), _media_settings(hf_dir, "video")
         for name in ("patch_size", "temporal_patch_size", "merge_size"):
@@ -681,7 +1105,6 @@ class Processor:
         self.video_pixels = _pixel_limits("video", self.video, video_min_pixels, video_max_pixels)
         self.video_fps, self.video_maxlen = video_fps, video_maxlen
         self._newline_ids = self._encode_text("\n")
-        self._answer_prefix_ids = [self.im_start_token_id, *self._encode_text("assistant\n")]
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -689,7 +1112,7 @@ class Processor:
 
     def decode(self, ids: list[int] | Tensor) -> str:
         """Return the text of token ids, without special tokens."""
-        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        return self.tokenizer.decode([i for i in map(int, ids) if i not in self._special_ids])
 
     def _encode_text(self, text: str) -> list[int]:
         try:
@@ -697,18 +1120,43 @@ class Processor:
         except TypeError as error:  # scraped data often holds half of an emoji
             raise InputError("a text holds half of a surrogate pair (\\ud800 to \\udfff)") from error
 
-    def process_image(self, image: Image.Image, decode: bool = True) -> tuple[np.ndarray | None, tuple[int, int, int]]:
+    def process_image(
+        self, image: Image.Image, decode: bool = True, options: MediaOptions = NO_OPTIONS
+    ) -> tuple[np.ndarray | None, tuple[int, int, int]]:
         """Return the patches [P, 1536] float32 and the grid (1, rows, columns) of an RGB image.
 
         The patches equal transformers' bit for bit. Without `decode` they are None, and only the image's size matters.
         """
-        factor = self.patch_size * self.merge_size
-        height, width = smart_resize(image.height, image.width, 1, 1, factor, *self.image_pixels)
+        height, width = self._given_size(options) or smart_resize(
+            image.height, image.width, 1, 1, self.patch_size * self.merge_size,
+            *_override_limits(self.image_pixels, options.min_pixels, options.max_pixels),
+        )
         grid = 1, height // self.patch_size, width // self.patch_size
         return self._patchify([image], 1, grid, self.image) if decode else None, grid
 
+    def _given_size(self, options: MediaOptions) -> tuple[int, int] | None:
+        """Return the options' size, if any, rounded and limited to 4 to 16384 tokens as in qwen-vl-utils."""
+        if options.resized_height is None:
+            return None
+        factor = self.patch_size * self.merge_size
+        limits = 4 * factor**2, 16384 * factor**2
+        return smart_resize(options.resized_height, options.resized_width, 1, 1, factor, *limits)
+
+    def _frame_limits(self, options: MediaOptions, count: int) -> tuple[float, float]:
+        """Return the limits of height * width of each of `count` frames, as qwen-vl-utils computes them.
+
+        A frame has at most 768 tokens. Unlike there, absent options are the processor's limits divided by `count`.
+        """
+        low, total = self.video_pixels
+        if options.total_pixels is not None:
+            total = options.total_pixels * self.temporal_patch_size
+        low = options.min_pixels or low / count
+        high = max(min(768 * (self.patch_size * self.merge_size) ** 2, total / count), int(low * 1.05))
+        high = min(options.max_pixels or high, high)
+        return min(low, high), high
+
     def process_video(
-        self, video: Video, decode: bool = True
+        self, video: Video, decode: bool = True, options: MediaOptions = NO_OPTIONS
     ) -> tuple[np.ndarray | None, tuple[int, int, int], list[float]]:
         """Return a video's patches [P, 1536], grid (frame pairs, rows, columns) and each frame pair's time in seconds.
 
@@ -718,15 +1166,22 @@ class Processor:
         """
         if video.num_frames < 2:
             raise InputError(f"a video needs two frames, this has {video.num_frames}")
-        numbers = self._choose_frames(video)
+        numbers = self._choose_frames(video, options)
         frames = video.read(numbers) if decode else map(video.header, numbers)
         first = next(frames)
         width, height = first.size
         factor = self.patch_size * self.merge_size
         scale = max(1.0, factor / height, factor / width)  # as transformers 5; 4.57 refuses sides below `factor`
         height, width = int(height * scale), int(width * scale)
-        height, width = smart_resize(height, width, len(numbers), self.temporal_patch_size, factor, *self.video_pixels)
         pairs = -(-len(numbers) // self.temporal_patch_size)
+        if options.resized_height is not None:
+            height, width = self._given_size(options)
+        elif any((options.min_pixels, options.max_pixels, options.total_pixels)):
+            limits = self._frame_limits(options, pairs * self.temporal_patch_size)
+            height, width = smart_resize(height, width, 1, 1, factor, *limits)
+        else:
+            height, width = smart_resize(
+                height, width, len(numbers), self.temporal_patch_size, factor, *self.video_pixels)
         grid = pairs, height // self.patch_size, width // self.patch_size
 
         def checked_frames() -> Iterator[Image.Image]:
@@ -747,17 +1202,35 @@ class Processor:
         groups = [times[i : i + self.temporal_patch_size] for i in range(0, len(times), self.temporal_patch_size)]
         return patches, grid, [(group[0] + group[-1]) / 2 for group in groups]
 
-    def _choose_frames(self, video: Video) -> list[int]:
+    def _choose_frames(self, video: Video, options: MediaOptions) -> list[int]:
         """Choose evenly spaced frames: by number as transformers does, or by time if the frame rate varies.
 
-        By time, a frame that is the nearest to several sampling times is taken once.
+        Options round the number of frames to full temporal patches, as qwen-vl-utils does. By time, a frame that is the
+        nearest to several sampling times is taken once.
         """
-        count = max(int(video.num_frames / video.fps * self.video_fps), self.video["min_frames"])
-        count = min(count, self.video_maxlen, video.num_frames)
+        first, last = video.frame_range(options.video_start, options.video_end)
+        available, multiple = last - first + 1, 1
+        low, high = options.min_frames or self.video["min_frames"], options.max_frames or self.video_maxlen
+        if options.nframes is not None:
+            multiple = self.temporal_patch_size
+            count = round(options.nframes / multiple) * multiple
+        elif video.sample_fps is None:
+            count = min(available, int(high))
+        else:
+            seconds = available / video.fps
+            if video.times is not None:
+                seconds = video.times[last + 1] - video.times[first]
+            given = (options.fps, options.min_frames, options.max_frames, options.video_start, options.video_end)
+            multiple = self.temporal_patch_size if any(value is not None for value in given) else 1
+            low = math.ceil(low / multiple) * multiple
+            count = min(max(int(seconds * video.sample_fps), low), int(high), available)
+            count -= count % multiple
+        if not multiple <= count <= available:
+            raise InputError(f"cannot take {count} frames of {available}: change 'nframes' or 'max_frames'")
         if video.times is None:
-            return np.linspace(0, video.num_frames - 1, count).round().astype(int).tolist()
+            return np.linspace(first, last, count).round().astype(int).tolist()
         starts = video.times[:-1]
-        targets = np.linspace(0, starts[-1], count)
+        targets = np.linspace(starts[first], starts[last], count)
         after = np.searchsorted(starts, targets).clip(min=1)
         is_earlier_nearer = targets - starts[after - 1] <= starts[after] - targets
         return np.unique(np.where(is_earlier_nearer, after - 1, after)).tolist()
@@ -797,9 +1270,11 @@ class Processor:
 
         Supervised tokens are each answer, its <|im_end|> and the newline after it; with `mask_history` only those of
         the last answer; with `train_on_prompt` all tokens except media tokens, <|vision_start|> and <|vision_end|>.
-        A sample longer than `seq_length` loses whole exchanges (question and answer) from its end. If its first
-        exchange alone is too long, the end of that answer is cut. With `for_generation` a final answer is dropped and
-        the sample ends with "<|im_start|>assistant\\n". Raises InputError, whose message begins with `source`.
+        An answer is one message of the assistant, tool calls included. `loss` of a message takes precedence.
+        A sample longer than `seq_length` loses whole exchanges (from a user turn to the next) from its end. A first
+        exchange that is too long loses its last tool answers and the answers to them, then the end of its only answer.
+        The rest equals the start of the full sample. With `for_generation` a final answer is dropped and the sample
+        ends as the chat template's generation prompt does. Raises InputError, whose message begins with `source`.
         """
         turns, truncated = self._encode_row(row, media_dir, source, options, decode=True)
         ids = np.array([token for turn in turns for token in turn.ids], np.int64)
@@ -810,12 +1285,13 @@ class Processor:
         is_media = np.isin(ids, (self.image_token_id, self.video_token_id))
 
         supervised = np.zeros(len(ids), bool)
-        if options.train_on_prompt and not options.for_generation:
-            supervised = ~is_media & ~np.isin(ids, (self.vision_start_token_id, self.vision_end_token_id))
-        elif not options.for_generation:
-            answers = [i for i, turn in enumerate(turns) if turn.answer_start is not None]
-            for i in answers[-1:] if options.mask_history else answers:
-                supervised[starts[i] + turns[i].answer_start : starts[i + 1]] = True
+        answers = [i for i, turn in enumerate(turns) if turn.answer_start is not None]
+        chosen = range(len(turns)) if options.train_on_prompt else answers[-1:] if options.mask_history else answers
+        for i, turn in enumerate(turns):
+            if not options.for_generation and (i in chosen if turn.loss is None else turn.loss):
+                start = 0 if options.train_on_prompt else turn.answer_start
+                supervised[starts[i] + start : starts[i + 1]] = True
+        supervised &= ~is_media & ~np.isin(ids, (self.vision_start_token_id, self.vision_end_token_id))
         labels = np.full(len(ids), IGNORE, np.int64)
         labels[:-1] = np.where(supervised[1:], ids[1:], IGNORE)
 
@@ -852,14 +1328,20 @@ class Processor:
         """
         limit = options.seq_length or sys.maxsize
         try:
-            turns, length = [], 0
-            for turn in parse_row(row, options.for_generation):
-                turns.append(self._encode_turn(turn, media_dir, options.confine_paths, decode, limit - length))
-                length += len(turns[-1].ids)
+            parsed, turns, length = parse_row(row, options.for_generation), [], 0
+            for turn, (prefix, parts) in zip(parsed, render_turns(parsed, self.template), strict=True):
+                encoded = self._encode_turn(prefix, parts, media_dir, options.confine_paths, decode, limit - length)
+                encoded.role, encoded.loss = turn.role, turn.loss
+                if turn.role == "assistant":
+                    # A token that merges newlines at the end of the prefix and the start of the answer counts as
+                    # prompt: no generation prompt ends in it, so the model is never asked to predict it.
+                    encoded.answer_start = 1 + len(self._encode_text(prefix))
+                turns.append(encoded)
+                length += len(encoded.ids)
                 if length > limit and turn.role == "assistant" and not options.for_generation:
                     break
             if options.for_generation:
-                turns.append(EncodedTurn(self._answer_prefix_ids))
+                turns.append(EncodedTurn([self.im_start_token_id, *self._encode_text(self.template.answer_prefix)]))
                 length += len(turns[-1].ids)
             if length > limit:
                 return self._truncate(turns, limit), True
@@ -870,8 +1352,13 @@ class Processor:
     def _truncate(self, turns: list[EncodedTurn], limit: int) -> list[EncodedTurn]:
         """Cut the last exchange, which exceeds `limit` tokens. Raises InputError if no answer would remain."""
         answer_start = turns[-1].answer_start  # None for a generation prompt, which is never cut
-        if answer_start is not None and sum(turn.answer_start is not None for turn in turns) > 1:
-            return turns[:-2]
+        if answer_start is not None:
+            questions, answers = ([i for i, turn in enumerate(turns) if turn.role == role]
+                                  for role in ("user", "assistant"))
+            if len(questions) > 1:
+                return turns[: questions[-1]]
+            if len(answers) > 1:
+                return turns[: answers[-2] + 1]
         length = sum(len(turn.ids) for turn in turns)
         prompt = length - len(turns[-1].ids) + (answer_start or 0)
         if answer_start is None or prompt >= limit:
@@ -883,29 +1370,31 @@ class Processor:
         del turns[-1].ids[limit - length :]
         return turns
 
-    def _encode_turn(self, turn: Turn, media_dir: str | Path, confine: bool, decode: bool, space: int) -> EncodedTurn:
-        """Encode a turn as <|im_start|>role\\n...<|im_end|>\\n, as chat_template.jinja renders it.
+    def _encode_turn(
+        self, prefix: str, parts: list[str | Media], media_dir: str | Path, confine: bool, decode: bool, space: int
+    ) -> EncodedTurn:
+        """Encode what `render_turns` yields for a turn, with <|im_start|>, <|im_end|> and a newline.
 
         An image is one span of media tokens; a video is one span per frame pair, each after its time. All text between
-        two control tokens is tokenized together, because merges may cross the newline after the role. A token that
-        merges this newline with one at the start of an answer counts as prompt: no generation prompt ends in it, so
-        the model can never be asked to predict it. Media are not decoded beyond `space` tokens.
+        two control tokens is tokenized together, because merges may cross the newline after the role. Media are not
+        decoded beyond `space` tokens.
         """
         encoded = EncodedTurn([self.im_start_token_id])
-        text = f"{turn.role}\n"
-        for part in turn.parts:
+        text = prefix
+        for part in parts:
             if isinstance(part, str):
                 text += part
                 continue
             decode = decode and len(encoded.ids) <= space  # the turn does not fit: its pixels are not used
             try:
+                path, media_options = read_spec(part)
                 if part.kind == "image":
-                    path = resolve_path(part.spec, media_dir, confine)
-                    pixels, grid = self.process_image(load_image(path, decode), decode)
+                    image = load_image(find_image(path, media_dir, confine), decode)
+                    pixels, grid = self.process_image(image, decode, media_options)
                     captions, pad = [""], self.image_token_id
                 else:
-                    video = open_video(part.spec, media_dir, confine, self.video_fps)
-                    pixels, grid, times = self.process_video(video, decode)
+                    video = open_video(path, media_dir, confine, self.video_fps, media_options)
+                    pixels, grid, times = self.process_video(video, decode, media_options)
                     captions, pad = [f"<{time:.1f} seconds>" for time in times], self.video_token_id
             except InputError as error:
                 raise InputError(f"{part.key}: {error}") from error
@@ -918,8 +1407,6 @@ class Processor:
                 encoded.ids += [pad] * (rows * columns) + [self.vision_end_token_id]
                 text = ""
         encoded.ids += [*self._encode_text(text), self.im_end_token_id, *self._newline_ids]
-        if turn.role == "assistant":
-            encoded.answer_start = len(self._answer_prefix_ids)
         return encoded
 
 
@@ -956,6 +1443,27 @@ def mrope_positions(length: int, spans: list[tuple[int, int, int]]) -> np.ndarra
     return positions
 
 
+def _load_tokenizer(path: Path) -> tuple[Tokenizer, set[int]]:
+    """Return the tokenizer and the ids of the special tokens. Raises InputError.
+
+    The tokenizer encodes special tokens as text. All but TEXT_TOKENS lose the mark, and so become their ids.
+    """
+    if not path.exists():
+        raise InputError(f"{path} does not exist: the model's tokenizer is needed")
+    try:
+        content = json.loads(path.read_bytes())
+        special = [token for token in content.get("added_tokens", []) if token["special"]]
+        for token in special:
+            token["special"] = token["content"] in TEXT_TOKENS
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # tokenizers has no exception classes of its own
+        raise InputError(f"{path} cannot be read as a tokenizer: {one_line(error)}") from error
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_padding()  # the file may ask for padding and truncation
+    tokenizer.no_truncation()
+    return tokenizer, {token["id"] for token in special}
+
+
 def _end_token_ids(hf_dir: str | Path) -> set[int]:
     """Return `eos_token_id` of generation_config.json, else of config.json, else no ids. Raises InputError."""
     for path in (Path(hf_dir, "generation_config.json"), Path(hf_dir, "config.json")):
@@ -979,8 +1487,7 @@ def _section(config: dict, name: str, where: str | Path) -> dict:
 
 def _media_settings(hf_dir: str | Path, kind: str) -> dict:
     """Return the preprocessor settings of images or videos: a file of their own overrides processor_config.json."""
-    shared = Path(hf_dir, "processor_config.json")
-    own = Path(hf_dir, "preprocessor_config.json" if kind == "image" else "video_preprocessor_config.json")
+    shared, own = Path(hf_dir, PROCESSOR_FILE), Path(hf_dir, PREPROCESSOR_FILES[kind])
     settings = _section(read_json(shared, missing_ok=True), f"{kind}_processor", shared)
     settings = DEFAULTS | settings | read_json(own, missing_ok=True)
     where = own if own.exists() else shared
@@ -997,19 +1504,58 @@ def _media_settings(hf_dir: str | Path, kind: str) -> dict:
     return settings
 
 
-def _pixel_limits(kind: str, settings: dict, minimum: int | None, maximum: int | None) -> tuple[int, int]:
-    """Return the limits given, else the preprocessor's (`min_pixels` before `size`), else the released models'.
+def _override_limits(limits: tuple, minimum: float | None, maximum: float | None) -> tuple:
+    """Return pixel limits in which those given replace the others.
 
-    A single given limit moves the other one if necessary: a maximum below the model's minimum becomes both.
+    A single given limit moves the other one if necessary: a maximum below the other limit becomes both.
     """
+    low, high = limits
+    return (
+        minimum if minimum is not None else min(low, maximum or low),
+        maximum if maximum is not None else max(high, minimum or high),
+    )
+
+
+def _pixel_limits(kind: str, settings: dict, minimum: int | None, maximum: int | None) -> tuple[int, int]:
+    """Return the limits given, else the preprocessor's (`min_pixels` before `size`), else the released models'."""
     size, defaults = settings.get("size", {}), DEFAULT_PIXELS[kind]
     low = settings.get("min_pixels") or size.get("shortest_edge") or defaults[0]
     high = settings.get("max_pixels") or size.get("longest_edge") or defaults[1]
-    low = minimum if minimum is not None else min(low, maximum or low)
-    high = maximum if maximum is not None else max(high, minimum or high)
+    low, high = _override_limits((low, high), minimum, maximum)
     if not 0 <= low <= high or high < 1:
         raise InputError(f"{kind}_min_pixels {low} must not be above {kind}_max_pixels {high}")
     return low, high
+
+
+def preprocessor_files(hf_dir: str | Path, limits: dict[str, float]) -> dict[str, dict]:
+    """Return a directory's preprocessor files with these limits in place: {file name: contents} of changed files.
+
+    `limits` are those of `media_limits`. transformers prefers processor_config.json to the other files, and reads
+    images' settings for videos that have none. So every place that a directory has is changed, and a kind that has none
+    gets a file, with the released models' settings.
+    """
+    names = (PROCESSOR_FILE, *PREPROCESSOR_FILES.values())
+    contents = {name: read_json(Path(hf_dir, name), missing_ok=True) for name in names}
+    changed = {}
+    for kind, own in PREPROCESSOR_FILES.items():
+        sections = {PROCESSOR_FILE: contents[PROCESSOR_FILE].get(f"{kind}_processor"), own: contents[own]}
+        sections = {name: section for name, section in sections.items() if section}
+        if not sections:
+            contents[own] = sections[own] = DEFAULTS | PREPROCESSOR_CLASSES[kind]
+        elif not any(limit.startswith(kind) for limit in limits):
+            continue
+        minimum, maximum = limits.get(f"{kind}_min_pixels"), limits.get(f"{kind}_max_pixels")
+        low, high = _pixel_limits(kind, _media_settings(hf_dir, kind), minimum, maximum)
+        for name, section in sections.items():
+            section["size"] = {"shortest_edge": low, "longest_edge": high}
+            for key, value in (("min_pixels", low), ("max_pixels", high)):
+                if section.get(key) is not None:  # transformers prefers it to `size`
+                    section[key] = value
+            for key, limit in (("fps", "video_fps"), ("max_frames", "video_maxlen")):
+                if kind == "video" and limit in limits:
+                    section[key] = limits[limit]
+            changed[name] = contents[name]
+    return changed
 
 
 # ---- files of rows -----------------------------------------------------------------------------------------------
@@ -1140,12 +1686,14 @@ class RowSource:
     """
 
     sizes: list[int]  # of the files, to notice that they have changed
+    weights: list[float]  # how many times each file's rows enter an epoch
     shuffle_buffer: int | None = None  # number of rows in a block of a stream
 
     def __init__(self, paths: list[str], dataset_dir: str | None = None, max_samples: int | None = None):
         if dataset_dir is not None and not os.path.isdir(dataset_dir):
             raise InputError(f"--dataset-dir {dataset_dir} is not a folder: give the folder of the media paths")
         self.paths, self.max_samples = [str(path) for path in paths], max_samples
+        self.weights = [1.0] * len(paths)
         if "" in self.paths:
             raise InputError("the name of a dataset is empty: separate file names by single commas")
         self.media_dirs = [Path(dataset_dir or Path(path).parent) for path in self.paths]
@@ -1176,11 +1724,11 @@ class RowSource:
         """
         if state:
             self._check_position(state)
-        settings = {"sizes": self.sizes, "shuffle_buffer": self.shuffle_buffer}
+        settings = {"sizes": self.sizes, "weights": self.weights, "shuffle_buffer": self.shuffle_buffer}
         consumed, epoch, done = (state.get(name, 0) for name in ("consumed", "epoch", "done"))
         block = state.get("block")
         while True:
-            for start, size, span_at in self._blocks(block):
+            for start, size, span_at in self._blocks(block, epoch, seed):
                 order = range(size)
                 if seed is not None:
                     order = np.random.default_rng([seed, epoch, *start]).permutation(size)
@@ -1191,13 +1739,19 @@ class RowSource:
                 done = 0
             block, epoch, done = None, epoch + 1, 0
 
-    def _blocks(self, first: list[int] | None) -> Iterator[tuple[list[int], int, Callable[[int], Span]]]:
+    def _blocks(
+        self, first: list[int] | None, epoch: int, seed: int | None
+    ) -> Iterator[tuple[list[int], int, Callable[[int], Span]]]:
         """Yield the blocks of an epoch, from the start of the block `first` on (None: all blocks).
 
         A block is given by its start (a list of numbers), its number of rows, and a function that returns the location
         of the i-th row.
         """
         raise NotImplementedError
+
+    def passes(self, file: int, epochs: range) -> int:
+        """Return how many times at most a row of a file enters some epochs."""
+        return len(epochs)
 
     def _check_position(self, state: dict) -> None:
         """Compare a position with these datasets. Raises InputError if only one of them was streamed."""
@@ -1207,10 +1761,11 @@ class RowSource:
                 f"the checkpoint's data was read with{'' if was_streamed else 'out'} --streaming: "
                 f"{'give' if was_streamed else 'omit'} --streaming, or give --finetune to restart the data"
             )
-        if state["sizes"] != self.sizes:
+        saved_weights = state.get("weights", [1.0] * len(state["sizes"]))  # older checkpoints have none
+        if (state["sizes"], saved_weights) != (self.sizes, self.weights):
             logger.warning(
-                "the datasets have sizes %s, but had %s when saved: the order is new, rows may be lost or repeated",
-                self.sizes, state["sizes"],
+                "the datasets have sizes %s and weights %s, but had %s and %s when saved: the order is new, rows may "
+                "be lost or repeated", self.sizes, self.weights, state["sizes"], saved_weights,
             )
         if state["shuffle_buffer"] != self.shuffle_buffer:  # other blocks would lose rows
             self.shuffle_buffer = state["shuffle_buffer"]
@@ -1220,17 +1775,23 @@ class RowSource:
 class RowDataset(RowSource):
     """Rows of known number, read from disk on demand. Only the range of each row is in memory, in 16 bytes.
 
-    The ranges are also kept in `cache_dir` for the next start. The files there may be deleted at any time.
+    The ranges are also kept in `cache_dir` for the next start. The files there may be deleted at any time. `weights`
+    affects the epochs of `stream` only (see `_epoch_rows`).
     """
 
     def __init__(
         self, paths: list[str], dataset_dir: str | None = None, cache_dir: str | None = None,
-        max_samples: int | None = None,
+        max_samples: int | None = None, weights: list[float] | None = None,
     ):
         super().__init__(paths, dataset_dir, max_samples)
         self.ranges = [_cached_index(file, cache_dir)[:max_samples] for file in self.files]  # [rows, 2] each
         self.sizes = [len(ranges) for ranges in self.ranges]
         self.ends = np.cumsum(self.sizes)
+        self.weights = weights or self.weights
+        self.epoch_sizes = [  # rows of each file in an epoch: at least one, unless the weight is 0
+            max(1, round(weight * size)) if weight else 0
+            for weight, size in zip(self.weights, self.sizes, strict=True)
+        ]
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -1248,14 +1809,41 @@ class RowDataset(RowSource):
 
     def count(self) -> int:
         """Return the number of rows in an epoch."""
-        return len(self)
+        return sum(self.epoch_sizes)
 
     def file_rows(self, file: int) -> float:
         """Return the number of rows of a file."""
         return self.sizes[file]
 
-    def _blocks(self, first: list[int] | None) -> Iterator[tuple[list[int], int, Callable[[int], Span]]]:
-        yield [], len(self), self.span  # one block per epoch
+    def _blocks(
+        self, first: list[int] | None, epoch: int, seed: int | None
+    ) -> Iterator[tuple[list[int], int, Callable[[int], Span]]]:
+        rows = self._epoch_rows(epoch, seed)
+        yield [], len(rows), lambda i: self.span(int(rows[i]))  # one block per epoch
+
+    def passes(self, file: int, epochs: range) -> int:
+        rows, size = self.epoch_sizes[file], self.sizes[file]
+        return -(-rows * epochs.stop // size) - rows * epochs.start // size
+
+    def _epoch_rows(self, epoch: int, seed: int | None) -> np.ndarray:
+        """Return the rows of an epoch as arguments of `span`, file by file: first its full copies, then its share.
+
+        A weight of 2.5 gives two copies and a share of half the rows, all in the file's order. To choose the shares,
+        the rows are arranged in a random circle. The share of each epoch begins where the one before ended, so that
+        all rows are used equally often. When a share ends at the circle's start, the rows are arranged anew. If `seed`
+        is None, the shares are those of seed 0.
+        """
+        parts = []
+        for file, (size, rows) in enumerate(zip(self.sizes, self.epoch_sizes, strict=True)):
+            first = int(self.ends[file]) - size
+            copies, share = divmod(rows, size)
+            parts += [np.arange(first, first + size)] * copies
+            if share:
+                cycle, shares_before = divmod(epoch, size // math.gcd(size, share))
+                order = np.random.default_rng([seed or 0, cycle, file, 1]).permutation(size)  # 1: unlike `stream`'s
+                numbers = np.arange(share) + shares_before * share
+                parts.append(first + np.sort(order.take(numbers, mode="wrap")))
+        return np.concatenate(parts)
 
 
 class RowStream(RowSource):
@@ -1283,7 +1871,9 @@ class RowStream(RowSource):
         rows, end = self._found[file]
         return rows * self.sizes[file] / end
 
-    def _blocks(self, first: list[int] | None) -> Iterator[tuple[list[int], int, Callable[[int], Span]]]:
+    def _blocks(
+        self, first: list[int] | None, epoch: int, seed: int | None
+    ) -> Iterator[tuple[list[int], int, Callable[[int], Span]]]:
         start = first or [0, 0, 0]  # number of the file, number of the row in it, start of the row's range
         spans = self._spans(*start)
         while block := list(itertools.islice(spans, self.shuffle_buffer)):
@@ -1362,41 +1952,39 @@ class Loader:
     options: EncodeOptions
     packing: bool = False
     pin_memory: bool = False  # for copies to an accelerator
+    pixel_dtype: torch.dtype = torch.float32  # the type that the model computes in, so that pixels take less memory
     resume_state: dict | list[dict] | None = None  # one rank's position, or all ranks' if their number may differ
     num_samples: int | None = None  # ends the stream after so many rows; the last batches of some ranks may be empty
-
-    def __post_init__(self):
-        self._rows_read, self._rows_bad = np.zeros((2, len(self.dataset.paths)), np.int64)
-        self._first_epoch = 0
+    _logged: set[str] = field(default_factory=set, init=False)  # errors of skipped rows
 
     def __iter__(self) -> Iterator[Batch]:
         states = self.resume_state if isinstance(self.resume_state, list) else [self.resume_state or {}]
         if "rank_layout" in states[0] and not self.packing:
             raise InputError("the checkpoint's data was packed: give --packing, or --finetune to restart the data")
         self._first_epoch = states[0].get("epoch", 0)
+        self._rows_read, self._rows_bad = np.zeros((2, len(self.dataset.paths)), np.int64)
         items = self._packed(states) if self.packing else self._micro_batches(states[0])
-        logged = set()
         for batch, failures in self._in_workers(self._load, items, self.num_workers, self.pin_memory):
             for message in failures:
                 if self.on_bad_sample == "error":
                     raise InputError(message)
-                if message not in logged:
+                if message not in self._logged:
                     logger.warning("skipped: %s", message)
-                    logged.add(message)
+                    self._logged.add(message)
             yield batch
 
     def check_bad_row_rate(self, rows_read: list[int], rows_bad: list[int], epoch: int) -> None:
         """Raise InputError if more than a tenth of a dataset's rows are bad.
 
-        `rows_read` and `rows_bad` are the rows of each file since the last call, summed over all ranks; `epoch` is the
-        current one.
+        `rows_read` and `rows_bad` are the rows of each file since the last call or the start of the iteration, summed
+        over all ranks; `epoch` is the current one.
         """
         self._rows_read += rows_read
         self._rows_bad += rows_bad
-        epochs = epoch - self._first_epoch + 1
+        epochs = range(self._first_epoch, epoch + 1)
         for file, (read, bad) in enumerate(zip(self._rows_read.tolist(), self._rows_bad.tolist(), strict=True)):
             rows = self.dataset.file_rows(file)
-            if read >= min(10, rows) and bad > 0.1 * epochs * rows:
+            if read >= min(10, rows) and bad > 0.1 * self.dataset.passes(file, epochs) * rows:
                 raise InputError(
                     f"{self.dataset.paths[file]}: {bad} of {read} rows read are bad, more than a tenth of the "
                     "dataset; the log has the reasons"
@@ -1441,7 +2029,8 @@ class Loader:
             except InputError as error:
                 rows_bad[span.file] += 1
                 failures.append(str(error))
-        return collate(samples, resume_state=state, rows_read=rows_read, rows_bad=rows_bad), failures
+        batch = collate(samples, resume_state=state, rows_read=rows_read, rows_bad=rows_bad)
+        return replace(batch, pixel_values=batch.pixel_values.to(self.pixel_dtype)), failures
 
     def _micro_batches(self, state: dict) -> Iterator[tuple[list[Span], dict]]:
         """Yield this rank's rows of each micro-batch, and the position after the rows of all ranks."""

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import convert
 import data
 import kernels_npu
-from common import InputError, Parser, UsageError, number, run_program
+from common import InputError, Parser, UsageError, number, read_json, run_program
 from model import Qwen3VL, Qwen3VLConfig, TextModel, build_model
 
 # ---- generation ----------------------------------------------------------------------------------------------------
@@ -126,6 +126,19 @@ class KVCache:
         self.mask = self.mask[index, ..., unused:]
 
 
+# type of the flag, default of the flag, and transformers' default for a generation_config.json that does not have it
+SAMPLING: dict[str, tuple[Callable[[str], float], float, float]] = {
+    "temperature": (number(float, 0), 0.0, 1.0),
+    "top_k": (number(int, 0), 0, 50),
+    "top_p": (number(float, 0, 1, above=True), 1.0, 1.0),
+    "repetition_penalty": (number(float, 0, above=True), 1.0, 1.0),
+    "presence_penalty": (number(float, -2, 2), 0.0, 0.0),
+}
+
+# settings of generation_config.json that are not supported, with the value that has no effect
+UNSUPPORTED = {"min_p": 0, "typical_p": 1, "frequency_penalty": 0, "no_repeat_ngram_size": 0, "num_beams": 1}
+
+
 def sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """Draw a token for each row of logits [B, V], given uniform random numbers [B] in (0, 1] -> [B].
 
@@ -143,6 +156,20 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_
     return (choice if ids is None else ids.gather(-1, choice))[:, 0]
 
 
+PROMPT, ANSWER = 1, 2  # the values of `used` below; 0 for a token that has not occurred
+
+
+def penalise(logits: Tensor, used: Tensor, repetition: float, presence: float) -> Tensor:
+    """Penalise the tokens that a sequence has used: logits [B, V], used [B, V] int8 -> float32 [B, V].
+
+    As in transformers, the logits of all used tokens are divided by `repetition` if positive, else multiplied by it
+    (arXiv:1909.05858). Then, as in vLLM, `presence` is subtracted from the logits of tokens in the answer.
+    """
+    logits = logits.float()
+    scaled = torch.where(logits < 0, logits * repetition, logits / repetition)
+    return torch.where(used > 0, scaled, logits) - presence * (used == ANSWER)
+
+
 class Generator:
     """Generate answers: one forward over the packed prompts, then one token of each sequence at a time.
 
@@ -155,12 +182,13 @@ class Generator:
     @torch.inference_mode()
     def generate(
         self, batch, *, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-        seed: int = 42, first_row: int = 0, on_token: Callable[[int, int], None] | None = None,
+        repetition_penalty: float = 1.0, presence_penalty: float = 0.0, seed: int = 42, first_row: int = 0,
+        on_token: Callable[[int, int], None] | None = None,
     ) -> list[list[int]]:
         """Return the new token ids of each prompt, without the end token.
 
         batch: a `data.Batch` on the model's device, encoded with `for_generation`.
-        temperature: 0 is greedy. `sample` describes the other settings.
+        temperature: 0 is greedy. `sample` and `penalise` describe the other settings.
         seed, first_row: sequence b draws random numbers from (seed, first_row + b), however it is batched.
         on_token: called with (sequence, token id) as soon as a token is known.
         """
@@ -168,11 +196,17 @@ class Generator:
         answers: list[list[int]] = [[] for _ in range(count)]
         random = [np.random.default_rng([seed, first_row + b]) for b in range(count)]
         alive = list(range(count))
+        has_penalty = repetition_penalty != 1 or presence_penalty != 0
+        if has_penalty:
+            used = batch.input_ids.new_zeros(count, self.model.lm_head.out_features, dtype=torch.int8)
+            used[batch.sample_ids, batch.input_ids] = PROMPT
         with KVCache(decoder, batch.cu_seqlens, batch.position_ids, reserve=min(max_new_tokens, 256)) as cache:
             x, _ = self.model.hidden_states(batch)
             x = x[[end - 1 for end in batch.cu_seqlens[1:]]]
             for remaining in reversed(range(max_new_tokens)):
                 logits = self.model.lm_head(x)
+                if has_penalty:
+                    logits = penalise(logits, used, repetition_penalty, presence_penalty)
                 if temperature == 0:
                     token_ids = logits.argmax(-1)
                 else:
@@ -193,6 +227,10 @@ class Generator:
                     alive = [alive[b] for b in still_alive]
                     token_ids = token_ids[still_alive]
                     cache.select(still_alive)
+                    if has_penalty:
+                        used = used[still_alive]
+                if has_penalty:
+                    used.scatter_(1, token_ids[:, None], ANSWER)
                 x = cache.step(token_ids)
         return answers
 
@@ -203,6 +241,8 @@ class Generator:
 def load_model(hf_dir: str | Path, load: str | Path | None = None, dtype: str | None = None) -> Qwen3VL:
     """Load a Hugging Face directory onto `kernels_npu.ops`'s device; `load` names a DCP checkpoint with the weights.
 
+    The adapters of a checkpoint are merged into the weights.
+
     `dtype` ('bfloat16', ...) defaults to config.json's on an accelerator, to float32 on a CPU. Raises InputError.
     """
     config, ops = Qwen3VLConfig.from_json(hf_dir), kernels_npu.ops
@@ -211,15 +251,39 @@ def load_model(hf_dir: str | Path, load: str | Path | None = None, dtype: str | 
     dtype = dtype or "float32"
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"{Path(hf_dir) / 'config.json'}: dtype {dtype!r} is not supported: give --dtype")
-    source = convert.CheckpointWeights(convert.find_checkpoint(load)) if load else convert.HuggingFaceWeights(hf_dir)
+    source = convert.open_checkpoint(load, hf_dir) if load else convert.HuggingFaceWeights(hf_dir)
     model = build_model(config, is_frozen=lambda name: True)
     for p in model.parameters():
         p.data = p.data.to(getattr(torch, dtype))  # buffers keep their own type
+    ops.compute_dtype = getattr(torch, dtype)  # the default attention depends on it
     source.check_compatible(model)  # before memory is allocated
     model.to_empty(device=ops.device)
     convert.load_weights(model, source)
     ops.prepare_for_decoding(model)
     return model
+
+
+def sampling_settings(args: argparse.Namespace) -> dict[str, float]:
+    """Return the SAMPLING arguments of `Generator.generate`: a flag's, the generation_config.json's, or the default.
+
+    The file counts with --use-generation-config only, and is read as transformers does. Raises InputError.
+    """
+    settings = {name: default for name, (_, default, _) in SAMPLING.items()}
+    if args.use_generation_config:
+        path = Path(args.model, "generation_config.json")
+        config = read_json(path)
+        for name, (parse, _, assumed) in SAMPLING.items():
+            value = config.get(name)
+            try:
+                settings[name] = assumed if value is None else parse(str(value))
+            except argparse.ArgumentTypeError as e:
+                raise InputError(f"{path}: {name}: {e}") from e
+        for name, neutral in UNSUPPORTED.items():
+            if config.get(name, neutral) not in (None, neutral):
+                raise InputError(f"{path}: {name} is not supported: remove it, or leave out --use-generation-config")
+        if not config.get("do_sample"):
+            settings["temperature"] = 0.0
+    return settings | {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
 
 
 class TextStream:
@@ -247,8 +311,13 @@ class Answerer:
 
     def __init__(self, args: argparse.Namespace):
         Qwen3VLConfig.from_json(args.model)  # report its errors first
-        self.args = args
-        self.processor = data.Processor(args.model, **data.media_limits(args))
+        self.args, self.sampling = args, sampling_settings(args)
+        stored = convert.read_settings(convert.find_checkpoint(args.load)).get("media_limits", {}) if args.load else {}
+        given = data.media_limits(args)
+        inherited = {name: value for name, value in stored.items() if name not in given}
+        if inherited:
+            print(f"as in the training run of {args.load}: {data.describe_limits(inherited)}", file=sys.stderr)
+        self.processor = data.Processor(args.model, enable_thinking=args.enable_thinking, **inherited, **given)
         self.generator: Generator | None = None
 
     def encode(self, row: dict, media_dir: str | Path, source: str = "") -> data.Sample:
@@ -279,7 +348,7 @@ class Answerer:
         start = time.perf_counter()
         answers = self.generator.generate(
             data.collate(samples).to(kernels_npu.ops.device), max_new_tokens=args.max_new_tokens, seed=args.seed,
-            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, first_row=first_row, on_token=record)
+            **self.sampling, first_row=first_row, on_token=record)
         if args.verbose:
             prompt = sum(len(s.input_ids) for s in samples)
             first = (times[0] if times else time.perf_counter()) - start
@@ -324,14 +393,29 @@ def answer_questions(args: argparse.Namespace, answerer: Answerer) -> None:
     for turn, question in enumerate(questions(args)):
         messages.append({"role": "user", "content": question})
         sample = answerer.encode({"messages": messages, "images": args.image, "videos": args.video}, media_dir=".")
-        messages.append({"role": "assistant", "content": stream_answer(answerer, sample, turn)})
+        answer = stream_answer(answerer, sample, turn)
+        if answerer.processor.template.answer_prefix.endswith("<think>\n") and "</think>" not in answer:
+            answer += "</think>"  # the thought was cut off: the next prompt must not hold it as an answer
+        messages.append({"role": "assistant", "content": answer})
 
 
-def output_line(row: dict, prediction: str) -> bytes:
-    """Return the line of an answered row, with the prediction as its last value."""
-    row = {key: value for key, value in row.items() if key != "prediction"} | {"prediction": prediction}
+def output_line(row: object, key: str, text: str) -> bytes:
+    """Return the row's line, with `key` ("prediction" or "error") as its last; a row that is no object has no other."""
+    items = row.items() if isinstance(row, dict) else ()
+    row = {name: value for name, value in items if name not in ("prediction", "error")} | {key: text}
     # JSON allows half of a surrogate pair, UTF-8 does not: the half stays escaped
     return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def line_starts(rows: data.RowDataset, number: int) -> tuple[bytes, ...]:
+    """Return how a row's line can start: up to the text of its prediction or error. There is no row after the last."""
+    if number >= len(rows):
+        return ()
+    try:
+        row = rows[number][0]
+    except InputError:
+        row = None
+    return tuple(output_line(row, key, "")[:-3] for key in ("prediction", "error"))
 
 
 def resume(output: Path, rows: data.RowDataset) -> int:
@@ -344,9 +428,9 @@ def resume(output: Path, rows: data.RowDataset) -> int:
     answered = end = 0
     with open(output, "r+b") as file:
         for number, line in enumerate(file):
-            start = output_line(rows[number][0], "")[:-3] if number < len(rows) else b"no row"  # up to the prediction
             is_complete = line.endswith(b"\n")
-            if not line.startswith(start) and (is_complete or not start.startswith(line)):
+            starts = line_starts(rows, number)
+            if not line.startswith(starts) and (is_complete or not any(start.startswith(line) for start in starts)):
                 raise InputError(f"{output} line {number + 1} is not the answer to {rows.paths[0]} row {number + 1}: "
                                  "give another --output, or remove the file")
             if is_complete:
@@ -365,17 +449,23 @@ def append(output: str, line: bytes) -> None:
 
 
 def answer_rows(args: argparse.Namespace, answerer: Answerer) -> None:
-    """Answer --input into --output, one line per row. At a bad row, answer the rows before it and raise its error."""
+    """Answer --input into --output, one line per row.
+
+    A bad row ends its batch, so that the numbers of a batch's rows are consecutive. Its error is then raised, or
+    written with --on-bad-sample skip.
+    """
     rows = data.RowDataset([args.input], args.dataset_dir)
     done = resume(Path(args.output), rows)
     if done == len(rows):
         print(f"{args.output} already has the answers to all {done} rows", file=sys.stderr)
         return
+    skipped = 0
     append(args.output, b"")  # fail before the weights are loaded if the file cannot be written
     with tqdm(total=len(rows), initial=done, desc="answering", unit="row") as bar:
         while done < len(rows):
             batch_rows, samples, error = [], [], None
             for i in range(done, min(done + args.batch_size, len(rows))):
+                row = None
                 try:
                     row, source, media_dir = rows[i]
                     samples.append(answerer.encode(row, media_dir, source))
@@ -384,12 +474,19 @@ def answer_rows(args: argparse.Namespace, answerer: Answerer) -> None:
                     break
                 batch_rows.append(row)
             answers = answerer.answer(samples, done) if samples else []
-            for row, ids in zip(batch_rows, answers, strict=True):
-                append(args.output, output_line(row, answerer.processor.decode(ids)))
+            for answered_row, ids in zip(batch_rows, answers, strict=True):
+                append(args.output, output_line(answered_row, "prediction", answerer.processor.decode(ids)))
                 bar.update()
-            if error:
-                raise error
             done += len(batch_rows)
+            if error and args.on_bad_sample != "skip":
+                raise error
+            if error:
+                append(args.output, output_line(row, "error", str(error)))
+                bar.update()
+                done, skipped = done + 1, skipped + 1
+    if skipped:
+        print(f"{skipped} rows were skipped: their lines in {args.output} have `error` in place of `prediction`",
+              file=sys.stderr)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -425,16 +522,28 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                    "that it already holds are not answered again")
     g.add_argument("--dataset-dir", metavar="DIR", help="directory of the rows' media paths (default: that of --input)")
     g.add_argument("--batch-size", type=positive, metavar="N", help="number of rows answered at a time (default: 1)")
+    g.add_argument("--on-bad-sample", choices=("error", "skip"), help="a row that cannot be used ends the program, or "
+                   "is skipped: its line in --output gets the key `error` (default: error)")
 
     g = p.add_argument_group("answers")
     g.add_argument("--max-new-tokens", type=positive, default=128, metavar="N", help="maximum length of an answer")
-    g.add_argument("--temperature", type=number(float, 0), default=0.0, metavar="X", help="sampling temperature; 0 is "
-                   "greedy")
-    g.add_argument("--top-k", type=number(int, 0), default=0, metavar="N", help="sample from the N likeliest tokens; "
-                   "0: from all")
-    g.add_argument("--top-p", type=number(float, 0, 1, above=True), default=1.0, metavar="X", help="sample from the "
-                   "fewest tokens whose probabilities reach X; 1: from all")
+    for name, text in (
+        ("temperature", "sampling temperature; 0 is greedy"),
+        ("top_k", "sample from the N likeliest tokens; 0: from all"),
+        ("top_p", "sample from the fewest tokens whose probabilities reach X; 1: from all"),
+        ("repetition_penalty", "divide the positive logits of tokens in the prompt or the answer by X, and multiply "
+                               "their negative logits by X"),
+        ("presence_penalty", "subtract X from the logits of tokens in the answer"),
+    ):
+        parse, default, _ = SAMPLING[name]
+        g.add_argument(f"--{name.replace('_', '-')}", type=parse, metavar="N" if name == "top_k" else "X",
+                       help=f"{text} (default: {default})")
+    g.add_argument("--use-generation-config", action="store_true", help="take these five settings from the model's "
+                   "generation_config.json where their flags are not given; without this flag, only its end tokens are "
+                   "used")
     g.add_argument("--seed", type=number(int, 0), default=42, metavar="N", help="seed of the sampling")
+
+    data.add_thinking_flag(g)
 
     data.add_media_flags(p.add_argument_group("images and videos"))
 
@@ -445,7 +554,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if args.input is None:
         if args.prompt is None and not args.chat:
             raise UsageError("nothing to answer: give --prompt, --chat or --input")
-        unused = ("output", "dataset_dir", "batch_size")
+        unused = ("output", "dataset_dir", "batch_size", "on_bad_sample")
     else:
         if args.output is None:
             raise UsageError("--input needs --output: give the file that gets the answers")

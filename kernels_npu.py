@@ -6,6 +6,7 @@ fallback. `select(device)` chooses the class once at start-up. Every operation i
 `kernels_npu.ops.X(...)`, so that no module keeps an operation from before `select`.
 
     python kernels_npu.py [--device npu]    compare every operation on this machine's device with `Torch`
+    python kernels_npu.py --report          print versions, devices and environment first, for a bug report
 
 Shapes: T tokens, H heads, K key-value heads, d head size, D hidden size, E experts, I expert width, k experts a token.
 """
@@ -15,6 +16,7 @@ import functools
 import importlib.util
 import itertools
 import os
+import platform
 import re
 import sys
 from collections.abc import Callable
@@ -37,6 +39,7 @@ class Torch:
         self.device = device
         self.compute_dtype = compute_dtype or self.compute_dtype
         self.settings: dict[str, str] = {}  # changed settings of the device, for the log
+        self.profiler = torch.profiler  # torch_npu's has the same interface
 
     # ---- attention -------------------------------------------------------------------------------------------------
 
@@ -170,8 +173,17 @@ class Torch:
         """Return the peak of bytes (allocated, reserved) on the device since start-up; None on a CPU."""
         return None, None
 
+    def devices(self) -> list[str]:
+        """Return the name and the memory of each device of this kind, for a bug report."""
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return [f"{platform.machine()}, {os.cpu_count()} cores, {memory / 2**30:.1f} GiB"]
+
     def synchronize(self) -> None:
         """Wait until the device has finished its queued work."""
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Copy a small host tensor to the device. The host does not wait for the device's queued work."""
+        return tensor.to(self.device)
 
     def get_rng_state(self) -> Tensor | None:
         """Return the device's own random state, or None on a CPU."""
@@ -225,8 +237,18 @@ class Accelerator(Torch):
     def memory(self) -> tuple[int | None, int | None]:
         return self.module.max_memory_allocated(), self.module.max_memory_reserved()
 
+    def devices(self) -> list[str]:
+        numbers = range(self.module.device_count())
+        memory = [self.module.get_device_properties(i).total_memory / 2**30 for i in numbers]
+        return [f"{self.module.get_device_name(i)}, {memory[i]:.1f} GiB" for i in numbers]
+
     def synchronize(self) -> None:
         self.module.synchronize()
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        if tensor.device == self.device:
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)  # a copy from pageable memory would wait
 
     def get_rng_state(self) -> Tensor | None:
         return self.module.get_rng_state()
@@ -262,7 +284,7 @@ class Cuda(Accelerator):
         """Call PyTorch's FlashAttention-2 (arXiv:2307.08691) once for sequences of any lengths."""
         if q.dtype == torch.float32:
             raise UsageError("flash_attention_2 needs bf16 or float16: give sdpa for float32")
-        bounds = _on_device(tuple(cu_seqlens), q.device)
+        bounds = _on_device(tuple(cu_seqlens), self)
         longest = max(b - a for a, b in itertools.pairwise(cu_seqlens))
         # the operation behind torch.nn.attention.varlen, which torch 2.7.1 lacks
         return torch.ops.aten._flash_attention_forward(
@@ -281,6 +303,7 @@ class Npu(Accelerator):
 
     def __init__(self, device: torch.device, compute_dtype: torch.dtype | None = None):
         super().__init__(device, compute_dtype)
+        self.profiler = torch_npu.profiler
         torch.npu.set_compile_mode(jit_compile=False)  # use the shipped kernels: shapes change with every batch
         torch.npu.config.allow_internal_format = False  # keep weights in PyTorch's layouts
         allocator = os.environ.get("PYTORCH_NPU_ALLOC_CONF")
@@ -409,9 +432,10 @@ def import_torch_npu() -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def _on_device(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
-    """Copy sequence bounds to the device once for all layers, as a copy makes the host wait."""
-    return torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
+@torch.inference_mode(False)  # training cannot save a tensor that inference has created
+def _on_device(cu_seqlens: tuple[int, ...], ops: Torch) -> Tensor:
+    """Copy sequence bounds to the device once for all layers."""
+    return ops.to_device(torch.tensor(cu_seqlens, dtype=torch.int32))
 
 
 def _per_sequence(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int]) -> Tensor:
@@ -433,16 +457,27 @@ def _per_sequence(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2")  # flag values; a device may lack some
 DEVICES = ("auto", "npu", "cuda", "cpu")  # values of --device
+# cuBLAS, HCCL and CANN's matrix products read these once, when the device or a process group is first used.
+DETERMINISTIC_ENVIRONMENT = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "HCCL_DETERMINISTIC": "true", "CLOSE_MATMUL_K_SHIFT": "1",
+}
 ops: Torch = Cpu(torch.device("cpu"))
 
 
-def select(device: str = "auto", compute_dtype: torch.dtype | None = None, fused_moe: bool | None = None) -> Torch:
+def select(
+    device: str = "auto", compute_dtype: torch.dtype | None = None, fused_moe: bool | None = None,
+    deterministic: bool = False,
+) -> Torch:
     """Choose the backend for `--device` (auto, npu, cuda, cpu), make its device current, and return it as `ops`.
 
-    compute_dtype: None is the device's default. fused_moe: --use-npu-fused-moe; None is on if the device has it. Under
-    torchrun each local rank takes the device of its number. Raises UsageError if the device is not available.
+    compute_dtype: None is the device's default. fused_moe: --use-npu-fused-moe; None is on if the device has it.
+    deterministic: an operation that has no deterministic implementation raises. Under torchrun each local rank takes
+    the device of its number. Raises UsageError if the device is not available.
     """
     global ops
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ |= DETERMINISTIC_ENVIRONMENT
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "npu" if _npu_is_available() else "cuda" if torch.cuda.is_available() else "cpu"

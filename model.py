@@ -12,7 +12,7 @@ P patches, C vision hidden size, N images and videos.
 Seams, which are callables with a default here:
 - `VisionAttention.attention`, `TextAttention.attention`: the implementation, Ulysses, the KV cache.
 - `Experts.run_experts`: expert parallelism.
-- `VisionModel.block_fn`, `TextModel.block_fn`: call a block. Recompute and offload.
+- `VisionModel.block_fn`, `TextModel.block_fn`: call a block. Recompute, offload, waiting for the device.
 - `Qwen3VL.exchange_features`: send visual features to the ranks that hold their tokens.
 - `LMHead.loss_fn`: the loss of a batch.
 Settings:
@@ -23,6 +23,7 @@ Fields of a batch that context parallelism sets:
 - `feature_splits`: how many features `exchange_features` sends and receives.
 Hooks:
 - Context parallelism adds a forward hook to `TextModel`, which sums the router statistics over ranks.
+- Adapters add forward hooks to linear layers, and wrap the forward of blocks and of `Experts`.
 - FSDP2 gathers parameters in hooks. A parameter must be used in the forward of the module that FSDP2 wraps.
 """
 from __future__ import annotations
@@ -32,9 +33,10 @@ import itertools
 import math
 import zlib
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -305,16 +307,15 @@ class VisionModel(nn.Module):
         pixel_values [P, 1536]; grid_thw [N, 3] on the host: frames, rows and columns of patches of each image or video.
         tokens: the visual tokens of `grid_thw` whose patches are in pixel_values; other ranks may have the others.
         """
-        device = pixel_values.device
         rows, columns, neighbour_ids, bilinear_weights = (
-            self.patches_of(p, tokens) for p in patch_positions(grid_thw, self.config)
+            kernels_npu.ops.to_device(self.patches_of(p, tokens)) for p in patch_positions(grid_thw, self.config)
         )
         frames = [h * w for t, h, w in grid_thw.tolist() for _ in range(t)]
         cu_seqlens = [0, *itertools.accumulate(frames)]  # attention stays within a frame
-        cos, sin = self.rotary_tables(rows.to(device), columns.to(device))
+        cos, sin = self.rotary_tables(rows, columns)
 
         x = self.patch_embed(pixel_values)
-        positions = self.pos_embed(neighbour_ids.to(device)) * bilinear_weights.to(device)[..., None]
+        positions = self.pos_embed(neighbour_ids) * bilinear_weights[..., None]
         x = x + positions.sum(1).to(x.dtype)
         deepstack = []
         for i, block in enumerate(self.blocks):
@@ -499,10 +500,10 @@ class TextModel(nn.Module):
         d, (_, height, width) = self.config.head_dim, self.config.mrope_section
         device = position_ids.device
         inv_freq = 1.0 / self.config.rope_theta ** (torch.arange(0, d, 2, dtype=torch.float32, device=device) / d)
-        axis = torch.zeros(d // 2, dtype=torch.long)
+        axis = torch.zeros(d // 2, dtype=torch.long, device=device)
         axis[1 : 3 * height : 3] = 1
         axis[2 : 3 * width : 3] = 2
-        angles = position_ids.float()[axis.to(device)].T * inv_freq
+        angles = position_ids.float()[axis].T * inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos(), angles.sin()
 
@@ -717,7 +718,8 @@ class Qwen3VL(nn.Module):
     ) -> None:
         """Initialise the parameters and persistent buffers, or those of the given `names`.
 
-        Weights are normal with the config's standard deviation; biases and buffers are 0, norms 1.
+        Weights are normal with the config's standard deviation; biases and buffers are 0, norms 1. A module with a
+        method `draw` draws the values of its own parameters.
         `local_shard_and_offset` returns a tensor's slice on this rank and where the slice begins. Values come in blocks
         of rows, each with a generator seeded by `seed`, the name and the row. So they do not depend on how the model is
         sharded, and a rank generates little more than its own slice.
@@ -730,8 +732,9 @@ class Qwen3VL(nn.Module):
             if names is not None and name not in names:
                 continue
             module, _, leaf = name.rpartition(".")
+            owner = self.get_submodule(module)
             local, (first, *inner) = local_shard_and_offset(param)
-            if leaf == "bias" or isinstance(self.get_submodule(module), (RMSNorm, nn.LayerNorm)):
+            if leaf == "bias" or isinstance(owner, (RMSNorm, nn.LayerNorm)):
                 local.fill_(float(leaf != "bias"))
                 continue
             std = (self.config.vision if ".visual." in name else self.config.text).initializer_range
@@ -740,7 +743,11 @@ class Qwen3VL(nn.Module):
             for start in range(first // rows * rows, first + len(local), rows):
                 seed_32_bits = zlib.crc32(f"{seed} {name} {start}".encode())
                 generator = torch.Generator().manual_seed(seed_32_bits)
-                block = torch.empty(min(rows, total - start), *row).normal_(0.0, std, generator=generator)
+                block = torch.empty(min(rows, total - start), *row)
+                if hasattr(owner, "draw"):
+                    owner.draw(leaf, block, generator)
+                else:
+                    block.normal_(0.0, std, generator=generator)
                 begin, end = max(first, start), min(first + len(local), start + rows)
                 own = tuple(slice(o, o + n) for o, n in zip(inner, local.shape[1:], strict=True))
                 local[begin - first : end - first] = block[(slice(begin - start, end - start), *own)]
@@ -786,13 +793,14 @@ def trainable_components(model: Qwen3VL) -> set[str]:
 
 def step_flops(
     config: Qwen3VLConfig, cu_seqlens: list[int], grid_thw: Tensor, num_supervised: int,
-    trainable: Collection[str] = COMPONENTS,
+    trainable: Collection[str] = COMPONENTS, adapters: Mapping[str, float] = MappingProxyType({}),
 ) -> float:
     """Return the floating point operations of forward and backward of one packed row, without recompute.
 
     Only matrix products count. Causal attention counts half, and unsupervised tokens have no logits. Backward computes
     the gradients of the weights of the `trainable` components, and those of the activations in these components and in
-    the components after them. So it is twice forward if every component is trainable.
+    the components after them. So it is twice forward if every component is trainable. `adapters` holds, for a component
+    with trainable adapters, their multiply-adds for a row of its activations: a patch, a visual token or a token.
     """
     t, v = config.text, config.vision
     q, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
@@ -805,16 +813,18 @@ def step_flops(
     block = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
     merged = v.hidden_size * v.spatial_merge_size**2
     merger = (merged * merged + merged * v.out_hidden_size) * (1 + len(v.deepstack_visual_indexes))
+    rows = total, total // v.spatial_merge_size**2, cu_seqlens[-1]
     forward = (  # multiply-adds of each component: with weights, between activations
-        (total * v.depth * block,
+        (rows[0] * v.depth * block,
          v.depth * sum(2 * v.hidden_size * n * frame for n, frame in patches)),
-        (total // v.spatial_merge_size**2 * merger, 0),
-        (cu_seqlens[-1] * (attention + dense + sparse) + num_supervised * t.hidden_size * t.vocab_size,
+        (rows[1] * merger, 0),
+        (rows[2] * (attention + dense + sparse) + num_supervised * t.hidden_size * t.vocab_size,
          t.num_hidden_layers * sum(q * (b - a) ** 2 for a, b in itertools.pairwise(cu_seqlens))),
     )
     backward = COMPONENTS[0] in trainable
     flops = 2 * total * v.patch_dim * v.hidden_size * (1 + backward)  # pixels have no gradient
-    for component, (with_weights, of_activations) in zip(COMPONENTS, forward, strict=True):
-        backward |= component in trainable
+    for component, n, (with_weights, of_activations) in zip(COMPONENTS, rows, forward, strict=True):
+        backward |= component in trainable or component in adapters
         flops += 2 * with_weights * (1 + backward + (component in trainable)) + 2 * of_activations * (1 + 2 * backward)
+        flops += 6 * n * adapters.get(component, 0)
     return float(flops)

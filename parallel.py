@@ -1,14 +1,15 @@
 """Everything that is applied to a built model from outside to train it on many ranks.
 
-The file holds the process groups, context and expert parallelism, recompute and offload, FSDP2, and gradient clipping.
-`model.py` calls nothing here: this file replaces the seams that `model.py` documents, and FSDP2 hooks onto its modules.
-So the same forward runs on one rank and on many.
+The file holds the process groups, adapters, context and expert parallelism, recompute and offload, FSDP2, and gradient
+clipping. `model.py` calls nothing here: this file replaces the seams that `model.py` documents, and FSDP2 hooks onto
+its modules. So the same forward runs on one rank and on many.
 
 Neighbouring ranks share a sample (context parallel) and the experts of a layer (expert parallel); the two groups
 overlap. All ranks shard every other parameter. With a smaller --fsdp-size, each group of that many neighbours holds a
 full replica.
 
-Shapes: T tokens, H heads, K key-value heads, d head size, D hidden size, E experts, I expert width, k experts a token.
+Shapes: T tokens, H heads, K key-value heads, d head size, D hidden size, E experts, I expert width, k experts a token,
+r rank of an adapter.
 """
 from __future__ import annotations
 
@@ -23,10 +24,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -34,7 +36,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import kernels_npu
 from common import PeerError, UsageError
 from kernels_npu import Torch
-from model import Experts, Qwen3VL, TextAttention, VisionAttention, full_tensor_and_offset, run_experts
+from model import Experts, Qwen3VL, TextAttention, VisionAttention, component_of, full_tensor_and_offset
 
 # ---- ranks ---------------------------------------------------------------------------------------------------------
 
@@ -131,14 +133,6 @@ class ParallelState:
             groups.append(dist.new_subgroups_by_enumeration(ranks_of_groups, timeout=self.timeout)[0])
         return DeviceMesh.from_group(groups, self.device.type, mesh, mesh_dim_names=names)
 
-    @functools.cached_property
-    def backend_averages(self) -> bool:
-        """Return whether the backend supports ReduceOp.AVG: gloo in torch 2.7.1 silently sums. This is a collective."""
-        one = torch.empty(1, device=self.device)
-        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in 2.13
-        reduce_scatter(one, torch.ones(self.world_size, device=self.device), op=dist.ReduceOp.AVG)
-        return one.item() == 1
-
     def sum(self, *values: float | Tensor) -> list[float]:
         """Sum each number over all ranks, in float64. The host waits for the device once.
 
@@ -196,6 +190,129 @@ class AllToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         return AllToAll.apply(grad, *ctx.reverse), None, None, None
+
+
+# ---- adapters ------------------------------------------------------------------------------------------------------
+
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # where they exist
+
+
+class Adapter(nn.Module):
+    """Add a low-rank product to the output of a frozen weight (LoRA, arXiv:2106.09685): out + alpha / r * B A x.
+
+    For a linear layer A is [r, in] and B [out, r]; for the experts of a layer A is [E, in, r] and B [E, r, out].
+    """
+
+    def __init__(self, weight_name: str, a: tuple[int, ...], b: tuple[int, ...], scale: float, dropout: float = 0.0):
+        super().__init__()
+        self.weight_name, self.scale = weight_name, scale
+        self.A, self.B = nn.Parameter(torch.empty(a)), nn.Parameter(torch.empty(b))
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def forward(self, out: Tensor, x: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Take x [N, in] and the weight's product with it [N, out]; counts [E] are each expert's consecutive rows."""
+        a, b = to_local(self.A), to_local(self.B)
+        if counts is None:
+            product = F.linear(F.linear(self.dropout(x), a), b)
+        else:
+            product = kernels_npu.ops.grouped_matmul(kernels_npu.ops.grouped_matmul(x, a, counts), b, counts)
+        return torch.add(out, product, alpha=self.scale)
+
+    def draw(self, leaf: str, block: Tensor, generator: torch.Generator) -> None:
+        """Draw initial values as PEFT does, for `Qwen3VL.init_weights`: A is Kaiming uniform, B is zero."""
+        bound = block.shape[1] ** -0.5 if leaf == "A" else 0.0
+        block.uniform_(-bound, bound, generator=generator)
+
+
+class AdapterGroup(nn.Module):
+    """Hold the adapters of a block, or of a layer's experts, as its child `lora`, and run its forward.
+
+    So the hooks of FSDP2 gather the adapters while the block runs. They are a group of their own because they are
+    float32 and the frozen weights are not.
+    """
+
+    def __init__(self, owner: nn.Module, adapters: dict[str, Adapter]):
+        super().__init__()
+        for name, adapter in adapters.items():
+            self.add_module(name, adapter)
+        owner.lora = self
+        owner.forward = functools.partial(self, owner.forward)
+
+    def forward(self, run: Callable, *args):
+        return run(*args)
+
+
+def run_adapted_experts(
+    lora: AdapterGroup, x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """Apply experts with adapters: the `run_experts` seam. Shapes are those of `model.run_experts`."""
+    ops = kernels_npu.ops
+    rows, slot_to_row, counts = ops.moe_permute(x, expert_ids, gate_up.shape[0])
+    rows = ops.swiglu(lora.gate_up_proj(ops.grouped_matmul(rows, gate_up, counts), rows, counts))
+    rows = lora.down_proj(ops.grouped_matmul(rows, down, counts), rows, counts)
+    return ops.moe_unpermute(rows, slot_to_row, weights)
+
+
+def add_adapters(model: Qwen3VL, settings: dict) -> dict:
+    """Add adapters to a model on the meta device, and freeze the weights of each component that has some.
+
+    settings: `rank`, `alpha`, `dropout` and `target_modules`, the ends of names of linear layers and of `Experts`
+    (None: the default). Returns them with the targets that were used. Raises UsageError if a target does not exist.
+    """
+    rank, dropout, scale = settings["rank"], settings["dropout"], settings["alpha"] / settings["rank"]
+    names = {module: name for name, module in model.named_modules()}
+    layers = [m for block in _blocks(model) for m in block.modules() if isinstance(m, (nn.Linear, Experts))]
+    layers = [m for m in layers if not names[m].endswith(".gate")]  # in PEFT, a router is no linear layer
+
+    def matches(target: str) -> list[nn.Module]:
+        return [layer for layer in layers if names[layer].endswith(f".{target}")]
+
+    targets = sorted(set(settings["target_modules"] or filter(matches, DEFAULT_TARGETS)))
+    for target in targets:
+        if not matches(target):
+            available = ", ".join(sorted({names[layer].rpartition(".")[2] for layer in layers}))
+            raise UsageError(f"--lora-target-modules: the model has no {target}: give some of {available}")
+    targeted = {layer for target in targets for layer in matches(target)}
+    if dropout and any(isinstance(layer, Experts) for layer in targeted):
+        raise UsageError("--lora-dropout: the inputs of experts cannot be dropped, as in PEFT: leave it or experts out")
+    for block in _blocks(model):
+        adapters = {}
+        for layer in [m for m in block.modules() if m in targeted]:
+            name = names[layer]
+            with torch.device("meta"):
+                if isinstance(layer, Experts):
+                    of_experts = {}
+                    for leaf, p in layer.named_parameters():
+                        sizes = (*p.shape[:2], rank), (len(p), rank, p.shape[2])
+                        of_experts[leaf] = Adapter(f"{name}.{leaf}", *sizes, scale)
+                    layer.run_experts = functools.partial(run_adapted_experts, AdapterGroup(layer, of_experts))
+                    continue
+                sizes = (rank, layer.in_features), (layer.out_features, rank)
+                adapter = adapters[name.rpartition(".")[2]] = Adapter(f"{name}.weight", *sizes, scale, dropout)
+            layer.register_forward_hook(lambda _, args, out, adapter=adapter: adapter(out, *args))
+        if adapters:
+            AdapterGroup(block, adapters)
+
+    components = {component_of(names[layer]) for layer in targeted}
+    for name, p in model.named_parameters():
+        p.requires_grad_(".lora." in name or p.requires_grad and component_of(name) not in components)
+    model.may_be_absent = lambda name, others=model.may_be_absent: ".lora." in name or others(name)
+    return settings | {"target_modules": targets}
+
+
+def named_adapters(model: nn.Module) -> dict[str, Adapter]:
+    """Return the adapters of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
+
+
+def adapter_flops(model: Qwen3VL, prefix: str = "") -> dict[str, float]:
+    """Return each component's `adapters` for `model.step_flops`, of the adapters whose name starts with `prefix`."""
+    flops: dict[str, float] = {}
+    for adapter in (adapter for name, adapter in named_adapters(model).items() if name.startswith(prefix)):
+        component = component_of(adapter.weight_name)
+        used = model.config.text.num_experts_per_tok / len(adapter.A) if adapter.A.ndim == 3 else 1
+        flops[component] = flops.get(component, 0) + used * (adapter.A.numel() + adapter.B.numel())
+    return flops
 
 
 # ---- context parallel ----------------------------------------------------------------------------------------------
@@ -316,12 +433,13 @@ def _context_parallel(model: Qwen3VL, state: ParallelState) -> None:
 
 
 def expert_parallel_forward(
-    group: dist.ProcessGroup, x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: DTensor, down: DTensor
+    group: dist.ProcessGroup, run_local: Callable[..., Tensor], x: Tensor, expert_ids: Tensor, weights: Tensor,
+    gate_up: DTensor, down: DTensor,
 ) -> Tensor:
     """Run the experts of all ranks: the `run_experts` seam with expert parallelism (GShard, arXiv:2006.16668).
 
-    Copies of the tokens go to the ranks of their experts, through `model.run_experts` there, and return. No token is
-    dropped. Shapes are those of `model.run_experts`.
+    Copies of the tokens go to the ranks of their experts, through `run_local` there, which is the seam without expert
+    parallelism, and return. No token is dropped. Shapes are those of `model.run_experts`.
     """
     ops, size = kernels_npu.ops, dist.get_world_size(group)
     rows, slot_to_row, send_counts = ops.moe_permute(x, expert_ids, gate_up.shape[0])
@@ -330,11 +448,11 @@ def expert_parallel_forward(
     counts = torch.stack((send_counts, recv_counts)).view(2, size, -1)
     send_sizes, recv_sizes = ops.to_host(counts.sum(-1))  # the only wait for the device in a layer
     rows = AllToAll.apply(rows, send_sizes, recv_sizes, group)
-    # The rows arrive grouped by sender, but experts need them grouped by expert: run_experts permutes a second time.
+    # The rows arrive grouped by sender, but experts need them grouped by expert: run_local permutes a second time.
     gate_up, down = gate_up.to_local(), down.to_local()
     local_ids = torch.arange(len(gate_up), device=x.device).repeat(size)
     local_ids = local_ids.repeat_interleave(counts[1].flatten(), output_size=len(rows))[:, None]
-    rows = run_experts(rows, local_ids, torch.ones_like(local_ids, dtype=weights.dtype), gate_up, down)
+    rows = run_local(rows, local_ids, torch.ones_like(local_ids, dtype=weights.dtype), gate_up, down)
     return ops.moe_unpermute(AllToAll.apply(rows, recv_sizes, send_sizes, group), slot_to_row, weights)
 
 
@@ -347,11 +465,13 @@ def _expert_parallel(model: Qwen3VL, state: ParallelState) -> None:
         raise UsageError(f"--expert-parallel-size {size}: the model has {num_experts} experts: give one of "
                          f"{_divisors(math.gcd(state.world_size, num_experts))}")
     for experts in (module for module in model.modules() if isinstance(module, Experts)):
-        for name, p in list(experts.named_parameters()):
-            local = p.detach().chunk(size)[state.ep_mesh.get_local_rank()].clone()
-            dtensor = DTensor.from_local(local, state.ep_mesh, [Shard(0)], run_check=False)
-            setattr(experts, name, nn.Parameter(dtensor, requires_grad=p.requires_grad))
-        experts.run_experts = functools.partial(expert_parallel_forward, state.ep_mesh.get_group())
+        for module in experts.modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                local = p.detach().chunk(size)[state.ep_mesh.get_local_rank()].clone()
+                dtensor = DTensor.from_local(local, state.ep_mesh, [Shard(0)], run_check=False)
+                setattr(module, name, nn.Parameter(dtensor, requires_grad=p.requires_grad))
+        group = state.ep_mesh.get_group()
+        experts.run_experts = functools.partial(expert_parallel_forward, group, experts.run_experts)
 
 
 # ---- recompute and offload -----------------------------------------------------------------------------------------
@@ -360,13 +480,16 @@ def _expert_parallel(model: Qwen3VL, state: ParallelState) -> None:
 def recompute_block(block: nn.Module, *args):
     """Run a block without keeping its activations, which backward computes again: the `block_fn` seam.
 
-    The result of top-k is kept. In a second computation, rounding could send a token to other experts.
+    The result of top-k is kept. In a second computation, rounding could send a token to other experts. Dropout draws
+    the same mask again.
     """
     if not torch.is_grad_enabled():
         return block(*args)
     keep_routing = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.topk.default])
+    has_dropout = any(isinstance(module, nn.Dropout) for module in block.modules())
     return checkpoint(
-        block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=keep_routing, determinism_check="none"
+        block, *args, use_reentrant=False, preserve_rng_state=has_dropout, context_fn=keep_routing,
+        determinism_check="none",
     )
 
 
@@ -433,20 +556,42 @@ class Offload:
             kept.copied = self.copy_stream.record_event()
 
 
+def synchronized(block_fn: Callable) -> Callable:
+    """Make a `block_fn` wait for the device before each block, in recompute as well.
+
+    A host that runs ahead of its device allocates memory for blocks whose predecessors still hold theirs.
+    """
+
+    def call(block: nn.Module, *args):
+        def run(*args):
+            kernels_npu.ops.synchronize()
+            return block(*args)
+
+        return block_fn(run, *args)
+
+    return call
+
+
 # ---- FSDP2 ---------------------------------------------------------------------------------------------------------
 
 
 def parallelize(
     model: Qwen3VL, state: ParallelState, *, compute_dtype: torch.dtype, recompute: bool = False, offload: bool = False,
-    compile: bool = False,
+    compile: bool = False, cpu_offload: bool = False, synchronize_per_layer: bool = False,
 ) -> None:
     """Apply expert and context parallelism, recompute or offload, compilation and FSDP2 to a model, in place.
 
     The model is on the meta device or the CPU, and each parameter's `requires_grad` is final. Parameters stay float32
-    shards. Each group is gathered in `compute_dtype` when its module runs, and its gradients are reduced in float32. A
-    single rank that computes in float32 does not use FSDP2. Raises UsageError for sizes that the model does not allow.
+    shards, with `cpu_offload` in host memory; those that are frozen in a model with adapters become `compute_dtype`.
+    Each group is gathered in `compute_dtype` on the device when its module runs, and its gradients are reduced there in
+    float32. A single rank that computes in float32 uses FSDP2 only for `cpu_offload`. Raises UsageError for sizes that
+    the model does not allow.
     """
     visual, text = model.model.visual, model.model.language_model
+    has_adapters = bool(named_adapters(model))
+    if has_adapters:
+        for p in model.parameters():
+            p.data = p.data if p.requires_grad else p.data.to(compute_dtype)
     if state.ep_size > 1:
         _expert_parallel(model, state)
     if state.cp_size > 1:
@@ -460,25 +605,31 @@ def parallelize(
             raise UsageError("--compile does not work with recompute: give --recompute none, or leave out --compile")
         for block in (*visual.blocks, *text.layers):
             block.compile()
+    if synchronize_per_layer:
+        visual.block_fn = text.block_fn = synchronized(text.block_fn)
 
-    if state.world_size == 1 and compute_dtype == torch.float32:
+    if state.world_size == 1 and compute_dtype == torch.float32 and not cpu_offload:
         return  # FSDP2 would only copy all parameters and gradients: a fifth of a step
 
     model.vision_always = state.world_size > 1
     # cast_forward_inputs would turn loss weights and rotary tables into bf16
     policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
-    shard = functools.partial(fully_shard, mesh=state.mesh, mp_policy=policy)
+    # All collectives run on the device: FSDP2 copies a shard there before a gather, and a gradient back after its
+    # reduction. From pinned memory, which a dry run's tensors lack, the copies overlap with computation.
+    place = CPUOffloadPolicy(pin_memory=state.device.type != "cpu") if cpu_offload else OffloadPolicy()
+    shard = functools.partial(fully_shard, mesh=state.mesh, mp_policy=policy, offload_policy=place)
     place_experts = functools.partial(_expert_placement, state)
-    blocks = [*visual.blocks, *visual.deepstack_merger_list, visual.merger, *text.layers]
+    of_experts = _expert_modules(model) if state.ep_size > 1 else set()
     gathers = []  # in forward order: the modules whose parameters are gathered for the same block
-    for block in blocks:
+    for block in _blocks(model):
         is_last = block is text.layers[-1]  # backward needs its parameters at once
-        experts = [m for m in block.modules() if isinstance(m, Experts)] if state.ep_size > 1 else []
-        for module in experts:
-            fully_shard(module, mesh=state.expert_mesh, mp_policy=policy, reshard_after_forward=not is_last,
-                        shard_placement_fn=place_experts)
-        shard(block, reshard_after_forward=not is_last, shard_placement_fn=place_experts)
-        gathers.append([block, *experts])
+        groups = [m for m in block.modules() if m is block or m in of_experts or isinstance(m, AdapterGroup)]
+        for module in reversed(groups):  # inner modules first
+            shard(module, mesh=state.expert_mesh if module in of_experts else state.mesh,
+                  reshard_after_forward=not is_last, shard_placement_fn=place_experts)
+        gathers.append(groups)
+    if has_adapters:  # torch 2.7.1 refuses different types in one group, here the root's
+        shard(visual, reshard_after_forward=False)
     if model.config.tie_word_embeddings:
         shard([text.embed_tokens, model.lm_head], reshard_after_forward=False)  # separate groups would untie them
     else:
@@ -491,6 +642,17 @@ def parallelize(
     _sum_gradients(model, state)
 
 
+def _blocks(model: Qwen3VL) -> list[nn.Module]:
+    """Return the modules that are recomputed and sharded one at a time, in forward order."""
+    visual, text = model.model.visual, model.model.language_model
+    return [*visual.blocks, *visual.deepstack_merger_list, visual.merger, *text.layers]
+
+
+def _expert_modules(model: Qwen3VL) -> set[nn.Module]:
+    """Return the modules that hold parameters of experts: `Experts` and the groups of their adapters."""
+    return {m for experts in model.modules() if isinstance(experts, Experts) for m in (experts, *experts.children())}
+
+
 def _sum_gradients(model: Qwen3VL, state: ParallelState) -> None:
     """Make the reduction of gradients match the loss formula, loss = sum_i w_i * nll_i over all ranks.
 
@@ -501,20 +663,32 @@ def _sum_gradients(model: Qwen3VL, state: ParallelState) -> None:
     position, and FSDP2 averages it over `world_size / ep_size` ranks only. It is `ep_size` times too large, and a hook
     divides it.
 
-    Not every backend can average, so the reduction is a sum where FSDP2 allows it. FSDP2 then divides by itself. In
-    torch 2.7.1 FSDP2 asks gloo for an average and receives a sum: there, the hook divides by `world_size`.
+    Not every backend can average, and NCCL's average over one rank can miss elements (NVIDIA/nccl#1950). So the
+    reduction is a sum, and FSDP2 divides by itself. In torch 2.7.1 it does not: there, the hook divides by the ranks
+    that share a replica. The average over replicas remains, which gloo lacks.
     """
+    of_experts = _expert_modules(model)
     for module in fsdp_modules(model):
-        divisor = state.ep_size if isinstance(module, Experts) else 1
+        divisor = state.ep_size if module in of_experts else 1
         if hasattr(module, "set_force_sum_reduction_for_comms"):
             module.set_force_sum_reduction_for_comms(True)
-        elif not state.backend_averages:
-            if state.dp_replicate > 1:
-                raise UsageError("--fsdp-size: this PyTorch cannot replicate parameters on a CPU: leave the flag out, "
-                                 "or install a newer PyTorch")
-            divisor = state.world_size
+        elif state.dp_replicate > 1 and dist.get_backend() == "gloo":
+            raise UsageError("--fsdp-size: this PyTorch cannot replicate parameters on a CPU: leave the flag out, "
+                             "or install a newer PyTorch")
+        elif (group := module._get_fsdp_state()._fsdp_param_group) is not None:
+            group.reduce_scatter_reduce_op = dist.ReduceOp.SUM
+            divisor = state.fsdp_size
         if divisor > 1:
-            module.set_all_reduce_hook(lambda gradient, divisor=divisor: gradient.div_(divisor))
+            module.set_all_reduce_hook(functools.partial(_divide, divisor=divisor))
+
+
+def _divide(gradient: Tensor, divisor: int) -> None:
+    """Divide a reduced gradient: FSDP2's all-reduce hook."""
+    gradient.div_(divisor)
+    if not gradient.is_cpu:
+        # FSDP2 allocates the gradient on its reduce-scatter stream, and adds it to an earlier micro-batch's on the
+        # stream of this hook. The next reduce-scatter must not reuse its memory before.
+        gradient.record_stream(torch.get_device_module(gradient.device).current_stream())
 
 
 def _expert_placement(state: ParallelState, p: nn.Parameter) -> Shard | None:
@@ -565,12 +739,17 @@ def local_shard_and_offset(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 def grad_square_sum(parameters: list[nn.Parameter], state: ParallelState) -> Tensor:
     """Return this rank's part of the squared 2-norm of all gradients: the sum over all ranks is the squared norm.
 
-    Whatever a parameter's mesh, each element of its gradient lies on one rank of each replica.
+    Whatever a parameter's mesh, each element of its gradient lies on one rank of each replica. With --cpu-offload the
+    gradients are on the CPU; the result is on the device.
     """
     grads = [to_local(p.grad) for p in parameters if p.grad is not None]
     if not grads:  # the text decoder is frozen and the step had no media
         return torch.zeros((), device=state.device)
-    return torch.stack(torch._foreach_norm(grads)).square().sum() / state.dp_replicate
+    if grads[0].is_cpu:  # the CPU's norm of a large tensor is inaccurate (0.5 % for 64 million numbers), unlike a row's
+        norms = torch.cat([torch.linalg.vector_norm(grad, dim=-1).flatten() for grad in grads])
+    else:
+        norms = torch.stack(torch._foreach_norm(grads))
+    return norms.square().sum().to(state.device) / state.dp_replicate
 
 
 @torch.no_grad()

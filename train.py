@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import gc
 import itertools
 import json
 import logging
@@ -35,7 +36,7 @@ import data
 import kernels_npu
 import parallel
 from common import InputError, Parser, UsageError, number
-from convert import CheckpointWeights, HuggingFaceWeights, Source
+from convert import AdaptedWeights, CheckpointWeights, HuggingFaceWeights, Source
 from model import (
     COMPONENTS,
     Qwen3VL,
@@ -59,7 +60,7 @@ def make_parser() -> Parser:
     p = Parser(prog="train.py", description=__doc__.split("\n\n")[0])
     positive_int, non_negative_int = number(int, 1), number(int, 0)
     positive, non_negative = number(float, 0, above=True), number(float, 0)
-    fraction, beta = number(float, 0, 1), number(float, 0, 1, below=True)
+    fraction, beta, weight = number(float, 0, 1), number(float, 0, 1, below=True), number(float, 0, 1000)
     switch = argparse.BooleanOptionalAction
 
     add = p.add_argument_group("model").add_argument
@@ -80,9 +81,24 @@ def make_parser() -> Parser:
         help="do not train the vision projector (the merger and the DeepStack mergers)")
     add("--freeze-text-decoder", action=switch, default=False, help="do not train the text decoder")
 
+    add = p.add_argument_group("adapters").add_argument
+    add("--lora-rank", type=non_negative_int, default=0, metavar="N", help="train low-rank adapters (LoRA) and freeze "
+        "the weights of the components that have some; 0: none. The usual --lr is 1e-4")
+    add("--lora-alpha", type=positive, metavar="X", help="scale the adapters by X / rank (default: 2 x rank)")
+    add("--lora-target-modules", metavar="A,B", help="layers that get adapters, by the end of their names; qkv, proj, "
+        "linear_fc1 and linear_fc2 are the vision encoder's and projector's, experts are the matrices of all experts "
+        f"(default: {','.join(parallel.DEFAULT_TARGETS)}, where the model has them)")
+    add("--lora-dropout", type=number(float, 0, 1, below=True), default=0.0, metavar="X",
+        help="probability with which an adapter's inputs are dropped in training")
+    add("--lora-init", metavar="DIR", help="PEFT directory with the adapters to start from; it also supplies rank, "
+        "alpha and target modules, and flags that are given must equal them")
+
     group = p.add_argument_group("data")
     add = group.add_argument
     add("--dataset", metavar="A.json,B.jsonl", help="files of rows, separated by commas")
+    add("--dataset-weights", type=lambda text: [weight(part) for part in text.split(",")], metavar="X,Y",
+        help="how many times the rows of each dataset enter an epoch; a fraction is a random share of them, another "
+        "one in each epoch (default: 1 for each)")
     add("--dataset-dir", metavar="DIR",
         help="directory that media paths are relative to (default: the dataset file's own)")
     add("--cache-dir", metavar="DIR",
@@ -126,11 +142,14 @@ def make_parser() -> Parser:
                         help="number of steps in which the learning rate rises linearly from 0")
     warmup.add_argument("--lr-warmup-fraction", type=fraction, metavar="X",
                         help="length of the warm-up as a fraction of all steps")
-    add("--weight-decay", type=non_negative, default=0.0, help="AdamW's weight decay, for all parameters")
+    add("--weight-decay", type=non_negative, default=0.0,
+        help="AdamW's weight decay, for all parameters but vectors (biases and the weights of norms)")
     add("--adam-beta1", type=beta, default=0.9, help="decay rate of AdamW's first moment")
     add("--adam-beta2", type=beta, default=0.999, help="decay rate of AdamW's second moment")
     add("--adam-eps", type=positive, default=1e-8, help="term added to the denominator of AdamW's update")
     add("--clip-grad", type=non_negative, default=1.0, metavar="X", help="maximum gradient norm; 0 disables clipping")
+    add("--deterministic", action=switch, default=False, help="use only deterministic algorithms: equal runs on equal "
+        "devices have equal bits; some operations become slower")
     add("--bf16", dest="compute_dtype", action="store_const", const=torch.bfloat16,
         help="compute in bfloat16 (default on an accelerator)")
     add("--fp32", dest="compute_dtype", action="store_const", const=torch.float32,
@@ -154,6 +173,8 @@ def make_parser() -> Parser:
         help="save every N iterations; 0 saves only the last one")
     add("--async-save", action=switch, default=False,
         help="write checkpoints in the background, from a copy in host memory")
+    add("--save-hf", metavar="DIR", help="new directory for the last checkpoint in Hugging Face's format, written when "
+        "the run is complete, as convert.py dcp_to_hf does")
     add("--save-retain", type=positive_int, metavar="N", help="keep only the newest N checkpoints (default: all)")
     add("--no-load-optim", action="store_true", help="do not load the optimizer's state")
     add("--no-load-rng", action="store_true", help="do not load the state of the random number generators")
@@ -166,10 +187,10 @@ def make_parser() -> Parser:
     add("--eval-interval", type=positive_int, metavar="N",
         help="evaluate every N iterations and after the last (default: only after the last)")
     add("--eval-iters", type=positive_int, metavar="N",
-        help="number of micro-batches per rank in an evaluation (default: all held-out rows)")
+        help="number of micro-batches of each held-out file per rank in an evaluation (default: all rows)")
     add("--log-interval", type=positive_int, default=1, metavar="N", help="iterations between log lines")
     add("--tensorboard-dir", metavar="DIR", help="directory to write TensorBoard scalars to")
-    add("--profile-dir", metavar="DIR", help="directory to write a torch.profiler trace of rank 0 to")
+    add("--profile-dir", metavar="DIR", help="directory to write a profiler's trace of rank 0 to")
     add("--profile-step-start", type=positive_int, default=3, metavar="N", help="first profiled iteration")
     add("--profile-step-end", type=positive_int, default=5, metavar="N", help="last profiled iteration")
     add("--debug", action="store_true", help="print a traceback with each error")
@@ -181,6 +202,11 @@ def make_parser() -> Parser:
         help="recompute each block in backward instead of keeping its activations (default: full on an accelerator)")
     add("--activation-offload", action=switch, default=False,
         help="with recompute, keep each block's input in host memory until backward")
+    add("--cpu-offload", action=switch, default=False, help="keep parameters, gradients and optimizer state in host "
+        "memory; a block's parameters are on the device while it runs. AdamW runs on the host with OMP_NUM_THREADS "
+        "threads, which torchrun sets to 1 unless you do")
+    add("--synchronize-per-layer", action=switch, default=False,
+        help="wait for the device before each block: slower, but an NPU that runs out of memory may then need less")
     add("--context-parallel-size", type=positive_int, default=1, metavar="N",
         help="number of ranks that share the tokens of each sample (Ulysses)")
     add("--expert-parallel-size", type=positive_int, default=1, metavar="N",
@@ -212,6 +238,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = make_parser().parse_args(argv)
     same_directory = args.load and args.save and Path(args.load).resolve() == Path(args.save).resolve()
     no_length = args.train_iters is None and args.train_epochs is None
+    weights, num_datasets = args.dataset_weights or [], len((args.dataset or "").split(","))
     problems = [
         (args.dry_run and not args.world_size,
          "--dry-run needs --world-size: give the number of ranks to assume"),
@@ -221,11 +248,17 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
           for flag in ("--device-memory", "--plan", "--assume-device", "--device-figures")),
         (not args.dry_run and args.dataset is None, "--dataset is missing: give it, or --dry-run"),
         (not args.dry_run and no_length, "--train-iters or --train-epochs is missing: give one, or --dry-run"),
+        (weights and args.dataset and len(weights) != num_datasets,
+         f"--dataset-weights has {len(weights)} number(s), --dataset {num_datasets} file(s): give one number for each"),
+        (weights and not any(weights), "--dataset-weights leaves out every dataset: give a number above 0"),
+        (weights and args.streaming, "--dataset-weights needs to know the number of rows, which --streaming does not: "
+         "leave one of them out"),
         (args.shuffle_buffer and not (args.streaming and args.shuffle),
          "--shuffle-buffer shuffles a stream: give --streaming, or leave it out"),
         (args.cache_dir and args.streaming and not args.eval_dataset,
          "--cache-dir keeps an index, which --streaming does not use: leave one of them out"),
         (args.async_save and not args.save, "--async-save needs --save: give the directory, or leave it out"),
+        (args.save_hf and not args.save, "--save-hf needs --save: give the directory, or leave it out"),
         (args.activation_offload and args.recompute == "none",
          "--activation-offload needs recompute: give --recompute full, or leave both out"),
         (args.min_lr > args.lr, f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}: give a smaller one"),
@@ -233,9 +266,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
          "--profile-step-end is before --profile-step-start: give a later one"),
         ((args.eval_interval or args.eval_iters) and not args.eval_dataset,
          "--eval-interval and --eval-iters need --eval-dataset: give the held-out rows"),
+        (args.lora_init is None and not args.lora_rank
+         and (args.lora_alpha or args.lora_target_modules or args.lora_dropout),
+         "--lora-alpha, --lora-target-modules and --lora-dropout describe adapters: give --lora-rank too"),
+        ((args.lora_rank or args.lora_init) and args.init == "random" and not args.load,
+         "adapters need trained weights: leave out --init random, or --lora-rank and --lora-init"),
         (args.finetune and same_directory, "--finetune starts a new run: give another --save than --load"),
     ]
-    for name in ("dataset_dir", "cache_dir", "load", "save", "eval_dataset", "tensorboard_dir", "profile_dir"):
+    for name in ("dataset_dir", "cache_dir", "load", "save", "save_hf", "eval_dataset", "tensorboard_dir",
+                 "profile_dir", "lora_init"):
         flag = "--" + name.replace("_", "-")
         problems.append((getattr(args, name) == "", f"{flag} is empty: give a path, or leave it out"))
     for is_wrong, message in problems:
@@ -267,6 +306,25 @@ def freezing_predicate(args: argparse.Namespace) -> Callable[[str], bool]:
     return lambda name: is_frozen[component_of(name)]
 
 
+def build_trainable_model(args: argparse.Namespace, config: Qwen3VLConfig) -> tuple[Qwen3VL, dict | None]:
+    """Build the model that the flags describe on the meta device; return it and its adapters' settings, if any."""
+    model = build_model(config, freezing_predicate(args))
+    settings = {
+        "rank": args.lora_rank or None, "alpha": args.lora_alpha, "dropout": args.lora_dropout,
+        "target_modules": args.lora_target_modules and args.lora_target_modules.split(","),
+    }
+    if args.lora_init:
+        for key, value in convert.read_peft_settings(args.lora_init).items():
+            settings[key] = settings[key] or value
+            if key != "target_modules" and settings[key] != value:
+                raise UsageError(f"--lora-{key} {settings[key]:g}: --lora-init has {value:g}: leave the flag out")
+    if settings["rank"] is None:
+        return model, None
+    if settings["alpha"] is None:
+        settings["alpha"] = 2.0 * settings["rank"]
+    return model, parallel.add_adapters(model, settings)
+
+
 def model_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the flags that `configure_model` takes. Some defaults depend on the device."""
     recompute = kernels_npu.ops.is_accelerator or args.activation_offload
@@ -282,6 +340,8 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
         "recompute": recompute,
         "offload": args.activation_offload,
         "compile": args.compile,
+        "cpu_offload": args.cpu_offload,
+        "synchronize_per_layer": args.synchronize_per_layer,
     }
 
 
@@ -321,19 +381,23 @@ def make_optimizer(
     """Return AdamW over the trainable parameters. To train with another optimizer, change this function.
 
     `set_learning_rates` scales a group's peak learning rate, `max_lr`. The learning rate of the last group is logged.
+    Vectors, which are biases and the weights of norms, have no weight decay.
     """
     groups = []
     for component in COMPONENTS:
-        params_of_mesh: dict[Any, list] = {}  # torch 2.7.1's fused AdamW accepts one device mesh per group
-        for name, p in model.named_parameters():
-            if p.requires_grad and component_of(name) == component:
-                params_of_mesh.setdefault(getattr(p, "device_mesh", None), []).append(p)
         component_lr = component_lrs.get(component)
         max_lr = lr if component_lr is None else component_lr
-        groups += [{"params": params, "max_lr": max_lr} for params in params_of_mesh.values()]
+        groups_of_component: dict[tuple, dict] = {}
+        for name, p in model.named_parameters():
+            if p.requires_grad and component_of(name) == component:
+                decay = weight_decay if p.ndim > 1 else 0.0
+                key = decay, getattr(p, "device_mesh", None)  # torch 2.7.1's fused AdamW accepts one mesh per group
+                group = groups_of_component.setdefault(key, {"params": [], "max_lr": max_lr, "weight_decay": decay})
+                group["params"].append(p)
+        groups += groups_of_component.values()
     if not groups:
         raise UsageError("every component is frozen: leave out one of the --freeze flags")
-    return kernels_npu.ops.adamw(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    return kernels_npu.ops.adamw(groups, lr=lr, betas=betas, eps=eps)
 
 
 def set_learning_rates(
@@ -354,10 +418,19 @@ def set_learning_rates(
         group["lr"] = warmup * (low + decay * (group["max_lr"] - low))
 
 
-def open_source(hf_dir: str, init: str, load: str | None, model: Qwen3VL) -> Source | None:
-    """Open the weights to start from and check that they fit the model; return None for random weights."""
+def open_source(
+    hf_dir: str, init: str, load: str | None, model: Qwen3VL, adapters: dict | None = None, lora_init: str | None = None
+) -> Source | None:
+    """Open the weights to start from and check that they fit the model; return None for random weights.
+
+    With the settings of `adapters`, the checkpoint is that of a run with the same settings, or it has the weights that
+    new adapters, or those of the PEFT directory `lora_init`, are added to.
+    """
     if load:
-        source = CheckpointWeights(convert.find_checkpoint(load))
+        source = convert.open_checkpoint(load, hf_dir)
+        if isinstance(source, AdaptedWeights):
+            check_adapters(source, adapters, model)
+            return source.check_compatible(model)
     elif init == "random":
         return None
     elif convert.hf_has_weights(hf_dir):
@@ -365,7 +438,28 @@ def open_source(hf_dir: str, init: str, load: str | None, model: Qwen3VL) -> Sou
     else:
         raise InputError(f"{hf_dir}: holds no safetensors: give a directory with weights, --init random to train from "
                          "scratch, or --load")
+    if adapters:
+        trained = convert.open_peft(lora_init, model) if lora_init else None
+        source = AdaptedWeights(source, trained, {**adapters, "base": str(source.path.resolve()) if load else None})
     return source.check_compatible(model)
+
+
+def check_adapters(source: AdaptedWeights, adapters: dict | None, model: Qwen3VL) -> None:
+    """Raise InputError unless this run has the adapters of a checkpoint and trains the same components."""
+    different = [key for key in ("rank", "alpha", "dropout", "target_modules")
+                 if adapters is None or adapters[key] != source.settings[key]]
+
+    def flags(settings: dict) -> str:
+        values = {key: ",".join(v) if isinstance(v := settings[key], list) else v for key in different}
+        return " ".join(f"--lora-{key.replace('_', '-')} {value}" for key, value in values.items())
+
+    if different:
+        raise InputError(f"{source.path}: has other adapters than this run: give {flags(source.settings)}, not "
+                         f"{flags(adapters) if adapters else '--lora-rank 0'}")
+    for name, p in model.named_parameters():
+        if p.requires_grad != (name in source.trained.tensors):
+            raise InputError(f"{source.path}: only one of its run and this one trains the {component_of(name)}: give "
+                             "the same --freeze flags")
 
 
 def load_initial_state(
@@ -378,6 +472,8 @@ def load_initial_state(
     those ranks are returned. `finetune` loads the weights only.
     """
     convert.load_weights(model, source, seed)
+    if isinstance(source, AdaptedWeights):
+        source = source.trained
     if finetune or not isinstance(source, CheckpointWeights):
         return 0, None
     trainer_state = convert.load_trainer_state(source.path, state.rank)
@@ -438,9 +534,11 @@ def check_save_directory(save: Path, model: Qwen3VL, saves_optimizer: bool) -> N
         raise InputError(f"--save {save}: {socket.gethostname()} does not see what rank 0 wrote there, or cannot "
                          "write: give a directory that all nodes share")
     nbytes = 0
+    has_adapters = bool(parallel.named_adapters(model))
     for p in model.parameters():
         states = OPTIMIZER_STATES if saves_optimizer and p.requires_grad else 0
-        nbytes += 4 * p.numel() * (1 + states)
+        is_saved = p.requires_grad or not has_adapters
+        nbytes += 4 * p.numel() * (is_saved + states)
     free = shutil.disk_usage(save).free
     if free < nbytes:
         raise InputError(f"--save {save}: a checkpoint takes {nbytes / 1e9:.3g} GB, but {free / 1e9:.3g} GB are free: "
@@ -449,9 +547,12 @@ def check_save_directory(save: Path, model: Qwen3VL, saves_optimizer: bool) -> N
 
 def save_iteration(
     iteration: int, resume_state: dict, *, writer: convert.CheckpointWriter, directory: str, model: Qwen3VL,
-    optimizer: Optimizer | None, state: ParallelState, save_rng: bool, retain: int | None,
+    optimizer: Optimizer | None, state: ParallelState, save_rng: bool, retain: int | None, settings: dict,
 ) -> None:
-    """Save all that an exact resume needs: weights, optimizer, random number generators, the position in the data."""
+    """Save all that an exact resume needs: weights, optimizer, random number generators, the position in the data.
+
+    `settings` are those that conversion and inference need (see `convert.read_settings`).
+    """
     trainer_state = {
         "iteration": iteration,
         "data": resume_state,
@@ -465,7 +566,7 @@ def save_iteration(
             "python": list(random.getstate()[1]),
             "numpy": np.random.get_state()[1].tolist(),
         }
-    writer.save(directory, iteration, model, optimizer, trainer_state, retain)
+    writer.save(directory, iteration, model, optimizer, trainer_state, retain, settings)
 
 
 # ---- the loss's weights ---------------------------------------------------------------------------------------------
@@ -497,7 +598,8 @@ def set_loss_weights(
     `parallel._sum_gradients` explains. `error` is this rank's reason for not taking the step, such as a bad row: if any
     rank has one, every rank raises.
     """
-    trainable = trainable_components(model)
+    adapters = parallel.adapter_flops(model)
+    trainable = trainable_components(model) - adapters.keys()
     # supervised tokens of each sample of each micro-batch
     counts = [b.sample_ids[b.supervised_index].bincount(minlength=len(b.cu_seqlens) - 1).tolist() for b in batches]
     file_counts = [sum(each) for each in zip(*(b.rows_read + b.rows_bad for b in batches), strict=True)]
@@ -506,7 +608,8 @@ def set_loss_weights(
         len(batches),
         sum(n > 0 for sample_counts in counts for n in sample_counts),
         sum(sum(sample_counts) for sample_counts in counts),
-        sum(step_flops(model.config, b.cu_seqlens, b.grid_thw, len(b.supervised_index), trainable) for b in batches),
+        sum(step_flops(model.config, b.cu_seqlens, b.grid_thw, len(b.supervised_index), trainable, adapters)
+            for b in batches),
         sum(b.cu_seqlens[-1] for b in batches),
         sum(len(b.sources) for b in batches),
         sum(len(b.grid_thw) for b in batches),
@@ -577,70 +680,74 @@ class MetricsLog:
         metrics["tokens_per_s"] = metrics["tokens"] / metrics["step_time_s"]
         metrics["mfu"] = metrics["model_flops"] / (device_seconds * peak_flops) if peak_flops else None
         metrics["memory_allocated"], metrics["memory_reserved"] = kernels_npu.ops.memory()
-        metrics["eval_loss"] = None
+        metrics["eval_loss"] = metrics["eval_losses"] = None
         self.metrics = metrics
         self.sums.update(
-            iterations=1, loss=metrics["loss"], aux_loss=metrics["aux_loss"] or 0.0, seconds=metrics["step_time_s"],
-            tokens=metrics["tokens"], flops=metrics["model_flops"],
+            iterations=1, seconds=metrics["step_time_s"], tokens=metrics["tokens"], samples=metrics["samples"],
+            flops=metrics["model_flops"], skipped_samples=metrics["skipped_samples"],
         )
+        if not metrics["skipped_iterations"]:
+            self.sums.update(applied_steps=1, loss=metrics["loss"], aux_loss=metrics["aux_loss"] or 0.0)
         if self.file:
             self.line_start = self.file.tell()
             self._write_line()
 
-    def finish(self, eval_loss: float | None) -> None:
+    def finish(self, eval_loss: float | None, eval_losses: dict[str, float | None] | None = None) -> None:
         """End an iteration: add the evaluation that followed it, and print a log line if one is due."""
         if not self.is_main:
             return
-        self.metrics["eval_loss"] = eval_loss
+        self.metrics["eval_loss"], self.metrics["eval_losses"] = eval_loss, eval_losses
         if self.file and eval_loss is not None:
             self._write_line()
         if self.board:
-            for key, value in self.metrics.items():
-                if key != "iteration" and value is not None:
-                    self.board.add_scalar(key, value, self.metrics["iteration"])
+            for key, metric in self.metrics.items():
+                per_file = isinstance(metric, dict)
+                values = {f"{key}/{path}": value for path, value in metric.items()} if per_file else {key: metric}
+                for name, value in values.items():
+                    if name != "iteration" and value is not None:
+                        self.board.add_scalar(name, value, self.metrics["iteration"])
         if self.metrics["iteration"] % self.log_interval == 0 or eval_loss is not None:
-            print(self._log_line(), flush=True)
+            common.print_line(self._log_line())
             self.sums.clear()
 
     def _write_line(self) -> None:
         """Write the latest iteration's line of metrics.jsonl, or write it again in place."""
-        values = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-                  for key, value in self.metrics.items()}  # JSON has no NaN
         try:
             self.file.seek(self.line_start)
-            self.file.write(json.dumps(values).encode() + b"\n")
+            self.file.write(json.dumps(_without_nan(self.metrics)).encode() + b"\n")
             self.file.truncate()
             self.file.flush()
         except OSError as e:
             raise InputError(f"{self.file.name}: cannot be written ({e.strerror})") from e
 
     def _log_line(self) -> str:
-        """Return a line in the format of Megatron's logs: losses, times and rates are means since the last line."""
-        m, sums = self.metrics, self.sums
-        seconds_per_iteration = sums["seconds"] / sums["iterations"]
-        tokens_per_device = sums["tokens"] / sums["seconds"] / self.world_size
-        parts = [
-            f"iteration {m['iteration']:8d}/{self.train_iters:8d}",
-            f"consumed samples: {self.consumed_samples:12d}",
-            f"elapsed time per iteration (ms): {seconds_per_iteration * 1000:.1f}",
-            f"learning rate: {m['lr']:.6E}",
-            f"global batch size: {self.global_batch_size:5d}",
-            f"{self.loss_name}: {sums['loss'] / sums['iterations']:.6E}",
-            f"grad norm: {m['grad_norm']:.3f}",
-            f"tokens per second per device: {tokens_per_device:.0f}",
+        """Return a line in the format of Megatron's logs. Losses, times and rates are means since the last line.
+
+        Scripts split the line at colons, those of the time stamp included. The order of its first values must stay.
+        """
+        m, sums, nan = self.metrics, self.sums, math.nan
+        device_seconds = sums["seconds"] * self.world_size
+        row_tokens = sums["iterations"] * self.global_batch_size * (self.packed_length or nan)
+        aux_loss = nan if m["aux_loss"] is None else sums["aux_loss"]
+        values = [
+            ("consumed samples", self.consumed_samples, "12d"),
+            ("elapsed time per iteration (ms)", 1000 * sums["seconds"] / sums["iterations"], ".1f"),
+            ("learning rate", m["lr"], ".6E"),
+            ("global batch size", self.global_batch_size, "5d"),
+            (self.loss_name, sums["loss"] / (sums["applied_steps"] or nan), ".6E"),
+            ("loss scale", 1.0, ".1f"),
+            ("grad norm", m["grad_norm"], ".3f"),
+            ("tokens per sample", sums["tokens"] / (sums["samples"] or nan), ".1f"),
+            ("tokens per second per device", sums["tokens"] / device_seconds, ".0f"),
+            ("MFU", sums["flops"] / (device_seconds * (kernels_npu.ops.peak_flops() or nan)), ".2f"),
+            ("rows filled (%)", 100 * sums["tokens"] / row_tokens, ".1f"),
+            ("load balancing loss", aux_loss / (sums["applied_steps"] or nan), ".4f"),
+            ("eval loss", nan if m["eval_loss"] is None else m["eval_loss"], ".6E"),
+            ("skipped samples", sums["skipped_samples"], "d"),
+            ("number of skipped iterations", sums["iterations"] - sums["applied_steps"], "d"),
         ]
-        if peak_flops := kernels_npu.ops.peak_flops():
-            parts.append(f"MFU: {sums['flops'] / (sums['seconds'] * self.world_size * peak_flops):.2f}")
-        if self.packed_length:
-            parts.append(f"rows filled (%): {100 * m['tokens'] / (self.global_batch_size * self.packed_length):.1f}")
-        if sums["aux_loss"]:
-            parts.append(f"load balancing loss: {sums['aux_loss'] / sums['iterations']:.4f}")
-        if m["eval_loss"] is not None:
-            parts.append(f"eval loss: {m['eval_loss']:.6E}")
-        if m["skipped_samples"]:
-            parts.append(f"skipped samples: {m['skipped_samples']}")
-        if m["skipped_iterations"]:
-            parts.append(f"number of skipped iterations: {m['skipped_iterations']}")
+        parts = [time.strftime("[%Y-%m-%d %H:%M:%S]") + f" iteration {m['iteration']:8d}/{self.train_iters:8d}"]
+        parts += [f"{name}: {value:{form}}" for name, value, form in values if math.isfinite(value)]
         return " " + " | ".join(parts) + " |"
 
     def close(self, iteration: int) -> None:
@@ -655,6 +762,13 @@ class MetricsLog:
         print(text, flush=True)
         if self.board:
             self.board.close()
+
+
+def _without_nan(value: Any) -> Any:
+    """Return a JSON value with None for each number that is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def open_metrics(path: Path, start: int) -> BinaryIO:
@@ -675,13 +789,13 @@ def open_metrics(path: Path, start: int) -> BinaryIO:
 
 
 def make_profiler(directory: str | None, first: int, last: int):
-    """Return a torch.profiler that writes a Chrome trace of iterations `first` to `last`, if there is a directory."""
+    """Return the device's profiler, which writes a trace of iterations `first` to `last`, if there is a directory."""
     if not directory:
         return contextlib.nullcontext()
-    warmup = min(1, first - 1)
-    return torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=first - 1 - warmup, warmup=warmup, active=last - first + 1, repeat=1),
-        on_trace_ready=torch.profiler.tensorboard_trace_handler(directory),
+    profiler, warmup = kernels_npu.ops.profiler, min(1, first - 1)
+    return profiler.profile(
+        schedule=profiler.schedule(wait=first - 1 - warmup, warmup=warmup, active=last - first + 1, repeat=1),
+        on_trace_ready=profiler.tensorboard_trace_handler(directory),
         record_shapes=True,
         profile_memory=True,
     )
@@ -740,20 +854,25 @@ def train_loop(
     model: Qwen3VL, optimizer: Optimizer, loader: data.Loader, state: ParallelState, metrics_log: MetricsLog,
     writer: convert.CheckpointWriter, *, iterations: range, accumulation: int, loss_type: str, clip_grad: float,
     schedule: Callable[[int], None], save_fn: Callable[[int, dict], None] | None, save_interval: int,
-    eval_fn: Callable[[], float | None] | None, eval_interval: int | None, profiler: contextlib.AbstractContextManager,
+    eval_fn: Callable[[], tuple] | None, eval_interval: int | None, profiler: contextlib.AbstractContextManager,
     signals: common.StopSignals, start_time: float,
-) -> None:
+) -> bool:
     """Train for `iterations`, which count from 1, with `accumulation` micro-batches per step and rank.
 
-    `schedule`, `save_fn` and `eval_fn` are `set_learning_rates`, `save_iteration` and `evaluate` with their settings.
-    `start_time` is the time.monotonic() of the program's start.
+    Return whether all of them were done: a signal may have stopped the run.
+
+    `schedule`, `save_fn` and `eval_fn` are `set_learning_rates`, `save_iteration` and `evaluate_files` with their
+    settings. `start_time` is the time.monotonic() of the program's start.
     """
     bad_rows = None  # this rank's error about the latest step, which the next exchange reports to the other ranks
     nonfinite_steps = 0  # consecutive ones
     # `closing` ends the loader's worker processes, whatever happens here
-    with writer, profiler as profile, contextlib.closing(iter(loader)) as stream:
+    with writer, profiler as profile, contextlib.closing(iter(loader)) as stream, manual_garbage_collection():
         for iteration in iterations:
+            if iteration % GARBAGE_INTERVAL == 0:
+                gc.collect()
             start = time.perf_counter()
+            batches: list[data.Batch] = []  # frees the last step's pixels before the next ones arrive
             batches, error = fetch_batches(stream, accumulation, len(loader.dataset.paths))
             data_time = time.perf_counter() - start
             schedule(iteration - 1)
@@ -772,6 +891,9 @@ def train_loop(
             if nonfinite_steps:
                 report_nonfinite_step(iteration, step, batches, nonfinite_steps)
             _, bad_rows = attempt(loader.check_bad_row_rate, stats.rows_read, stats.rows_bad, resume_state["epoch"])
+            rows_read = Counter()
+            for path, rows in zip(loader.dataset.paths, stats.rows_read, strict=True):
+                rows_read[path] += rows  # the same file may be given twice
 
             # The metrics are written before the checkpoint, so that every saved iteration has its line.
             metrics_log.write(
@@ -780,7 +902,7 @@ def train_loop(
                 lr=optimizer.param_groups[-1]["lr"], samples=stats.samples, tokens=stats.tokens,
                 supervised_tokens=stats.supervised_tokens, step_time_s=step_time, data_time_s=data_time,
                 model_flops=stats.flops, skipped_samples=sum(stats.rows_bad), truncated_samples=stats.truncated,
-                skipped_iterations=int(not step.is_finite),
+                skipped_iterations=int(not step.is_finite), rows_read=rows_read,
             )
             if profile:
                 profile.step()
@@ -790,19 +912,40 @@ def train_loop(
             if save_fn and should_save:
                 save_fn(iteration, resume_state)
                 signals.save = False  # this save also answers a signal that came after the exchange
-            eval_loss = None
+            eval_loss = eval_losses = None
             if eval_fn and should_evaluate and not stop:
                 try:
-                    eval_loss = eval_fn()
+                    eval_loss, eval_losses = eval_fn()
                 except (*common.USER_ERRORS, common.PeerError):  # every rank raises: a held-out row cannot be used
                     if save_fn and not should_save:
                         save_fn(iteration, resume_state)
                     raise
-            metrics_log.finish(eval_loss)
+            metrics_log.finish(eval_loss, eval_losses)
             if stop:
                 break
     raise_together(bad_rows, state)
     metrics_log.close(iteration)
+    return iteration == iterations[-1]
+
+
+GARBAGE_INTERVAL = 50  # iterations
+
+
+@contextlib.contextmanager
+def manual_garbage_collection() -> Iterator[None]:
+    """Switch Python's automatic collector off in this context.
+
+    It runs on each rank at another time, and all ranks of a step wait for the slowest. Objects that exist at the start
+    are never searched.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def attempt(action: Callable, *args) -> tuple[Any, Exception | None]:
@@ -845,13 +988,18 @@ def report_nonfinite_step(iteration: int, step: StepResult, batches: list[data.B
 
 
 @torch.no_grad()
-def evaluate(model: Qwen3VL, loader: data.Loader, state: ParallelState, max_batches: int | None) -> float | None:
-    """Return the mean negative log-likelihood of the supervised held-out tokens, or None if a signal asks to stop.
+def evaluate(
+    model: Qwen3VL, loader: data.Loader, state: ParallelState, max_batches: int | None
+) -> tuple[float, float] | None:
+    """Return (sum of the negative log-likelihoods, number of tokens) of the supervised held-out tokens of `loader`.
 
-    Each rank evaluates `max_batches` micro-batches (None: all). A row that cannot be used raises on every rank.
+    Return None if a signal asks to stop. Each rank evaluates `max_batches` micro-batches (None: all). A row that cannot
+    be used, or too many skipped ones, raise on every rank.
     """
     total, count = torch.zeros((), device=state.device), 0
+    rows = np.zeros((2, len(loader.dataset.paths)))  # read and bad ones of each file
     stream = itertools.islice(loader, max_batches)
+    model.eval()  # without dropout
     while True:
         batch, error = attempt(next, stream, None)
         failed, ended, stop = state.sum(error is not None, batch is None, common.stop_requested.is_set())
@@ -859,45 +1007,79 @@ def evaluate(model: Qwen3VL, loader: data.Loader, state: ParallelState, max_batc
             raise_together(error, state)
         if ended or stop:
             break
+        rows += batch.rows_read, batch.rows_bad
         batch.loss_weights = torch.ones(len(batch.input_ids))  # and its aux_weight is 0
         state.current_sources = batch.sources
         batch = parallel.local_batch(batch, state)
         total += model(batch)[0]
         count += len(batch.supervised_index)
     parallel.reshard(model)
+    model.train()
+    if stop:
+        return None
+    rows_of_ranks = np.reshape(state.sum_over_dp(*rows.flat), rows.shape).astype(int)
+    loader.check_bad_row_rate(*rows_of_ranks.tolist(), epoch=0)
     nll, tokens = state.sum(total, count)
-    return None if stop else nll / max(1, tokens)
+    return nll, tokens
+
+
+def evaluate_files(
+    model: Qwen3VL, loaders: list[data.Loader], state: ParallelState, max_batches: int | None
+) -> tuple[float | None, dict[str, float | None] | None]:
+    """Return the mean negative log-likelihood of the supervised tokens of all held-out files, and of each by its path.
+
+    A mean is None if there are no such tokens. If a signal asks to stop, return (None, None). See `evaluate`.
+    """
+    sums = []
+    for loader in loaders:
+        nll_and_tokens = evaluate(model, loader, state, max_batches)
+        if nll_and_tokens is None:
+            return None, None
+        sums.append(nll_and_tokens)
+    sums.append(tuple(map(sum, zip(*sums, strict=True))))
+    *means, mean = [nll / tokens if tokens else None for nll, tokens in sums]
+    if mean is None and state.rank == 0:
+        log.warning("--eval-dataset: the rows that were read have no supervised token, so that there is no eval_loss; "
+                    "check the rows with data.py check, or give more --eval-iters")
+    return mean, dict(zip((loader.dataset.paths[0] for loader in loaders), means, strict=True))
 
 
 # ---- from the command line to the loop ------------------------------------------------------------------------------
 
 
-def setup_data(args: argparse.Namespace, state: ParallelState) -> tuple[data.Loader, data.Loader | None]:
-    """Return the loaders of the training rows and of the held-out rows, if there are any."""
-    processor = data.Processor(args.init_from_hf_path, **data.media_limits(args))
+def setup_data(args: argparse.Namespace, state: ParallelState) -> tuple[data.Loader, list[data.Loader]]:
+    """Return the loader of the training rows and those of each file of held-out rows."""
+    limits = data.media_limits(args)
+    processor = data.Processor(args.init_from_hf_path, enable_thinking=args.enable_thinking, **limits)
     settings = {
         "micro_batch_size": args.micro_batch_size, "dp_rank": state.dp_rank, "dp_size": state.dp_size,
         "num_workers": args.num_workers, "on_bad_sample": args.on_bad_sample, "options": data.encode_options(args),
-        "pin_memory": kernels_npu.ops.is_accelerator,
+        "pin_memory": kernels_npu.ops.is_accelerator, "pixel_dtype": kernels_npu.ops.compute_dtype,
     }
     paths = args.dataset.split(",")
     if args.streaming:
         dataset = data.RowStream(paths, args.dataset_dir, args.max_samples, args.shuffle_buffer or 1000)
     else:
-        dataset = data.RowDataset(paths, args.dataset_dir, args.cache_dir, args.max_samples)
+        dataset = data.RowDataset(paths, args.dataset_dir, args.cache_dir, args.max_samples, args.dataset_weights)
     loader = data.Loader(dataset, processor, seed=args.seed if args.shuffle else None, packing=args.packing, **settings)
-    if not args.eval_dataset:
-        return loader, None
-    held_out = data.RowDataset(args.eval_dataset.split(","), args.dataset_dir, args.cache_dir)
-    return loader, data.Loader(held_out, processor, seed=None, num_samples=len(held_out), **settings)
+    held_out = [data.RowDataset([path], args.dataset_dir, args.cache_dir)
+                for path in (args.eval_dataset.split(",") if args.eval_dataset else ())]
+    return loader, [data.Loader(rows, processor, seed=None, num_samples=len(rows), **settings) for rows in held_out]
 
 
 def setup_model(args: argparse.Namespace, config: Qwen3VLConfig, state: ParallelState) -> tuple[Qwen3VL, Source | None]:
     """Return the model, sharded and allocated but not yet filled, and the weights to fill it with (None: random)."""
-    model = build_model(config, freezing_predicate(args))
+    model, adapters = state.run_synced(lambda: build_trainable_model(args, config))
     if args.save:
         state.run_synced(lambda: check_save_directory(Path(args.save), model, not args.no_save_optim))
-    source = state.run_synced(lambda: open_source(args.init_from_hf_path, args.init, args.load, model))
+    source = state.run_synced(lambda: open_source(
+        args.init_from_hf_path, args.init, args.load, model, adapters, args.lora_init
+    ))
+    starts_adapters = isinstance(source, AdaptedWeights) and not isinstance(source.trained, CheckpointWeights)
+    if starts_adapters and args.load and args.save:
+        load = Path(args.load).resolve()
+        if Path(args.save).resolve() in (load, load.parent):
+            raise UsageError("--lora-rank starts a new run on the weights of --load: give another --save than --load")
     size = sum(p.numel() for p in model.parameters())
     if not args.init_model_with_meta_device:
         if size > 10e9:
@@ -905,24 +1087,25 @@ def setup_model(args: argparse.Namespace, config: Qwen3VLConfig, state: Parallel
                              "parameters of the model; leave the flag out above 10B")
         model.to_empty(device="cpu")
     configure_model(model, state, **model_settings(args))
+    device = "cpu" if args.cpu_offload else state.device
     if args.init_model_with_meta_device:
-        model.to_empty(device=state.device)
+        model.to_empty(device=device)
     else:
-        model.to(state.device)
+        model.to(device)
     return model, source
 
 
 def setup(
     args: argparse.Namespace, state: ParallelState, accumulation: int, start_time: float
-) -> Callable[[], None] | None:
+) -> Callable[[], bool] | None:
     """Make everything that training needs; return `train_loop` with its arguments, or None if nothing is left to do."""
     ops, log_rank0 = kernels_npu.ops, log.info if state.rank == 0 else (lambda *_: None)
     random.seed(args.seed)
     np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed + state.rank)  # for dropout; the weights have generators of their own
 
     config = Qwen3VLConfig.from_json(args.init_from_hf_path)
-    loader, eval_loader = setup_data(args, state)
+    loader, eval_loaders = setup_data(args, state)
     train_iters = args.train_iters
     if train_iters is None:
         steps = args.train_epochs * loader.epoch_size() / args.global_batch_size
@@ -956,13 +1139,17 @@ def setup(
         warmup_iters = round(args.lr_warmup_fraction * train_iters)
     writer = convert.CheckpointWriter(args.async_save, state.timeout)
     save_fn = eval_fn = None
+    settings = {"media_limits": data.media_limits(args)}
+    if isinstance(source, AdaptedWeights):
+        settings["adapters"] = source.settings
     if args.save:
         save_fn = functools.partial(
             save_iteration, writer=writer, directory=args.save, model=model, state=state, save_rng=not args.no_save_rng,
             optimizer=None if args.no_save_optim else optimizer, retain=args.save_retain,
+            settings=settings,
         )
-    if eval_loader:
-        eval_fn = functools.partial(evaluate, model, eval_loader, state, args.eval_iters)
+    if eval_loaders:
+        eval_fn = functools.partial(evaluate_files, model, eval_loaders, state, args.eval_iters)
     metrics_log = MetricsLog(
         state, start, save=args.save, tensorboard_dir=args.tensorboard_dir, log_interval=args.log_interval,
         train_iters=train_iters, global_batch_size=args.global_batch_size,
@@ -996,7 +1183,7 @@ def main(argv: list[str]) -> None:
         return dry_run(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to save
-    ops = kernels_npu.select(args.device, args.compute_dtype, args.use_npu_fused_moe)
+    ops = kernels_npu.select(args.device, args.compute_dtype, args.use_npu_fused_moe, args.deterministic)
     state = ParallelState(ops, args.distributed_timeout_minutes, cp=args.context_parallel_size,
                           ep=args.expert_parallel_size, fsdp=args.fsdp_size)
     args.global_batch_size, accumulation = batch_sizes(args.micro_batch_size, args.global_batch_size, state.dp_size)
@@ -1008,15 +1195,18 @@ def main(argv: list[str]) -> None:
         for directory in (args.profile_dir, args.tensorboard_dir):
             if directory:
                 Path(directory).mkdir(parents=True, exist_ok=True)
+        if args.save_hf and Path(args.save_hf).exists():
+            raise UsageError(f"--save-hf {args.save_hf} exists: give a new directory")
         if args.save:
             stack.enter_context(claim_save_directory(Path(args.save), args.load, vars(args)))
 
     with common.explain_errors(state), contextlib.ExitStack() as stack:
         state.run_synced(prepare_directories)
         train = setup(args, state, accumulation, start_time)
-        if train is not None:
-            train()
+        is_complete = train is None or train()
     state.close()
+    if args.save_hf and is_complete and state.rank == 0:  # the other ranks need not wait
+        convert.dcp_to_hf(args.save if train else args.load, args.save_hf, args.init_from_hf_path)
 
 
 if __name__ == "__main__":

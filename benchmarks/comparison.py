@@ -49,10 +49,10 @@ def config(moe: bool, **text) -> dict:
     return raw
 
 
-def write_model(directory: str | Path, raw: dict) -> None:
-    """Write a Hugging Face directory with random weights, which both sides read."""
+def write_model(directory: str | Path, raw: dict, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    """Write a Hugging Face directory with random weights, which both sides read. `device` draws them."""
     torch.manual_seed(0)
-    tiny.hf_dir(Path(directory), raw, tiny.hf_model(raw))
+    tiny.hf_dir(Path(directory), raw, tiny.hf_model(raw, device=device).to(dtype))
 
 
 def load_ours(directory: str, device: str, dtype: torch.dtype):

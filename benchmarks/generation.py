@@ -75,7 +75,7 @@ def compare(name: str, moe: bool, batch: int, args: argparse.Namespace) -> bool:
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     rows = [[part + 3 * b if i == 2 else part for i, part in enumerate(PROMPT)] for b in range(batch)]
     with tempfile.TemporaryDirectory() as directory:
-        comparison.write_model(directory, comparison.config(moe))
+        comparison.write_model(directory, comparison.config(moe), args.device, dtype)
         results = comparison.measure_in_turns({"ours": ours, "transformers": transformers},
                                               (directory, rows, args.device, dtype), args.rounds, args.threads)
     our_turns, reference_turns = results["ours"][1:], results["transformers"][1:]

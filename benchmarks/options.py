@@ -31,8 +31,8 @@ OPTIONS = {
 }
 
 
-def write_inputs(folder: Path, moe: bool, device: str, layers: int | None) -> None:
-    """Write config.json, a byte tokenizer and 64 rows, two thirds of them with an image."""
+def model_config(moe: bool, device: str, layers: int | None) -> dict:
+    """Return a small configuration for a CPU, and that of 8B or 30B-A3B for a GPU; `layers` cuts it (None: all)."""
     raw = comparison.config(moe, vocab_size=32768)
     if device == "cuda":
         name = "qwen3-vl-30b-a3b" if moe else "qwen3-vl-8b"
@@ -41,8 +41,12 @@ def write_inputs(folder: Path, moe: bool, device: str, layers: int | None) -> No
         raw["text_config"]["num_hidden_layers"] = layers
         raw["vision_config"]["depth"] = min(raw["vision_config"]["depth"], layers)
         raw["vision_config"]["deepstack_visual_indexes"] = [0, 1, 2][:layers]
-    raw |= {"image_token_id": tiny.IMAGE, "video_token_id": tiny.VIDEO, "vision_start_token_id": tiny.START,
-            "vision_end_token_id": tiny.END}
+    return raw | {"image_token_id": tiny.IMAGE, "video_token_id": tiny.VIDEO, "vision_start_token_id": tiny.START,
+                  "vision_end_token_id": tiny.END}
+
+
+def write_inputs(folder: Path, raw: dict) -> None:
+    """Write config.json, a byte tokenizer and 64 rows, two thirds of them with an image."""
     tiny.hf_dir(folder, raw)
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     settings["size"] = {"shortest_edge": 65536, "longest_edge": 16777216}
@@ -92,7 +96,8 @@ def main() -> None:
     for model in args.only:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            write_inputs(folder, model == "moe", args.device, args.layers or (4 if args.device == "cpu" else 6))
+            layers = args.layers or (4 if args.device == "cpu" else 6)
+            write_inputs(folder, model_config(model == "moe", args.device, layers))
             first = None
             for title, options in OPTIONS.items():
                 if "--activation-offload" in options and args.device == "cpu":

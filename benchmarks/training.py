@@ -30,10 +30,11 @@ CASES = {
     "moe-equal": (config(True), EQUAL), "moe-mixed": (config(True), MIXED), "dense-text": (config(False), TEXT),
     "memory": (config(False, vocab_size=151936, hidden_size=256), [[8192]]),
 }
-# on CUDA: four layers with the widths of 8B, and of 30B-A3B with a quarter of its experts
+# on CUDA: four layers with the widths of 8B, or of 30B-A3B with a quarter of its experts; the vision encoder is small
 WIDE = {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8,
         "head_dim": 128, "vocab_size": 151936}
 SPARSE = WIDE | {"hidden_size": 2048, "num_key_value_heads": 4}
+EXPERTS = {"num_experts": 32, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
 
 
 def ours(directory: str, rows: list, device: str, dtype: torch.dtype):
@@ -69,7 +70,7 @@ def compare(name: str, raw: dict, rows: list, args: argparse.Namespace) -> bool:
     """Print one case's figures. Return False if the losses disagree."""
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     with tempfile.TemporaryDirectory() as directory:
-        comparison.write_model(directory, raw)
+        comparison.write_model(directory, raw, args.device, dtype)
         results = comparison.measure_in_turns(
             {"ours": ours, "transformers": transformers}, (directory, rows, args.device, dtype),
             1 if name == "memory" else args.rounds, args.threads)
@@ -95,7 +96,10 @@ def main() -> None:
     for name in args.only:
         raw, rows = CASES[name]
         if args.device == "cuda" and name != "memory":
-            raw = config(name.startswith("moe"), **(SPARSE if name.startswith("moe") else WIDE))
+            moe = name.startswith("moe")
+            raw = config(moe, **(SPARSE if moe else WIDE))
+            if moe:
+                raw["text_config"] |= EXPERTS
             rows = rows * 8
         all_agree &= compare(name, raw, rows, args)
     sys.exit(not all_agree)

@@ -55,6 +55,7 @@ DATASET=${DATASET:-$ROOT/data/rows.json}  # files of rows, comma-separated, no s
 SAVE=${SAVE:-$ROOT/save}                  # checkpoints and metrics.jsonl; must be shared by all nodes
 
 EP=${EP:-1}                               # expert-parallel size: ranks that share the experts of a layer
+LORA_RANK=${LORA_RANK:-0}                 # rank of LoRA adapters, which then are trained in place of weights; 0: none
 CP=${CP:-1}                               # context-parallel size: ranks that share a sequence
 MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-1}   # samples of one forward on one rank
 GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-8} # samples of an optimizer step
@@ -106,6 +107,7 @@ require_integer MASTER_PORT 1024 65535
 
 require_integer EP 1 65536
 require_integer CP 1 65536
+require_integer LORA_RANK 0 65536
 require_integer MICRO_BATCH_SIZE 1 1000000
 require_integer GLOBAL_BATCH_SIZE 1 1000000
 WORLD=$((NNODES * NPUS_PER_NODE))
@@ -177,12 +179,13 @@ forward() {  # SIGNAL: send it to the training processes, which save and exit; t
 }
 
 launch() {  # FLAG...: train with torchrun on this node; if a flag is given twice, the last one counts
-    local torchrun length="--train-iters 10000" warmup="--lr-warmup-fraction 0.1"
+    local torchrun length="--train-iters 10000" warmup="--lr-warmup-fraction 0.1" lr=1e-5
     torchrun=$(command -v torchrun || echo "$ROOT/.venv/bin/torchrun")  # of the active environment, or of make
     # --train-epochs excludes --train-iters, and --lr-warmup-iters excludes --lr-warmup-fraction. If an argument is an
     # @FILE, that file must give the length of the training.
     ! has_flag --train-epochs "$@" || length=""
     ! has_flag --lr-warmup-iters "$@" || warmup=""
+    ((LORA_RANK == 0)) || lr=1e-4
     # shellcheck disable=SC2206
     local command=(
         "$torchrun" --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$NPUS_PER_NODE"
@@ -190,7 +193,7 @@ launch() {  # FLAG...: train with torchrun on this node; if a flag is given twic
         "$ROOT/train.py" --init-from-hf-path "$CKPT" --dataset "$DATASET" --save "$SAVE"
         --context-parallel-size "$CP" --expert-parallel-size "$EP"
         --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE" $length
-        --lr 1e-5 --lr-decay-style cosine $warmup --weight-decay 0 --adam-beta1 0.9 --adam-beta2 0.999 --clip-grad 0
+        --lora-rank "$LORA_RANK" --lr "$lr" --lr-decay-style cosine $warmup --weight-decay 0 --adam-beta1 0.9 --adam-beta2 0.999 --clip-grad 0
         --seed 42 --num-workers 8
         --image-max-pixels 262144  # 512 x 512: 256 tokens, so that a sequence holds several images
         "$@"

@@ -22,7 +22,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
+# The chat templates of Qwen/Qwen3-VL-8B-Instruct and Qwen/Qwen3-VL-8B-Thinking on Hugging Face (Apache-2.0). Three
+# public repositories agree on the second one's text, among them Mininglamp-AI/mano-skill.
 TEMPLATE = (Path(__file__).parent / "assets" / "chat_template.jinja").read_text()
+THINKING = (Path(__file__).parent / "assets" / "thinking_template.jinja").read_text()
 SIZE = {"shortest_edge": 65536, "longest_edge": 16777216}
 HALF = [0.5, 0.5, 0.5]
 
@@ -38,12 +41,13 @@ class Reference:
         output = self.images(load_image(str(path)), size=SIZE | size, return_tensors="np")
         return output["pixel_values"], output["image_grid_thw"]
 
-    def encode(self, messages: list[dict], generation: bool = False):
+    def encode(self, messages: list[dict], generation: bool = False, template: str = TEMPLATE, **settings):
         """Return ids, positions, pixels and grids of messages whose content may hold images as {"image": path}."""
         text = self.tokenizer.apply_chat_template(
-            messages, chat_template=TEMPLATE, tokenize=False, add_generation_prompt=generation
+            messages, chat_template=template, tokenize=False, add_generation_prompt=generation, **settings
         )
-        parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+        contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+        parts = [part for content in contents for part in content]
         paths = [part["image"] for part in parts if part["type"] == "image"]
         pixels, grids = zip(*[self.process_image(path) for path in paths], strict=True) if paths else ((), ())
         texts = text.split("<|image_pad|>")
@@ -112,12 +116,12 @@ def transformers_messages(row: dict, folder: Path) -> list[dict]:
     paths, messages = iter(row.get("images", [])), []
     for message in row["messages"]:
         content = message["content"]
-        if message["role"] == "user" and "<image>" in content:
+        if message["role"] in ("user", "tool") and "<image>" in content:
             texts = content.split("<image>")
             content = [{"type": "text", "text": texts[0]}]
             for text in texts[1:]:
                 content += [{"type": "image", "image": str(folder / next(paths))}, {"type": "text", "text": text}]
-        messages.append({"role": message["role"], "content": content})
+        messages.append(message | {"content": content})
     return messages
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from helpers import load_checkpoint, save_checkpoint, shell
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import convert
+import data
 from common import InputError, PeerError, run_program
 from convert import CheckpointWeights, HuggingFaceWeights, find_checkpoint
 from model import Qwen3VL, Qwen3VLConfig, build_model
+from train import open_source
 
 ROOT = Path(__file__).parents[1]
 STATE = {"iteration": 1, "data": {"consumed": 4}}  # the least that a trainer state holds
@@ -296,6 +300,95 @@ def test_main_wrong_command_line(capfd, argv, expected):
     assert status == 2 and expected in error and error.startswith("error: ") and error.count("\n") == 1
 
 
+# ---- limits of pixels and frames -----------------------------------------------------------------------------------
+
+PUBLISHED = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3,
+             "image_std": [0.5] * 3, "processor_class": "Qwen3VLProcessor"}
+IMAGES = PUBLISHED | {"size": {"longest_edge": 16777216, "shortest_edge": 65536},
+                      "image_processor_type": "Qwen2VLImageProcessorFast"}
+VIDEOS = PUBLISHED | {"size": {"longest_edge": 25165824, "shortest_edge": 4096},
+                      "video_processor_type": "Qwen3VLVideoProcessor"}
+OWN_FILES = {"preprocessor_config.json": IMAGES, "video_preprocessor_config.json": VIDEOS}
+TRANSFORMERS_5 = {"processor_config.json": {"image_processor": IMAGES, "video_processor": VIDEOS, "other": 1}}
+BY_LIMIT = {"preprocessor_config.json": PUBLISHED | {"min_pixels": 65536, "max_pixels": 16777216},
+            "video_preprocessor_config.json": VIDEOS | {"max_pixels": 25165824, "min_pixels": None}}
+
+
+@pytest.mark.parametrize("limits, images, videos", [
+    ({"image_max_pixels": 262144}, (65536, 262144), (4096, 25165824)),
+    ({"image_max_pixels": 4096}, (4096, 4096), (4096, 25165824)),  # the minimum falls with the maximum
+    ({"image_min_pixels": 3072, "video_min_pixels": 8192, "video_max_pixels": 65536}, (3072, 16777216), (8192, 65536)),
+    ({"video_fps": 0.5, "video_maxlen": 6}, (65536, 16777216), (4096, 25165824)),
+])
+@pytest.mark.parametrize("files", [OWN_FILES, TRANSFORMERS_5, OWN_FILES | TRANSFORMERS_5, BY_LIMIT, {}],
+                         ids=["own files", "transformers 5", "both", "min_pixels", "none"])
+def test_preprocessor_files_give_transformers_the_limits(tmp_path, files, limits, images, videos):
+    """transformers and our own reader get the limits of the training run from the directory."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
+    assets = tiny.hf_dir(tmp_path, tiny.config_dict())
+    (assets / "preprocessor_config.json").unlink()
+    for name, content in files.items():
+        (assets / name).write_text(json.dumps(content))
+    trained = data.Processor(assets, **limits)
+    changed = data.preprocessor_files(assets, limits)
+    if "preprocessor_config.json" in files and "video_fps" in limits:
+        assert "preprocessor_config.json" not in changed  # a file without a limit of its kind stays
+    for name, content in changed.items():
+        (assets / name).write_text(json.dumps(content))
+
+    image_processor = Qwen2VLImageProcessorPil.from_pretrained(assets)
+    assert (image_processor.size["shortest_edge"], image_processor.size["longest_edge"]) == images
+    assert image_processor.patch_size == 16 and list(image_processor.image_mean) == [0.5] * 3
+    noise = Image.effect_noise((300, 100), 50).convert("RGB")
+    expected = image_processor(noise, return_tensors="np")["image_grid_thw"].tolist()
+    assert [list(trained.process_image(noise, decode=False)[1])] == expected
+    video_processor = Qwen3VLVideoProcessor.from_pretrained(assets)
+    assert (video_processor.size["shortest_edge"], video_processor.size["longest_edge"]) == videos
+    assert video_processor.fps == limits.get("video_fps", 2)
+    assert video_processor.max_frames == limits.get("video_maxlen", 768)
+    for ours in (trained, data.Processor(assets)):
+        assert (ours.image_pixels, ours.video_pixels) == (images, videos)
+
+
+def test_dcp_to_hf_writes_the_limits_of_the_training_run(make_hf, tmp_path, capfd):
+    assets, limits = tmp_path / "assets", {"image_max_pixels": 4096, "video_fps": 0.5}
+    tiny.hf_dir(assets, json.loads((make_hf("dense, tied") / "config.json").read_text()))
+    (assets / "video_preprocessor_config.json").write_text(json.dumps(VIDEOS))
+    saved = save_checkpoint(tmp_path / "run", 1, build(make_hf("dense, tied")), settings={"media_limits": limits})
+    argv = ["dcp_to_hf", "--load_dir", str(saved), "--model_assets_dir", str(assets), "--save_dir"]
+    capfd.readouterr()
+    convert.main([*argv, str(tmp_path / "out")])
+    printed = capfd.readouterr().out
+    assert printed.startswith(
+        f"{tmp_path / 'out'}: wrote the training run's --image-max-pixels 4096, --video-fps 0.5 into "
+        "preprocessor_config.json and video_preprocessor_config.json (--keep-preprocessor copies")
+    images, videos = (json.loads((tmp_path / "out" / name).read_text()) for name in OWN_FILES)
+    base = json.loads((assets / "preprocessor_config.json").read_text())
+    assert images == base | {"size": {"shortest_edge": 32 * 32, "longest_edge": 4096}}
+    assert videos == VIDEOS | {"fps": 0.5}
+    assert convert.verify(tmp_path / "out")
+
+    convert.main([*argv, str(tmp_path / "kept"), "--keep-preprocessor"])
+    assert capfd.readouterr().out == f"wrote {tmp_path / 'kept'}\n"
+    for name in OWN_FILES:
+        assert (tmp_path / "kept" / name).read_bytes() == (assets / name).read_bytes()
+
+
+def test_dcp_to_hf_without_limits_copies_the_preprocessor(make_hf, tmp_path, capfd):
+    hf = tiny.hf_dir(tmp_path / "assets", json.loads((make_hf("dense, tied") / "config.json").read_text()))
+    for i, settings in enumerate((None, {"media_limits": {}})):
+        saved = save_checkpoint(tmp_path / "run", 1 + i, build(make_hf("dense, tied")), settings=settings)
+        capfd.readouterr()
+        convert.main(["dcp_to_hf", "--load_dir", str(saved), "--save_dir", str(tmp_path / f"out{i}"),
+                      "--model_assets_dir", str(hf)])
+        assert capfd.readouterr().out == f"wrote {tmp_path / f'out{i}'}\n"
+        assert (tmp_path / f"out{i}/preprocessor_config.json").read_bytes() == (
+            hf / "preprocessor_config.json").read_bytes()
+        assert not (tmp_path / f"out{i}/video_preprocessor_config.json").exists()
+
+
 # ---- loading a Hugging Face directory ------------------------------------------------------------------------------
 
 
@@ -318,6 +411,37 @@ def test_check_compatible_ignores_embedding_copy_and_cut_layers(make_hf, tmp_pat
     model = build(tmp_path)
     load_hf(model, tmp_path)
     assert all(torch.equal(p, stored[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_check_compatible_refuses_another_copy_of_the_tied_embedding(make_hf, tmp_path, monkeypatch, capfd, dtype):
+    """The last value differs. The chunks are small, so that it is in the last of several."""
+    monkeypatch.setattr(convert, "CHUNK_BYTES", 20_000)
+    hf, copied = tmp_path / "hf", tmp_path / "copied"
+    shutil.copytree(make_hf("dense, tied", torch.bfloat16), hf)
+    stored = contents(hf)
+    stored["lm_head.weight"] = stored["model.language_model.embed_tokens.weight"].to(dtype, copy=True)
+    save_file(stored, hf / "model.safetensors")
+    assert run_convert(capfd, "hf_to_dcp", "--hf_dir", hf, "--dcp_dir", copied)[0] == 0
+    stored["lm_head.weight"][-1, -1] += 1
+    save_file(stored, hf / "model.safetensors")
+    dcp.save(stored, checkpoint_id=tmp_path / "dcp", no_dist=True)  # hf_to_dcp would not write it
+    model = build_model(Qwen3VLConfig.from_json(hf))
+    difference = "lm_head.weight differs from model.language_model.embed_tokens.weight, but config.json says"
+    for file, status_and_error in (
+        ("model.safetensors", run_convert(capfd, "hf_to_dcp", "--hf_dir", hf, "--dcp_dir", tmp_path / "new")),
+        ("__0_0.distcp", run_convert(capfd, "dcp_to_hf", "--load_dir", tmp_path / "dcp", "--save_dir", tmp_path / "out",
+                                     "--model_assets_dir", hf)),
+    ):
+        status, error = status_and_error
+        assert status == 1 and error.count("\n") == 1 and f"{file}: {difference}" in error
+    for load in (None, str(tmp_path / "dcp")):
+        with pytest.raises(InputError, match=difference):
+            open_source(str(hf), "weights", load, model)
+    stored["lm_head.weight"] = stored["lm_head.weight"][:-1].contiguous()
+    save_file(stored, hf / "model.safetensors")
+    with pytest.raises(InputError, match=difference):
+        HuggingFaceWeights(hf).check_compatible(model)
 
 
 def test_check_compatible_takes_no_memory(make_hf, tmp_path):
@@ -498,6 +622,21 @@ def test_load_optimizer_after_freezing(tmp_path, caplog):
     assert "2 of 4 trainable parameters (0.weight" in caplog.text
     assert set(resumed.state) == set(again[1].parameters())
     train(again, resumed, 1, seed=0)  # the others can be trained
+
+
+def test_read_settings_returns_what_was_saved(make_hf, tmp_path):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for the background; see conftest.py
+    settings = {"media_limits": {"image_max_pixels": 4096, "video_fps": 0.5}, "adapters": {"rank": 4}}
+    saved = save_checkpoint(tmp_path, 1, nn.Linear(2, 2), settings=settings)
+    assert convert.read_settings(saved) == settings
+    with convert.CheckpointWriter(True, timedelta(minutes=1)) as writer:
+        in_background = writer.save(tmp_path, 2, nn.Linear(2, 2), settings=settings)
+    assert convert.read_settings(in_background) == settings and convert.verify(in_background)
+    assert convert.read_settings(save_checkpoint(tmp_path, 3, nn.Linear(2, 2))) == {}
+    assert convert.read_settings(convert.hf_to_dcp(make_hf("dense, tied"), tmp_path / "dcp")) == {}
+    flip(saved / convert.SETTINGS)
+    with pytest.raises(InputError, match="settings.json: is damaged"):
+        convert.read_settings(saved)
 
 
 def test_save_checkpoint_retains_newest(tmp_path):

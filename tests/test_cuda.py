@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from helpers import read_metrics, shell, train_argv, weights, write_mixed_rows
+from helpers import read_metrics, run_job, shell, train_argv, weights, write_mixed_rows
 
 import convert
 import data
@@ -21,6 +21,9 @@ from tools import check_kernels
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 MODELS = {"dense": tiny.config_dict(), "moe": tiny.config_dict(moe=True), "tied": tiny.config_dict(tied=True)}
+EVEN = tiny.config_dict(moe=True)  # heads and experts that divide by two
+EVEN["text_config"]["num_experts"] = 8
+EVEN["vision_config"]["num_heads"] = 4
 CUDA = ["--device", "cuda"]
 FLOAT32 = [*CUDA, "--fp32"]
 BF16 = [*CUDA, "--bf16"]
@@ -30,7 +33,7 @@ BF16 = [*CUDA, "--bf16"]
 def folder(tmp_path_factory) -> Path:
     """Return a directory with models and rows.json."""
     path = tmp_path_factory.mktemp("cuda")
-    for name, raw in MODELS.items():
+    for name, raw in (MODELS | {"even": EVEN}).items():
         tiny.hf_dir(path / name, raw, tiny.hf_model(raw))
     write_mixed_rows(path, 12)
     return path
@@ -108,6 +111,58 @@ def test_train_batches_are_pinned(folder, tmp_path, monkeypatch, workers):
     monkeypatch.setattr(data.Batch, "to", recorded)
     run(folder, tmp_path / "save", *CUDA, "--num-workers", workers, iters=3)
     assert len(copied) == 3 * 2 and not pageable  # two micro-batches a step
+
+
+@pytest.mark.parametrize("model", ["dense", "moe"])
+def test_train_deterministic_and_cpu_offload(folder, tmp_path, model):
+    """Two deterministic runs are equal bit for bit, and with parameters on the host losses are equal to 1e-5.
+
+    Each run is a process: cuBLAS reads its environment once.
+    """
+    runs = []
+    for name, more in {"first": [], "second": [], "host": ["--cpu-offload"]}.items():
+        argv = train_argv(folder / model, folder / "rows.json", tmp_path / name, *BF16, "--deterministic",
+                          "--global-batch-size", 2, "--adam-eps", 1e-5, *more, iters=6)
+        result = shell("train.py", *argv)
+        assert result.returncode == 0, result.stderr
+        runs.append(read_metrics(tmp_path / name))
+    first, second, host = runs
+    assert [(m["loss"], m["grad_norm"]) for m in first] == [(m["loss"], m["grad_norm"]) for m in second]
+    assert_close(first, host, 1e-5)
+    assert host[-1]["memory_allocated"] < first[-1]["memory_allocated"]
+
+
+def test_step_does_not_wait(folder):
+    """Forward and backward of a row with an image make the host wait for the device nowhere."""
+    kernels_npu.select("cuda", torch.bfloat16)
+    row = json.loads((folder / "rows.json").read_text())[1]
+    batch = data.collate([data.Processor(folder / "dense").encode(row, folder)])
+    batch.loss_weights = torch.ones(len(batch.input_ids))
+    batch = batch.to("cuda")
+    model = Qwen3VL(Qwen3VLConfig.from_json(folder / "dense")).to("cuda", torch.bfloat16)
+    model.init_weights(0)
+    for mode in ("default", "error"):  # the first step allocates
+        kernels_npu._on_device.cache_clear()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            model(batch)[0].backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("layout", [
+    [], ["--fsdp-size", 1], ["--context-parallel-size", 2], ["--expert-parallel-size", 2],
+    ["--expert-parallel-size", 2, "--context-parallel-size", 2, "--activation-offload"],
+], ids=["fsdp", "replicas", "context", "experts", "all"])
+def test_two_ranks_equal_one(folder, tmp_path, layout):
+    """Two ranks over NCCL, with accumulation, give the steps of one CPU; a save and a resume work too."""
+    flags = ["--global-batch-size", 4, "--lr-decay-style", "constant", "--router-aux-loss-coef", 0.1]
+    expected = run(folder, tmp_path / "cpu", *flags, model="even")
+    many, save = [*flags, "--adam-eps", 1e-5, *FLOAT32, *layout], tmp_path / "gpus"
+    for iters, more in ((3, []), (6, ["--load", save])):
+        run_job(train_argv(folder / "even", folder / "rows.json", save, *many, *more, iters=iters), 2)
+    assert_close(expected, read_metrics(save), 1e-3)
 
 
 # ---- checkpoints and answers -----------------------------------------------------------------------------------------

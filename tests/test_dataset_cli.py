@@ -107,6 +107,12 @@ def test_llava_rows(coco, capsys):
     convert(coco, coco.parent / "train2017.json")  # the images are below its folder
     assert json.loads((coco.parent / "train2017.json").read_text())[0]["images"] == [
         "./COCO2017/train2017/000000033471.jpg"]
+    rows_with_keys = [llava_rows()[0] | {"system": "s", "source": "x"}]
+    rows_with_keys[0]["conversations"][1]["weight"] = 0
+    write(coco.parent / "keys.json", rows_with_keys)
+    convert(coco, coco / "keys.json", annotations="keys.json")
+    (row,) = json.loads((coco / "keys.json").read_text())
+    assert (row["system"], row["source"], row["messages"][1]["weight"]) == ("s", "x", 0)  # nothing is lost
     (coco / "elsewhere").mkdir()
     convert(coco, coco / "elsewhere/out.json")
     assert json.loads((coco / "elsewhere/out.json").read_text())[0]["images"] == [
@@ -250,7 +256,7 @@ def test_check_statistics(rows, hf, capsys):
     assert figures_in(out) == {
         "rows": 10, "turns": 3 * 2 + 5 + 2 + 2, "images": 3, "videos": 1, "truncated": 1,
         "tokens": image_rows + system + 200 + video, "supervised": supervised, "media": 6 + 6 + 4 + 2 * 4,
-        "repeated": 1, "repeated ids": 1, "unsupervised": 0,
+        "repeated": 1, "repeated ids": 1, "unsupervised": 0, "outside": 0,
         "packed rows": -(-(image_rows + system + 200 + video) // 200),
     }
     bad = [line for line in out.splitlines() if line.startswith("bad: ")]
@@ -261,6 +267,93 @@ def test_check_statistics(rows, hf, capsys):
     assert "\x1b" not in out and "\0" not in out
     assert re.search(r"(?m)^ +5 +2 +6 +3 +0 .*a\.json$", out) and re.search(r"(?m)^ +5 +2 +9 +0 +1 .*b\.jsonl$", out)
     assert f"{a} row 2 as {a} row 1" in out
+
+
+def test_check_lists_unused_keys(tmp_path, hf, capsys):
+    rows = [{"id": i, "messages": say("a", "b"), "source": "x", "empty": None} for i in range(3)]
+    rows[0]["messages"][0]["name"] = rows[0]["messages"][1]["name"] = EVIL
+    rows[1] |= {"Image": "p.png", "images": ["none.png"], EVIL: 1}
+    write(tmp_path / "rows.json", rows)
+    with pytest.raises(InputError, match="1 of 3 rows are bad"):
+        check(hf, tmp_path / "rows.json", num_workers=0, report=tmp_path / "r.html")
+    lines = capsys.readouterr().out.partition(report.UNUSED_KEYS)[2].strip().splitlines()
+    assert [line.split(maxsplit=1) for line in lines[:4]] == [
+        ["3", "source"], ["1", EVIL[:100]], ["1", "Image"], ["1", "messages[].name"]]
+    page = Page((tmp_path / "r.html").read_text())
+    assert "source: 3" in page.texts and "messages[].name: 1" in page.texts and not page.tags["script"]
+    write(tmp_path / "rows.json", [{"id": 1, "messages": say("a", "b")}])
+    check(hf, tmp_path / "rows.json", num_workers=0)
+    assert report.UNUSED_KEYS not in capsys.readouterr().out
+
+
+def test_check_refuses_unsupported_keys(tmp_path, hf, capsys):
+    write(tmp_path / "rows.json", [
+        {"messages": say("a", "b"), "objects": [{"name": "f"}]},
+        {"messages": [say("a")[0], {"role": "assistant", "content": "b", "weight": 0}]},
+        {"messages": say("a", "b"), "system": "s"},
+    ])
+    with pytest.raises(InputError, match="2 of 3 rows are bad"):
+        check(hf, tmp_path / "rows.json", num_workers=0)
+    out = capsys.readouterr().out
+    assert "row 1: 'objects' is not supported" in out and "row 2: 'messages[1].weight' is not supported" in out
+    assert figures_in(out)["turns"] == 3 and report.UNUSED_KEYS not in out
+
+
+def test_check_reports_chat_template(tmp_path):
+    """Each program says once how it renders rows, and refuses a flag that its chat template does not know."""
+    folder = tiny.hf_dir(tmp_path / "hf", tiny.config_dict())
+    rows = write(tmp_path / "rows.json", [{"messages": say("a", "b")}])
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    argv = ("data.py", "check", "--init-from-hf-path", folder, "--dataset", rows, "--num-workers", "2")
+    done = shell(*argv)
+    assert done.returncode == 0 and done.stderr.count("is not the chat template of Qwen3-VL-Instruct") == 1
+    done = shell(*argv, "--no-enable-thinking")
+    assert done.returncode == 2 and done.stderr.startswith("error: --no-enable-thinking: the chat template of ")
+
+
+def test_check_thinking(tmp_path, capsys):
+    folder = tiny.hf_dir(tmp_path / "hf", tiny.config_dict())
+    (folder / "chat_template.jinja").write_text("{% if add_generation_prompt %}{{ '<think>\\n' if enable_thinking }}")
+    rows = say("a", "<think>b</think>c")
+    rows[1]["reasoning_content"] = "d"
+    write(tmp_path / "rows.json", [{"messages": rows}, {"messages": say("e", "f")}])
+    supervised = []
+    for flags in ((), ("--enable-thinking",), ("--no-enable-thinking",)):
+        dataset_cli.main(["check", "--init-from-hf-path", str(folder), "--dataset", str(tmp_path / "rows.json"),
+                          "--num-workers", "0", *flags])
+        out = capsys.readouterr().out
+        supervised.append(figures_in(out)["supervised"])
+        assert report.UNUSED_KEYS not in out
+    thought, answers = len("d\n</think>\n\n"), len("<think>b</think>c>\n") + len("f>\n")  # a byte is a token
+    assert supervised == [thought + answers, thought + answers, answers]
+
+
+BOXES = {
+    '{"bbox_2d": [0, 1, 1000, 999], "label": "1200"}': False,
+    '[{"bbox_2d": [5, 5, 10, 10]}, {"bbox_2d": [12, 30, 1280, 720]}]': True,
+    "[{'bbox_2d': [[1, 2, 3, 4],\n [5, 6, 7, 1001]]}]": True,
+    '{"point_2d": [-3, 20]}': True,
+    '{"bbox": [0.5, 0.5, 1000.5, 3]}': True,
+    '{"bbox_3d": [-3, 2000, 1]} and [1, 2, 3000, 4]': False,
+    "<|object_ref_start|>bus 5000<|object_ref_end|><|box_start|>(1,2),(1000,4)<|box_end|>": False,
+    "<|box_start|>(1,2),(1920,4)<|box_end|>": True,
+}
+
+
+def test_check_warns_of_boxes(tmp_path, hf, capsys):
+    outside = '{"bbox_2d": [1, 2, 3, 2000]}'
+    rows = [{"messages": say(outside, answer)} for answer in BOXES]
+    write(tmp_path / "rows.json", rows)
+    check(hf, tmp_path / "rows.json", num_workers=0)
+    out = capsys.readouterr().out
+    pattern = r"(?m)^warning: \S+ row (\d+): an answer's box leaves 0 to 1000"
+    warned = [int(number) for number in re.findall(pattern, out)]
+    assert warned == [i for i, is_outside in enumerate(BOXES.values(), 1) if is_outside]
+    assert figures_in(out)["outside"] == len(warned) and '\'bbox_2d\': [[1, 2, 3, 4],' in out
+    write(tmp_path / "rows.json", [{"messages": say("a", outside)}] * 30)
+    check(hf, tmp_path / "rows.json", num_workers=0)
+    out = capsys.readouterr().out
+    assert out.count("warning: ") == dataset_cli.MAX_EXAMPLES and figures_in(out)["outside"] == 30
 
 
 def test_check_with_any_number_of_workers(rows, hf, capsys):

@@ -184,6 +184,18 @@ def test_dry_run_numbers_by_hand(folder, capsys):
     assert kept["recompute_offload"] < kept["recompute"] < kept["none"]
 
 
+def test_dry_run_cpu_offload(folder, capsys):
+    """The device needs none of the parameters, gradients and optimizer state; the host all of them."""
+    flags = ["--init-from-hf-path", folder / "moe", "--world-size", 2, "--seq-length", 200]
+    device, host = predict(capsys, *flags), predict(capsys, *flags, "--cpu-offload", "--synchronize-per-layer")
+    kept = [device[f"{part}_bytes"] for part in ("parameter", "gradient", "optimizer")]
+    assert kept == [host[f"{part}_bytes"] for part in ("parameter", "gradient", "optimizer")]
+    assert device["host_bytes"] == 0 and host["host_bytes"] >= sum(kept)
+    assert {"parameters", "optimizer state"} <= device["peak_parts"].keys()
+    assert not {"parameters", "gradients", "optimizer state"} & host["peak_parts"].keys()
+    assert host["peak_bytes"] <= device["peak_bytes"] - kept[0] - kept[2]
+
+
 @pytest.mark.parametrize("flags", [
     ("--seq-length", 1), ("--seq-length", 2, "--micro-batch-size", 3),
     ("--freeze-text-decoder", "--freeze-vision-encoder", "--text-attn-implementation", "flash_attention_2"),
@@ -295,6 +307,11 @@ OPTIONS = [
     ("--freeze-vision-encoder", "--freeze-vision-projector"),
     ("--expert-parallel-size", 4, "--context-parallel-size", 4, "--micro-batch-size", 2),
     ("--expert-parallel-size", 2, "--fsdp-size", 4, "--activation-offload", "--router-aux-loss-coef", 0.1),
+    ("--lora-rank", 4, "--freeze-vision-encoder", "--freeze-vision-projector", "--activation-offload"),
+    ("--lora-rank", 4, "--lora-target-modules", "qkv,q_proj,linear_fc1", "--recompute", "none"),
+    ("--lora-rank", 4, "--lora-target-modules", "v_proj,experts", "--expert-parallel-size", 4, "--cpu-offload"),
+    ("--cpu-offload", "--activation-offload", "--global-batch-size", 16),
+    ("--cpu-offload", "--freeze-text-decoder", "--context-parallel-size", 2, "--recompute", "none"),
 ]
 
 
@@ -314,8 +331,9 @@ def test_shallow_keeps_special_layers(deep_folder):
     assert sum(r.count for r in removed) == 9 + 11 - 4 - 7
 
 
-def test_few_layers_equal_all_layers(deep_folder):
-    argv = ["--init-from-hf-path", deep_folder / "mixed", "--expert-parallel-size", 2]
+@pytest.mark.parametrize("options", [(), ("--lora-rank", 4, "--cpu-offload", "--global-batch-size", 16)])
+def test_few_layers_equal_all_layers(deep_folder, options):
+    argv = ["--init-from-hf-path", deep_folder / "mixed", "--expert-parallel-size", 2, *options]
     assert_equal_reports(flat_report(argv, False), flat_report(argv, True))
 
 

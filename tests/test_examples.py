@@ -20,7 +20,7 @@ DEVICES = {"finetune_8b": 8, "finetune_32b": 16, "finetune_30b_a3b": 16, "finetu
 # the scripts must not see these if the shell that runs the tests has set them
 SCRIPT_VARIABLES = {
     "MASTER_ADDR", "MASTER_PORT", "NNODES", "NODE_RANK", "NODE_ADDR", "NPUS_PER_NODE", "CKPT", "DATASET", "SAVE", "EP",
-    "CP", "MICRO_BATCH_SIZE", "GLOBAL_BATCH_SIZE", "DRY", "ASCEND_SET_ENV", "ASCEND_TOOLKIT_HOME",
+    "CP", "LORA_RANK", "MICRO_BATCH_SIZE", "GLOBAL_BATCH_SIZE", "DRY", "ASCEND_SET_ENV", "ASCEND_TOOLKIT_HOME",
 }
 VARIABLES = {  # from the guide that the scripts follow: values that work, values that do not
     "ASCEND_SLOG_PRINT_TO_STDOUT": ("0 1", "2 -1 on"),
@@ -39,6 +39,7 @@ VARIABLES = {  # from the guide that the scripts follow: values that work, value
     "CUDA_DEVICE_MAX_CONNECTIONS": ("2 32", "1 0 33"),
     "TORCHELASTIC_SHUTDOWN_TIMEOUT": ("30 86400", "29"),
     "NNODES": ("1", "0 two 1.5"),
+    "LORA_RANK": ("0 16", "-1 x"),
     "NPUS_PER_NODE": ("1 8", "0 all -8 65"),
     "NODE_RANK": ("0", "1 x"),
     "MASTER_PORT": ("1024 65535", "0 1023 65536 http"),
@@ -126,6 +127,12 @@ def test_script_flags_replace_exclusive_defaults(folder):
     result = run_script(folder, "finetune_8b", "--train-epochs", 2, "--lr-warmup-iters", 5)
     args = train.parse_args(train_flags(result))
     assert (args.train_iters, args.train_epochs, args.lr_warmup_iters, args.lr_warmup_fraction) == (None, 2, 5, None)
+
+
+@pytest.mark.parametrize(("rank", "lr"), [(0, 1e-5), (16, 1e-4)])
+def test_script_lora_rank(folder, rank, lr):
+    args = train.parse_args(train_flags(run_script(folder, "finetune_30b_a3b", LORA_RANK=rank)))
+    assert (args.lora_rank, args.lr) == (rank, lr)
 
 
 @pytest.mark.parametrize("name,value", [(k, v) for k, (_, wrong) in VARIABLES.items() for v in wrong.split()])

@@ -1,6 +1,7 @@
 """Images and videos in data.py: pixels, sampling, times and positions equal transformers'; damaged files."""
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -16,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, features
 from reference import HALF, changed, chat
+from transformers.image_utils import load_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import data
@@ -63,12 +65,167 @@ def test_encode_orders_media_by_token(processor, images):
 
 
 def test_load_image_large_without_warning(tmp_path):
-    """Use a fresh process because pytest captures warnings. Pillow warns from half the size that it refuses."""
-    (tmp_path / "large.ppm").write_bytes(b"P6 9500 9500 255\n")
+    """Pillow's limit is 179 million pixels. A fresh process shows its warnings, which pytest captures."""
+    (tmp_path / "large.ppm").write_bytes(b"P6 13300 13300 255\n")
     code = "import sys, data; print(data.load_image(data.Path(sys.argv[1]), decode=False).size)"
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "large.ppm"], capture_output=True, text=True,
                           cwd=Path(data.__file__).parent)
-    assert (done.stdout, done.stderr) == ("(9500, 9500)\n", "")
+    assert (done.stdout, done.stderr) == ("(13300, 13300)\n", "")
+
+
+@pytest.mark.parametrize("name", sorted({*Image.SAVE} & {*data.IMAGE_FORMATS}) + ["MPO"])
+def test_load_image_formats(name, tmp_path):
+    """Each format that Pillow writes is read as transformers reads it."""
+    if name == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow was built without AVIF")
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    for mode in ("RGB", "P", "1", "F"):
+        with contextlib.suppress(OSError, ValueError):  # the format has no such mode
+            noise.convert(mode).save(tmp_path / "image", format=name)
+            break
+    with Image.open(tmp_path / "image") as image:
+        assert image.format == ("JPEG" if name == "MPO" and not hasattr(image, "n_frames") else name)
+    assert np.array_equal(data.load_image(tmp_path / "image"), load_image(str(tmp_path / "image")))
+    assert data.load_image(tmp_path / "image", decode=False).size == data.load_image(tmp_path / "image").size
+
+
+def test_load_image_unknown_format(tmp_path):
+    """PostScript would need Ghostscript. The error names what can be read."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.eps")
+    with pytest.raises(InputError, match=r"a.eps cannot be read .* none of the formats AVIF, .*JPEG2000, MPO, .*WEBP"):
+        data.load_image(tmp_path / "a.eps")
+    assert {"AVIF", "ICO", "JPEG2000", "TGA"} - set(data.IMAGE_FORMATS) <= {"AVIF"}
+    assert {".avif", ".jp2", ".tga", ".ico", ".mpo", ".jpg", ".webp"} - set(data.IMAGE_SUFFIXES) <= {".avif"}
+
+
+# ---- content parts ---------------------------------------------------------------------------------------------------
+
+
+def part_row(part: dict, text: str = "?", **media) -> dict:
+    """Return a row whose question is a content part and a text."""
+    content = [part, {"type": "text", "text": text}]
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "!"}], **media}
+
+
+def encode_part(processor, folder: Path, part: dict, **media):
+    """Encode a row with one content part; `count_tokens` must agree on the length."""
+    row = part_row(part, **media)
+    sample = processor.encode(row, media_dir=folder)
+    assert processor.count_tokens(row, media_dir=folder) == len(sample.input_ids)
+    return sample
+
+
+def test_image_part_sources(processor, images):
+    """Every way to name an image gives the same sample, also with --confine-paths unless the file is outside."""
+    path = images / "small.png"
+    url = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    expected = processor.encode(chat("<image>?", "!", images=["small.png"]), media_dir=images)
+    parts = [
+        {"type": "image", "image": f"file://{path}"},
+        {"type": "image", "image": "file://small.png"},
+        {"type": "image", "image": url},
+        {"type": "image", "path": "small.png"},
+        {"type": "image", "url": "small.png", "image": None, "max_pixels": None},
+        {"type": "image", "image": {"path": "small.png", "bytes": None}},
+        {"type": "image_url", "image_url": {"url": f"file://{path}"}},
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "image_url", "image_url": "small.png"},
+    ]
+    (images / "a copy%20.png").write_bytes(path.read_bytes())
+    parts += [{"type": "image_url", "image_url": {"url": url, "detail": "auto"}},
+              {"type": "image", "image": url.replace("image/png", "image/png;charset=utf-8")},
+              {"type": "image", "image": url.replace("image/png", "image")},  # as in the Qwen team's examples
+              {"type": "image", "image": (images / "a copy%20.png").as_uri()},
+              {"type": "image", "image": f"file://{images}/a copy%20.png"}]
+    rows = [*map(part_row, parts), chat("<image>?", "!", images=[url]), chat("<image>?", "!", image={"path": url})]
+    for row in rows:
+        sample = processor.encode(row, media_dir=images, options=EncodeOptions(confine_paths=True))
+        assert torch.equal(sample.input_ids, expected.input_ids), row
+        assert torch.equal(sample.pixel_values, expected.pixel_values), row
+        assert processor.count_tokens(row, media_dir=images) == len(expected.input_ids)
+    frames = encode_part(processor, images, {"type": "video", "video": [url, f"file://{path}"]})
+    assert frames.grid_thw.tolist() == [[1, 2, 4]]
+    elsewhere = Path(data.__file__).parent
+    assert torch.equal(processor.encode(rows[0], media_dir=elsewhere).input_ids, expected.input_ids)
+    with pytest.raises(InputError, match="outside .*--confine-paths"):
+        processor.encode(rows[0], media_dir=elsewhere, options=EncodeOptions(confine_paths=True))
+
+
+@pytest.mark.parametrize(("part", "message"), [
+    ({"type": "image", "image": "https://a/b.png"}, "https://a/b.png is not a file on disk: download it first"),
+    ({"type": "image_url", "image_url": {"url": "http://a/b.png"}}, "http://a/b.png is not a file on disk"),
+    ({"type": "image", "image": "S3://a/b.png"}, "S3://a/b.png is not a file on disk: download it first"),
+    ({"type": "image", "image": "QUJD" * 10000}, "[ABCDJQU]{500,990} does not exist"),
+    ({"type": "image", "image": "data:image/png;base64,iVBORw0K"}, "data:image/png;base64,iVBORw0K cannot be read as"),
+    ({"type": "image", "image": "data:image/png;base64,abcde"}, "cannot be read as an image: Invalid base64"),
+    ({"type": "video", "video": "data:video/mp4;base64,AAAA"}, "data:video/mp4;base64,AAAA is not a file on disk"),
+    ({"type": "image", "image": "file:///none.png"}, "/none.png does not exist"),
+    ({"type": "video", "video": ["small.png"] * 4, "source_fps": 2, "raw_fps": 30}, "raw_fps' is not supported"),
+    ({"type": "image", "image": "small.png", "fps": 2}, "'fps' is not an option of images"),
+    ({"type": "image", "image": {"path": "small.png", "bytes": "x"}}, "'bytes' is not an option of images"),
+    ({"type": "image", "image": "small.png", "max_pixels": "9"}, "'max_pixels' must be a number from 0.001 to 1e12"),
+    ({"type": "image", "image": "small.png", "max_pixels": -1}, "'max_pixels' must be a number"),
+    ({"type": "image", "image": "small.png", "max_pixels": True}, "'max_pixels' must be a number"),
+    ({"type": "image", "image": "small.png", "min_pixels": 9, "max_pixels": 4}, "min_pixels 9 is above max_pixels 4"),
+    ({"type": "image", "image": "small.png", "resized_width": 64}, "'resized_height' and 'resized_width' belong"),
+    ({"type": "video", "video": ["small.png"] * 4, "fps": 2, "nframes": 4}, "'nframes' and 'fps' exclude each other"),
+    ({"type": "video", "video": ["small.png"] * 4, "fps": 2, "sample_fps": 4}, "'sample_fps' and 'fps' exclude"),
+    ({"type": "video", "video": ["small.png"] * 4, "nframes": 6}, "cannot take 6 frames of 4: change 'nframes'"),
+    ({"type": "video", "video": {"path": ["small.png"] * 4, "fps": 2}, "max_frames": 1}, "cannot take 0 frames of 4"),
+    ({"type": "video", "video": ["small.png"] * 4, "video_start": 1.5}, "leave less than two frames of a video of 2.0"),
+    ({"type": "video", "video": "animated.webp", "sample_fps": 4}, "'sample_fps' is the rate of a list of frames"),
+])
+def test_bad_part(part, message, processor, images):
+    for encode in (processor.encode, processor.count_tokens):
+        with pytest.raises(InputError, match=rf"messages\[0\].content\[0\].*{message}") as caught:
+            encode(part_row(part), media_dir=images)
+        assert "\n" not in str(caught.value)
+
+
+def test_empty_image_is_no_image(processor, images):
+    """An empty value means no image, but a bare placeholder without an image stays an error."""
+    expected = processor.encode(chat("?", "!"), media_dir=images)
+    for value in ("", None, [], [None], [None, None], {"path": None, "bytes": None}, {"url": ""}):
+        rows = [chat("?", "!", **{key: value}) for key in ("image", "images", "video", "videos")]
+        rows += [part_row({"type": kind, kind: value}) for kind in ("image", "video")]
+        for row in rows:
+            assert torch.equal(processor.encode(row, media_dir=images).input_ids, expected.input_ids), row
+        filled = encode_part(processor, images, {"type": "image", "image": value}, images=["small.png"])
+        assert len(filled.grid_thw) == 1
+    with pytest.raises(InputError, match="1 <image> placeholders, but the row has 0 images"):
+        processor.encode(part_row({"type": "image"}), media_dir=images)
+
+
+@pytest.mark.parametrize(("options", "grid"), [
+    # smart_resize with the limits: sqrt(640 * 480 / 65536) = 2.17; 480 / 2.17 / 32 = 6.9 and 640 / 2.17 / 32 = 9.2
+    ({"min_pixels": 1024, "max_pixels": 65536}, (12, 18)),
+    ({"max_pixels": 4096}, (2, 4)),  # below the processor's minimum, which it moves
+    ({"min_pixels": 500_000}, (40, 52)),  # sqrt(500000 / 307200) = 1.28; 19.1 and 25.5 are rounded up
+    ({"resized_height": 280, "resized_width": 420}, (18, 26)),  # 280 / 32 = 8.75, 420 / 32 = 13.1
+    ({"resized_height": 64, "resized_width": 64, "min_pixels": 9e6}, (4, 4)),
+    ({"resized_height": 32, "resized_width": 32}, (4, 4)),  # at least four tokens
+    ({"resized_height": 8192, "resized_width": 32}, None),
+])
+def test_image_part_options(options, grid, processor, tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8))
+    noise.save(tmp_path / "a.png")
+    part = {"type": "image", "image": "a.png", **options}
+    if grid is None:
+        with pytest.raises(InputError, match="32x8192 pixels: the longer side may be at most 200 times the shorter"):
+            encode_part(processor, tmp_path, part)
+        return
+    sample = encode_part(processor, tmp_path, part)
+    assert sample.grid_thw.tolist() == [[1, *grid]]
+    resized = noise.resize((16 * grid[1], 16 * grid[0]), Image.Resampling.BICUBIC)
+    same = Qwen2VLImageProcessorPil(patch_size=16, do_resize=False, image_mean=HALF, image_std=HALF)
+    assert torch.equal(sample.pixel_values, same(resized, return_tensors="pt")["pixel_values"])
+    for row in ({"images": [{"path": "a.png", **options}]}, {"image": {"path": "a.png", **options}}):
+        again = processor.encode(chat("<image>?", "!", **row), media_dir=tmp_path)
+        assert torch.equal(again.input_ids, sample.input_ids)
+    limits = {"shortest_edge": options.get("min_pixels"), "longest_edge": options.get("max_pixels")}
+    if None not in limits.values():
+        limited = Qwen2VLImageProcessorPil(patch_size=16, size=limits, image_mean=HALF, image_std=HALF)
+        assert torch.equal(sample.pixel_values, limited(noise, return_tensors="pt")["pixel_values"])
 
 
 # ---- videos ----------------------------------------------------------------------------------------------------------
@@ -242,8 +399,147 @@ def test_video_options(processor, qwen_dir, tmp_path):
     assert grid(Processor(qwen_dir, video_fps=4.0, video_maxlen=10, **limits)) == [[5, 8, 12]]
 
 
-def test_video_seeking_decodes_little(tmp_path, monkeypatch):
-    """The last frame of a long video is read from the last key frame, not from the start."""
+SIX_SECONDS = [  # of 60 frames. The numbers are qwen-vl-utils': np.linspace(first, last, count), rounded
+    ({}, [0, 5, 11, 16, 21, 27, 32, 38, 43, 48, 54, 59]),
+    ({"fps": 1}, [0, 12, 24, 35, 47, 59]),
+    ({"fps": 1.25}, [0, 12, 24, 35, 47, 59]),  # 7.5, rounded down to a multiple of two
+    ({"fps": 0.5}, [0, 20, 39, 59]),  # four at least
+    ({"fps": 0.5, "min_frames": 5}, [0, 12, 24, 35, 47, 59]),  # rounded up
+    ({"fps": 10, "max_frames": 7}, [0, 12, 24, 35, 47, 59]),  # rounded down
+    ({"max_frames": 4}, [0, 20, 39, 59]),
+    ({"min_frames": 14}, [0, 5, 9, 14, 18, 23, 27, 32, 36, 41, 45, 50, 54, 59]),
+    ({"nframes": 7}, [0, 8, 17, 25, 34, 42, 51, 59]),  # round(3.5) is 4
+    ({"nframes": 5}, [0, 20, 39, 59]),  # round(2.5) is 2
+    ({"nframes": 2}, [0, 59]),
+    ({"video_start": 1.05, "video_end": 3.02}, [11, 17, 24, 30]),  # whose times stay those of the full video
+    ({"video_start": 4}, [40, 46, 53, 59]),
+    ({"video_end": 1.0, "fps": 3.7}, [0, 3, 7, 10]),
+    ({"video_start": 0, "video_end": 99, "nframes": 4}, [0, 20, 39, 59]),
+]
+
+
+@pytest.mark.parametrize(("options", "numbers"), SIX_SECONDS)
+def test_video_part_frames(options, numbers, processor, tmp_path):
+    write_video(tmp_path / "a.mp4", 60, 10)
+    sample = encode_part(processor, tmp_path, {"type": "video", "video": "a.mp4", **options})
+    assert [round(level / 4) for level in left_levels(sample)] == numbers
+    assert prompt_times(processor, sample) == [
+        f"{(a / 10 + b / 10) / 2:.1f}" for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
+    row = chat("<video>?", "!", videos=[{"path": "file://a.mp4", **{k: v for k, v in options.items() if k != "fps"}}])
+    if "fps" not in options:  # `fps` of such an object is the video's own rate
+        assert torch.equal(processor.encode(row, media_dir=tmp_path).pixel_values, sample.pixel_values)
+    filled = encode_part(processor, tmp_path, {"type": "video", **options}, videos=["a.mp4"])
+    assert torch.equal(filled.input_ids, sample.input_ids)
+
+
+def test_video_part_range_of_varying_rate(processor, tmp_path):
+    write_video(tmp_path / "a.mkv", len(UNEVEN), 25, pts=UNEVEN, bf=2)
+    starts = (np.array(UNEVEN) - UNEVEN[0]) / 1000
+    part = {"type": "video", "video": "a.mkv", "video_start": 3.6, "video_end": 5.6}
+    sample = encode_part(processor, tmp_path, part)
+    numbers = [round(level / 4) for level in left_levels(sample)]
+    inside = np.flatnonzero((starts >= 3.6) & (starts <= 5.6))
+    assert (numbers[0], numbers[-1]) == (inside[0], inside[-1])
+    assert len(numbers) == int((starts[inside[-1] + 1] - starts[inside[0]]) * 2) == 4
+    assert prompt_times(processor, sample) == [f"{t:.1f}" for t in starts[numbers].reshape(2, 2).mean(axis=1)]
+
+
+@pytest.mark.parametrize(("options", "numbers", "fps"), [
+    ({}, range(9), 2),
+    ({"sample_fps": 4}, range(9), 4),  # all frames: they were sampled already
+    ({"fps": 4}, range(9), 4),  # qwen-vl-utils' name of it for Qwen2.5-VL
+    ({"sample_fps": 0.7}, range(9), 0.7),
+    ({"sample_fps": 4, "nframes": 4}, [0, 3, 5, 8], 4),
+    ({"sample_fps": 4, "max_frames": 3}, [0, 4, 8], 4),
+    ({"sample_fps": 4, "video_start": 0.6, "video_end": 1.6}, range(3, 7), 4),
+    ({"source": 4}, [0, 3, 5, 8], 4),  # {"path": ..., "fps": 4}: taken twice a second
+    ({"source": 4, "fps": 3}, [0, 2, 3, 5, 6, 8], 4),
+])
+def test_video_part_of_frames(options, numbers, fps, processor, tmp_path):
+    for i in range(9):
+        Image.new("RGB", (64, 64), (4 * i,) * 3).save(tmp_path / f"{i}.webp")
+    for path in ([f"{i}.webp" for i in range(9)], "."):
+        given = {**options, "video": path}
+        if "source" in given:
+            given["video"] = {"path": path, "fps": given.pop("source")}
+        sample = encode_part(processor, tmp_path, {"type": "video", **given})
+        padded = [*numbers, *[numbers[-1]] * (len(numbers) % 2)]
+        assert [round(level / 4) for level in left_levels(sample)] == padded
+        times = [(a / fps + b / fps) / 2 for a, b in zip(padded[::2], padded[1::2], strict=True)]
+        assert prompt_times(processor, sample) == [f"{time:.1f}" for time in times]
+
+
+@pytest.mark.parametrize("suffix", ["webp", "gif", "avif", "jpg"])
+def test_video_key_with_list_of_frames(suffix, processor, tmp_path):
+    """A list of images under `video` is one video; a list of one animation is that animation."""
+    if suffix == "avif" and not features.check("avif"):
+        pytest.skip("this Pillow was built without AVIF")
+    names = [f"{i}.{suffix}" for i in range(4)]
+    for i, name in enumerate(names):
+        Image.new("RGB", (64, 64), (40 * i,) * 3).save(tmp_path / name)
+    one, nested = ({key: value} for key, value in (("video", names), ("videos", [names])))
+    samples = [processor.encode(chat("<video>?", "!", **media), media_dir=tmp_path) for media in (one, nested)]
+    assert samples[0].grid_thw.tolist() == [[2, 4, 4]]
+    assert torch.equal(samples[0].input_ids, samples[1].input_ids)
+    frames = [Image.new("RGB", (64, 64), (9 * i,) * 3) for i in range(4)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=500)
+    sample = processor.encode(chat("<video>?", "!", video=["a.gif"]), media_dir=tmp_path)
+    assert sample.grid_thw.tolist() == [[2, 4, 4]]
+
+
+@pytest.mark.parametrize(("options", "size", "grid"), [
+    # Of 12 frames of 96x64 pixels. qwen-vl-utils limits each frame: total_pixels / 12 * 2 = 2048 pixels at most
+    ({"total_pixels": 12288}, (96, 64), (6, 2, 2)),
+    ({"max_pixels": 2048}, (96, 64), (6, 2, 2)),
+    ({"total_pixels": 24576, "max_pixels": 1e9}, (96, 64), (6, 2, 4)),  # 4096 a frame; max_pixels does not raise it
+    # sqrt(131072 / 6144) = 4.62; 64 * 4.62 / 32 = 9.2 and 96 * 4.62 / 32 = 13.9 are rounded up
+    ({"min_pixels": 131072, "max_pixels": 200000}, (96, 64), (6, 20, 28)),
+    ({"min_pixels": 131072, "total_pixels": 12288}, (96, 64), (6, 20, 28)),  # the minimum wins
+    ({"resized_height": 280, "resized_width": 420}, (96, 64), (6, 18, 26)),
+    ({"resized_height": 64, "resized_width": 64, "total_pixels": 1}, (96, 64), (6, 4, 4)),
+    # 768 tokens a frame at most: sqrt(1600 * 1200 / (768 * 1024)) = 1.5625 gives 1024x768 pixels
+    ({"max_pixels": 4e6, "nframes": 2}, (1600, 1200), (1, 48, 64)),
+    ({"total_pixels": 4e6, "nframes": 2}, (1600, 1200), (1, 48, 64)),
+])
+def test_video_part_pixels(options, size, grid, processor, tmp_path):
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    sample = encode_part(processor, tmp_path, {"type": "video", "video": ["a.png"] * 12, **options})
+    assert sample.grid_thw.tolist() == [list(grid)]
+
+
+# Signs of a, b, c, d in the display matrix: a stored point (x, y) is shown at (a x + c y, b x + d y).
+ORIENTATIONS = [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0), (-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0),
+                (0, -1, -1, 0)]
+
+
+@pytest.mark.parametrize("matrix", ORIENTATIONS)
+def test_video_rotation(matrix, processor, tmp_path):
+    """A stored display matrix turns the frames, also after seeking; the matrix is in the MP4 file's track header."""
+    write_video(tmp_path / "stored.mp4", 60, 10, g=20)
+    content = (tmp_path / "stored.mp4").read_bytes()
+    a, b, c, d = (sign << 16 for sign in matrix)
+    start = content.index(b"tkhd") + 44
+    assert np.frombuffer(content[start : start + 36], ">i4").tolist() == [65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30]
+    turned = np.array([a, b, 0, c, d, 0, 0, 0, 1 << 30], ">i4").tobytes()
+    (tmp_path / "a.mp4").write_bytes(content[:start] + turned + content[start + 36 :])
+
+    numbers = [0, 1, 45, 59]
+    videos = (data.open_video(name, tmp_path, False, 2.0) for name in ("stored.mp4", "a.mp4"))
+    stored, shown = (list(video.read(numbers)) for video in videos)
+    for before, after in zip(stored, shown, strict=True):
+        assert after.size == (before.size if matrix[0] else before.size[::-1])
+        for x, y in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
+            corners = []
+            for image, (i, j) in ((before, (x, y)), (after, (matrix[0] * x + matrix[2] * y,
+                                                             matrix[1] * x + matrix[3] * y))):
+                corners.append(image.getpixel(((i > 0) * (image.width - 1), (j > 0) * (image.height - 1))))
+            assert corners[0] == corners[1]
+    sample = encode_part(processor, tmp_path, {"type": "video", "video": "a.mp4"})
+    assert sample.grid_thw.tolist() == [[6, 4, 6] if matrix[0] else [6, 6, 4]]
+
+
+def test_video_seeking_decodes_little(processor, tmp_path, monkeypatch):
+    """The end of a long video is read from a key frame, not from the start."""
     write_video(tmp_path / "a.mp4", 200, 25, g=20, bf=2)
     import av
 
@@ -262,6 +558,10 @@ def test_video_seeking_decodes_little(tmp_path, monkeypatch):
     monkeypatch.setattr(av, "open", open_and_count)
     assert len(list(data.open_video("a.mp4", tmp_path, False, 2.0).read([199]))) == 1
     assert len(decoded) <= 25
+    decoded.clear()
+    row = part_row({"type": "video", "video": "a.mp4", "video_start": 7.3})
+    assert processor.encode(row, media_dir=tmp_path).grid_thw.tolist() == [[2, 4, 6]]
+    assert len(decoded) <= 45  # with B-frames FFmpeg seeks to an earlier key frame
 
 
 def test_video_seeking(tmp_path):
@@ -369,6 +669,8 @@ COUNTED = [
     ({}, chat("<video>", "x", videos=["animated.webp"])),
     ({}, chat("<video>", "x", videos=[{"path": "clip.mp4", "fps": 5}])),
     ({}, chat("<video><video>", "x", videos=["clip.mp4", "uneven.mkv"])),
+    ({}, part_row({"type": "image", "image": "exif6.jpg", "max_pixels": 20000, "min_pixels": 1024})),
+    ({}, part_row({"type": "video", "video": "clip.mp4", "fps": 5, "video_start": 0.7, "total_pixels": 20000})),
     ({"for_generation": True}, chat("<image>What?", "A bus.", images=["small.png"])),
     ({"seq_length": 200}, chat("<image>What?", "word " * 300, images=["small.png"])),
     ({"seq_length": 300}, chat("<image>What?", "word " * 60, "And?", "word " * 300, images=["small.png"])),

@@ -5,7 +5,9 @@ import copy
 import io
 import json
 import os
+import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +17,13 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from reference import THINKING
+from safetensors.torch import load_file, save_file
 
 import convert
 import data
 import infer
+import kernels_npu
 from common import InputError, run_program
 
 ROWS = {
@@ -142,6 +147,94 @@ def test_generate_draws_depend_only_on_seed_and_row(pair):
     assert generator.generate(batch, **options, seed=4, first_row=5) != batched
 
 
+def penalised_answer(hf, inputs: dict, count: int, repetition: float, presence: float) -> list[int]:
+    """Generate greedily: an uncached forward of transformers' model for each token, its own repetition processor."""
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    prompt = inputs["input_ids"].shape[1]
+    processor = RepetitionPenaltyLogitsProcessor(repetition)
+    for _ in range(count):
+        ids = inputs["input_ids"]
+        with torch.no_grad():
+            scores = processor(ids, hf(**inputs).logits[:, -1].float())
+        for token in set(ids[0, prompt:].tolist()):
+            scores[0, token] -= presence
+        inputs["input_ids"] = torch.cat([ids, scores.argmax(-1, keepdim=True)], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if "mm_token_type_ids" in inputs:
+            inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, 1))
+    return inputs["input_ids"][0, prompt:].tolist()
+
+
+@pytest.mark.parametrize("repetition, presence", [(1.3, 0.0), (0.8, 0.0), (1.0, 1.5), (1.2, -0.7)])
+def test_generate_with_penalties_in_a_batch_equals_transformers(pair, repetition, presence):
+    hf, ours = pair
+    samples, batch = make_batch(hf, ["image", "text", "video"])
+    expected = [penalised_answer(hf, tiny.hf_inputs(s), 12, repetition, presence) for s in samples]
+    options = {"max_new_tokens": 12, "repetition_penalty": repetition, "presence_penalty": presence}
+    assert infer.Generator(ours, NEVER).generate(batch, **options) == expected
+    assert expected != infer.Generator(ours, NEVER).generate(batch, max_new_tokens=12)
+    if presence == 0:
+        inputs = tiny.hf_inputs(samples[0])
+        out = hf.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0,
+                          repetition_penalty=repetition)
+        assert out[0, inputs["input_ids"].shape[1]:].tolist() == expected[0]
+
+    end = expected[1][3]  # the text's answer ends before the others, which keep their penalties
+    cut = [ids[: ids.index(end)] if end in ids else ids for ids in expected]
+    assert len({len(ids) for ids in cut}) > 1
+    assert infer.Generator(ours, {end}).generate(batch, **options) == cut
+
+
+def test_penalise_by_formula():
+    """Token 0 is in the prompt, 1 and 2 in the answer, 3 in neither; bfloat16 logits are penalised in float32."""
+    logits = torch.tensor([[3.0, -2.0, 1.0, 5.0]], dtype=torch.bfloat16)
+    used = torch.tensor([[infer.PROMPT, infer.ANSWER, infer.ANSWER, 0]], dtype=torch.int8)
+    expected = torch.tensor([[3 / 1.1, -2 * 1.1 - 0.3, 1 / 1.1 - 0.3, 5.0]])
+    torch.testing.assert_close(infer.penalise(logits, used, 1.1, 0.3), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("file, flags, expected", [
+    ({"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05,
+      "presence_penalty": 1.5}, [], (0.7, 20, 0.8, 1.05, 1.5)),
+    ({"do_sample": True, "temperature": 0.7, "top_k": 20}, ["--temperature", 0, "--top-k", 0], (0, 0, 1, 1, 0)),
+    ({"do_sample": False, "temperature": 0.7, "repetition_penalty": 1.2}, [], (0, 50, 1, 1.2, 0)),
+    ({"temperature": 0.7}, ["--presence-penalty", 1], (0, 50, 1, 1, 1)),  # as transformers, which samples if asked to
+    ({"do_sample": True, "top_p": None}, [], (1, 50, 1, 1, 0)),  # transformers' defaults
+])
+def test_sampling_settings_of_generation_config(tmp_path, file, flags, expected):
+    from transformers import GenerationConfig
+
+    (tmp_path / "generation_config.json").write_text(json.dumps(file))
+    argv = [*map(str, ["--model", tmp_path, "--prompt", "x", *flags])]
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "presence_penalty")
+    settings = infer.sampling_settings(infer.parse_args([*argv, "--use-generation-config"]))
+    assert settings == dict(zip(names, expected, strict=True))
+    theirs = GenerationConfig.from_pretrained(tmp_path).to_diff_dict()
+    theirs = GenerationConfig._get_default_generation_params() | theirs
+    if not flags and theirs["do_sample"]:
+        for name in names[:4]:
+            assert settings[name] == theirs[name]
+    unused = infer.sampling_settings(infer.parse_args(argv))
+    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    assert unused == {name: given.get(f"--{name.replace('_', '-')}", infer.SAMPLING[name][1]) for name in names}
+
+
+def test_sampling_settings_refuses_a_damaged_file(world, run, tmp_path):
+    assets = tiny.hf_dir(tmp_path, json.loads((world.model / "config.json").read_text()))
+    argv = ["--model", assets, "--prompt", "x", "--use-generation-config"]
+    assert run(*argv)[2] == f"error: {assets}/generation_config.json: cannot be read (No such file or directory)\n"
+    for value, message in ((-1, "top_k: '-1' is not an integer at least 0"), ("a", "top_k: 'a' is not an integer")):
+        (assets / "generation_config.json").write_text(json.dumps({"top_k": value}))
+        status, out, err = run(*argv)
+        assert (status, out) == (1, "") and f"generation_config.json: {message}" in err and err.count("\n") == 1
+    for name, neutral, value in (("min_p", None, 0.05), ("num_beams", 1, 4), ("no_repeat_ngram_size", 0, 3)):
+        (assets / "generation_config.json").write_text(json.dumps({name: value}))
+        assert f"generation_config.json: {name} is not supported: remove it" in run(*argv)[2]
+        (assets / "generation_config.json").write_text(json.dumps({name: neutral}))
+        assert "is not supported" not in run(*argv)[2]
+
+
 # ---- the program ---------------------------------------------------------------------------------------------------
 
 
@@ -220,11 +313,49 @@ def test_load_with_a_checkpoint_equals_its_hugging_face_directory(world, run, tm
     assert status == 1 and "no weights" in err
 
 
+def test_load_uses_the_limits_of_the_training_run(world, run, tmp_path):
+    model = infer.load_model(world.model)
+    convert.CheckpointWriter().save(tmp_path, 1, model, settings={"media_limits": {"image_max_pixels": 1024}})
+    argv = ["--image", "a.png", "--prompt", "What?", "--max-new-tokens", 8, "--verbose"]
+
+    def prompt_tokens(*flags) -> int:
+        status, _, err = run(*argv, *flags)
+        assert status == 0 and (f"as in the training run of {tmp_path}: --image-max-pixels 1024\n" in err) == (
+            flags == ("--load", tmp_path))
+        return int(re.search(r"prompt tokens: (\d+)", err)[1])
+
+    default, limited = prompt_tokens(), prompt_tokens("--image-max-pixels", 1024)
+    assert default == limited + 1  # 32 x 64 pixels are two tokens
+    assert prompt_tokens("--load", tmp_path) == limited
+    assert prompt_tokens("--load", tmp_path, "--image-max-pixels", 96 * 96) == default
+
+
+def test_load_model_refuses_another_output_matrix_than_the_tied_embedding(world, run, tmp_path):
+    raw = tiny.config_dict(tied=True, layers=3)
+    model = tiny.hf_dir(tmp_path, raw, tiny.hf_model(raw))
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"] + 1
+    save_file(tensors, model / "model.safetensors")
+    status, out, err = run("--model", model, "--prompt", "x")
+    assert (status, out) == (1, "") and err.count("\n") == 1
+    assert "model.safetensors: lm_head.weight differs from model.language_model.embed_tokens.weight" in err
+
+
 def test_load_model_keeps_tied_embeddings(tmp_path):
     raw = tiny.config_dict(tied=True, layers=3)
     model = infer.load_model(tiny.hf_dir(tmp_path, raw, tiny.hf_model(raw)), dtype="bfloat16")
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_load_model_in_float32_selects_an_attention_that_has_it(tmp_path, monkeypatch):
+    """On CUDA the default, flash_attention_2, has no float32, which config.json may ask for."""
+    device = kernels_npu.Cuda(torch.device("cpu"))
+    monkeypatch.setattr(kernels_npu, "ops", device)
+    assert device.default_attention == "flash_attention_2"
+    raw = tiny.config_dict(layers=3)
+    infer.load_model(tiny.hf_dir(tmp_path, raw | {"dtype": "float32"}, tiny.hf_model(raw)))
+    assert device.default_attention == "sdpa"
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -302,6 +433,35 @@ def test_answer_rows_with_a_bad_row_keeps_the_answers_before_it(world, run, tmp_
     assert predictions(tmp_path / "out") == [expected_text(world, row, 5) for row in rows]
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_answer_rows_skips_bad_rows(world, run, tmp_path, batch_size):
+    """The answers do not depend on the batches, nor on where an earlier run stopped."""
+    lines = [json.dumps(row) for row in world.rows]
+    bad = {"id": 9, "messages": [{"role": "user", "content": "x"}], "image": "gone.png", "error": "old"}
+    lines = [lines[0], json.dumps(bad), "{no", *lines[1:], "[5]"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    argv = ["--input", tmp_path / "rows.jsonl", "--dataset-dir", world.folder, "--batch-size", batch_size,
+            "--max-new-tokens", 5, "--temperature", 1.2, "--on-bad-sample", "skip", "--output"]
+    status, out, err = run(*argv, tmp_path / "out")
+    assert (status, out) == (0, "") and "3 rows were skipped" in err.splitlines()[-1] and "7/7" in err
+    complete = (tmp_path / "out").read_bytes()
+    written = [json.loads(line) for line in complete.splitlines()]
+    assert [sorted(row.keys() & {"prediction", "error"}) for row in written] == [
+        ["prediction"], ["error"], ["error"], *[["prediction"]] * 3, ["error"]]
+    assert written[1].keys() == bad.keys() and "row 2 (id 9): image: " in written[1]["error"]
+    assert written[2].keys() == written[6].keys() == {"error"}
+    assert "row 3 cannot be read" in written[2]["error"] and "row 7" in written[6]["error"]
+
+    assert run(*argv, tmp_path / "other", "--batch-size", 3)[0] == 0
+    assert (tmp_path / "other").read_bytes() == complete
+    kept = complete.splitlines(keepends=True)
+    for content in (kept[0] + kept[1][:-9], b"".join(kept[:2]), b"".join(kept[:3]), b"".join(kept[:6]) + kept[6][:4]):
+        (tmp_path / "cut").write_bytes(content)
+        assert run(*argv, tmp_path / "cut")[0] == 0
+        assert (tmp_path / "cut").read_bytes() == complete
+    assert "already has the answers" in run(*argv, tmp_path / "cut", "--on-bad-sample", "error")[2]
+
+
 def test_chat_keeps_the_conversation(world, run):
     argv = ["--chat", "--image", "a.png", "--system", "Brief.", "--max-new-tokens", 7]
     status, out, err = run(*argv, stdin="What é?\r\n\n  \nAnd now?\n".encode())
@@ -313,6 +473,21 @@ def test_chat_keeps_the_conversation(world, run):
     assert run(*argv, "--prompt", "What é?", stdin=b"And now?")[1] == out
     status, out, err = run(*argv, stdin="What é?\n".encode() + b"\xff\n")
     assert (status, out) == (1, f"{first}\n") and "surrogate" in err and err.count("\n") == 1
+
+
+def test_chat_with_a_thinking_model(world, run, tmp_path):
+    """Prompts ask for a thought, and a thought that was cut off is no answer in the next prompt."""
+    model = shutil.copytree(world.model, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(THINKING)
+    thinking = SimpleNamespace(**vars(world) | {"processor": data.Processor(model)})
+    status, out, err = run("--model", model, "--chat", "--max-new-tokens", 7, stdin=b"What?\nAnd now?\n")
+    row = {"messages": [{"role": "user", "content": "What?"}]}
+    first = expected_text(thinking, row, 7)
+    assert first != expected_text(world, row, 7) and "</think>" not in first
+    row["messages"] += [{"role": "assistant", "content": ""}, {"role": "user", "content": "And now?"}]
+    assert (status, out, err) == (0, f"{first}\n{expected_text(thinking, row, 7)}\n", "")
+    status, out, err = run("--model", model, "--prompt", "What?", "--no-enable-thinking")
+    assert (status, out) == (2, "") and err.startswith("error: --no-enable-thinking: the chat template of ")
 
 
 @pytest.mark.parametrize("change, message", [
@@ -375,6 +550,8 @@ def test_stream_answer_prints_each_character_at_once(world, monkeypatch):
     (["--input", "rows.jsonl"], 2, "--input needs --output"),
     (["--input", "rows.jsonl", "--output", "o", "--image", "a.png"], 2, "--image has no effect with --input"),
     (["--prompt", "x", "--batch-size", "2"], 2, "--batch-size has no effect without --input"),
+    (["--prompt", "x", "--on-bad-sample", "skip"], 2, "--on-bad-sample has no effect without --input"),
+    (["--prompt", "x", "--repetition-penalty", "0"], 2, "--repetition-penalty: '0' is not a number above 0"),
     (["--prompt", "x", "--temperature", "-1"], 2, "--temperature: '-1' is not a number at least 0"),
     (["--prompt", "x", "--top-p", "0"], 2, "--top-p: '0' is not a number above 0 and at most 1"),
     (["--prompt", "x", "--max-new-tokens", "0"], 2, "--max-new-tokens: '0'"),

@@ -1,12 +1,16 @@
 """Compare the plain operations with slow, direct formulas, forward and backward, in float64 or float32."""
 from __future__ import annotations
 
+import importlib.metadata
+import os
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import kernels_npu
+from common import UsageError
 from kernels_npu import Cpu, Torch, ops
 from tools import check_kernels
 
@@ -34,6 +38,15 @@ def test_peak_flops_by_device_name(monkeypatch, name, peak):
     device = object.__new__(kernels_npu.Cuda)
     device.module = SimpleNamespace(get_device_name=lambda: name)
     assert device.peak_flops() == peak
+
+
+def test_sequence_bounds_of_inference_serve_training():
+    """Flash attention saves the bounds for backward, which PyTorch refuses for a tensor made in inference mode."""
+    device = kernels_npu.Cuda(torch.device("cpu"), torch.bfloat16)
+    with torch.inference_mode():
+        bounds = kernels_npu._on_device((0, 3, 5), device)
+    assert not bounds.is_inference() and bounds.tolist() == [0, 3, 5] and bounds.dtype == torch.int32
+    assert kernels_npu._on_device((0, 3, 5), device) is bounds
 
 
 def test_grouped_matmul_without_gradients_reads_only_active_experts():
@@ -103,6 +116,48 @@ def test_rotary_rotates_half_split_pairs():
     pair, rotated = torch.complex(x[..., :4], x[..., 4:]), torch.complex(y[..., :4], y[..., 4:])
     assert torch.allclose(rotated, pair * torch.exp(1j * angle)[:, None])
     assert torch.equal(y[0], x[0])
+
+
+def test_select_deterministic_sets_the_environment_before_the_device(monkeypatch):
+    seen = {}
+
+    def import_torch_npu() -> None:
+        seen.update(os.environ)
+        raise UsageError
+
+    monkeypatch.setattr(kernels_npu, "ops", ops)
+    monkeypatch.setattr(kernels_npu, "import_torch_npu", import_torch_npu)
+    for name in kernels_npu.DETERMINISTIC_ENVIRONMENT:
+        monkeypatch.setenv(name, "")
+    with pytest.raises(UsageError):
+        kernels_npu.select("npu", deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert seen["HCCL_DETERMINISTIC"] == "true" and seen["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    kernels_npu.select("cpu")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_report_is_printed_before_a_device_that_fails(monkeypatch, tmp_path, capsys):
+    (tmp_path / "x86_64-linux").mkdir()
+    (tmp_path / "x86_64-linux/ascend_toolkit_install.info").write_text("package_name=Ascend\nversion=8.3.RC1\n")
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
+    monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "1200")
+    monkeypatch.setenv("HOME_ADDRESS", "private")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert check_kernels.run(["--report", "--device", "cuda"]) == 2
+    out = capsys.readouterr().out
+    assert f"torch {importlib.metadata.version('torch')}" in out and "torch_npu " in out
+    assert "CANN: version=8.3.RC1 (" in out and "Ascend driver: " in out and "NVIDIA driver: " in out
+    assert "HCCL_CONNECT_TIMEOUT=1200" in out and "private" not in out
+
+
+def test_report_names_the_devices(monkeypatch, capsys):
+    monkeypatch.setattr(kernels_npu, "ops", ops)
+    monkeypatch.setattr(check_kernels, "cases", lambda ops: [])
+    check_kernels.main(["--report", "--device", "cpu"])
+    assert re.search(r"(?m)^cpu:0 .* \d+ cores, \d+\.\d GiB$", capsys.readouterr().out)
+    check_kernels.main(["--device", "cpu"])
+    assert "GiB" not in capsys.readouterr().out
 
 
 class Faster(Torch):

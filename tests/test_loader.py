@@ -4,9 +4,11 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
@@ -338,6 +340,92 @@ def test_resume_with_other_flags_or_files(files, caplog, processor):
     for kind, position in ((RowStream, streamed), (RowDataset, state)):
         walk(kind(files), 1, position)
         assert "the order is new" in caplog.messages.pop()
+    state["sizes"] = [11, 7, 9]
+    walk(RowDataset(files, weights=[2, 1, 0]), 1, state)
+    assert "weights [2, 1, 0], but had [11, 7, 9] and [1.0, 1.0, 1.0] when saved" in caplog.messages.pop()
+    del state["weights"]  # as in older checkpoints
+    caplog.clear()
+    walk(RowDataset(files), 1, state)
+    assert not caplog.messages
+
+
+# ---- dataset weights -------------------------------------------------------------------------------------------------
+
+
+def epochs_of(dataset, count: int, seed: int | None = 3) -> list[list[str]]:
+    rows, _ = walk(dataset, count * dataset.count(), seed=seed)
+    return [rows[start : start + dataset.count()] for start in range(0, len(rows), dataset.count())]
+
+
+def test_stream_weights(files):
+    """Each epoch holds full copies and a share; the shares differ, and use all rows equally often."""
+    dataset = RowDataset(files, weights=[2.5, 0, 1 / 3])
+    assert dataset.count() == 28 + 3 and len(dataset) == 26 and dataset[25][0]["id"] == "c8"
+    epochs = epochs_of(dataset, 9)
+    totals, shares = Counter(), []
+    for number, rows in enumerate(epochs, start=1):
+        counts = Counter(rows)
+        shares.append({row for row in rows if counts[row] == 3})
+        assert {counts[f"a{i}"] for i in range(11)} == {2, 3} and len(shares[-1]) == 6
+        assert [sum(row[0] == name for row in rows) for name in "abc"] == [28, 0, 3]
+        totals += counts
+        for name, size, expected in (("a", 11, number * 28 / 11), ("c", 9, number / 3)):
+            assert {totals[f"{name}{i}"] for i in range(size)} <= {math.floor(expected), math.ceil(expected)}
+    assert len(set(map(frozenset, shares))) == 9
+    assert len({frozenset(row for row in rows if row[0] == "c") for rows in epochs}) > 6  # shuffled after each round
+    assert epochs == epochs_of(RowDataset(files, weights=[2.5, 0, 1 / 3]), 9)
+    assert epochs_of(dataset, 1, seed=4)[0] != epochs[0]
+    few = epochs_of(RowDataset(files, max_samples=4, weights=[1, 0.5, 0.01]), 2)  # a weight above 0 is a row at least
+    assert [Counter(row[0] for row in rows) for rows in few] == [{"a": 4, "b": 2, "c": 1}] * 2
+
+
+def test_stream_weights_without_shuffling(files):
+    """The copies of a file follow each other, then comes its share, both in the file's order."""
+    epochs = epochs_of(RowDataset(files, weights=[2, 0.5, 0]), 2, seed=None)
+    shares = [rows[22:] for rows in epochs]
+    assert [rows[:22] for rows in epochs] == [[f"a{i}" for i in range(11)] * 2] * 2
+    assert all(share == sorted(share) for share in shares) and sorted(sum(shares, [])) == [f"b{i}" for i in range(6)]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_loader_resume_with_weights(packing, files, processor):
+    """A resume in the middle of the second epoch is exact, and other numbers of ranks read the same rows."""
+    def ranks(size: int, count: int, **settings) -> list:
+        settings = {"dp_size": size, "packing": packing, "options": EncodeOptions(seq_length=64)} | settings
+        dataset = RowDataset(files, weights=[2, 0.5, 1.25])
+        return [take(make_loader(dataset, processor, dp_rank=rank, **settings), count) for rank in range(size)]
+
+    def two_epochs(*loaders: list) -> Counter:
+        return Counter(row for batches in loaders for batch in batches if batch.resume_state["epoch"] < 2
+                       for row in flat([batch]))
+
+    expected = ranks(2, 40)
+    at = next(i for i, batch in enumerate(expected[0]) if batch.resume_state["epoch"] == 1) + 2
+    states = [as_saved(batches[at].resume_state) for batches in expected]
+    for rank, state in enumerate(states):
+        assert_same_batches(ranks(2, 39 - at, resume_state=state)[rank], expected[rank][at + 1 :])
+    rows = two_epochs(*expected)
+    assert rows.total() == 2 * RowDataset(files, weights=[2, 0.5, 1.25]).count() == 72
+    first = [batches[: at + 1] for batches in expected]
+    assert two_epochs(*first, *ranks(3, 30, resume_state=states if packing else states[0])) == rows
+
+
+@pytest.mark.parametrize("weight", [3, 0.5, 0.3, 1.7])
+def test_check_bad_row_rate_with_weights(weight, tmp_path, processor):
+    """A tenth of a dataset may be bad, however often its rows are read and wherever the stream starts."""
+    paths = [str(tmp_path / "a.json"), write(tmp_path / "b.json", [chat("q", "a")] * 3)]
+    for bad in (2, 3):
+        write(tmp_path / "a.json", [{"messages": []} if i < bad else chat("q", "a") for i in range(20)])
+        dataset = RowDataset(paths, weights=[weight, 1])
+        epoch = dataset.count()
+        states = [state for _, state in itertools.islice(dataset.stream({}, 3), 4 * epoch)]
+        for state in ({}, states[epoch // 2], states[3 * epoch // 2], states[3 * epoch]):
+            loader = make_loader(dataset, processor, on_bad_sample="skip", resume_state=state)
+            if bad == 2:
+                check_rates([loader], 8 * epoch)
+            else:
+                with pytest.raises(InputError, match="a.json: .* more than a tenth of the dataset"):
+                    check_rates([loader], 12 * epoch)
 
 
 # ---- micro-batches ---------------------------------------------------------------------------------------------------
@@ -400,6 +488,17 @@ def test_loader_pin_memory(files, processor, monkeypatch):
     assert data_loader.call_args.kwargs["pin_memory"]
     monkeypatch.setattr(data.Batch, "pin_memory", lambda batch: "pinned")
     assert list(pin_memory((batch, ["a failure"]))) == ["pinned", ["a failure"]]  # torch 2.7.1 returns a list
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loader_pixel_dtype(workers, processor, images, tmp_path):
+    rows = [write(tmp_path / "rows.json", [chat("<image>a", "b", id=0, images=["small.png"])])]
+    exact, rounded = (
+        take(make_loader(RowDataset(rows, dataset_dir=images), processor, num_workers=workers, pixel_dtype=dtype), 1)[0]
+        for dtype in (torch.float32, torch.bfloat16))
+    assert rounded.pixel_values.dtype == torch.bfloat16 and len(exact.pixel_values) > 0
+    assert torch.equal(rounded.pixel_values, exact.pixel_values.bfloat16())  # as PatchEmbed rounds them
+    assert rounded.position_ids.dtype == torch.int64
 
 
 def test_collate(processor, images):

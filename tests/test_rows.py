@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,23 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from reference import HALF, assert_equal, chat, transformers_messages
+from reference import HALF, TEMPLATE, THINKING, assert_equal, changed, chat, transformers_messages
+from transformers import AddedToken, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from common import InputError, UsageError
-from data import IGNORE, EncodeOptions, Processor, RowDataset
+from data import (
+    EMPTY_THOUGHT,
+    IGNORE,
+    TRAINING_KEYS,
+    ChatTemplate,
+    EncodeOptions,
+    Media,
+    Processor,
+    RowDataset,
+    parse_row,
+    unused_keys,
+)
 
 # ---- tokenizer and prompts ------------------------------------------------------------------------------------------
 
@@ -112,6 +125,369 @@ def test_encode_control_tokens_in_text(images, processor, reference):
     assert reference.encode(chat(text, text)["messages"])[0].tolist().count(processor.im_end_token_id) == 4
 
 
+@pytest.fixture(scope="module")
+def extended(qwen_dir, tmp_path_factory):
+    """Return a processor and transformers' tokenizer of a directory with added tokens of several kinds."""
+    folder = tmp_path_factory.mktemp("extended")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(qwen_dir / "tokenizer.json"))
+    stripping = AddedToken("<|pad_both|>", lstrip=True, rstrip=True, special=True, normalized=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|act|>", "[POINT]", stripping]})
+    tokenizer.add_tokens(["<loc_1>", "<loc_12>", AddedToken("word", single_word=True)])
+    tokenizer.save_pretrained(folder)
+    return Processor(folder), tokenizer
+
+
+TOKENS = ["<|box_start|>", "<|box_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|quad_start|>",
+          "<think>", "</think>", "<tool_call>", "<|fim_prefix|>", "<|act|>", "[POINT]", "<|pad_both|>", "<loc_1>",
+          "<loc_12>", "word"]
+
+
+def test_encode_special_tokens_equal_transformers(extended, images):
+    """All tokens but the chat template's become their ids, in each position and in each kind of turn."""
+    processor, tokenizer = extended
+    texts = [f"{a}{gap}{b}" for a in TOKENS for b in TOKENS for gap in ("", " ", "\n", "x", " (1,2),(3,4) ")]
+    texts += [form.format(token) for token in TOKENS for form in (
+        "{}", " {} ", "in{}side", "a {} b", "\n{}\n\n", "<{}>", "{0}{0}{0}", "<|{}|>", "e\u0301{}\u0301", "字{}。")]
+    texts += ["<|box_start", "box_start|>", "<|box_start|><|im_en", "< |box_start|>", "words sword word.", ""]
+    for text in texts:
+        assert processor._encode_text(text) == tokenizer(text, add_special_tokens=False)["input_ids"], repr(text)
+
+    text = "<|object_ref_start|>a bus<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|> <|act|><loc_1>"
+    turns = {"system": text, "user": text, "assistant": text}
+    messages = [{"role": role, "content": content} for role, content in turns.items()]
+    expected = tokenizer.apply_chat_template(messages, chat_template=TEMPLATE, tokenize=True, return_dict=False)
+    names = {"user": "human", "assistant": "gpt"}
+    conversations = [{"from": names[role], "value": turns[role]} for role in names]
+    for row in ({"messages": messages}, {"messages": messages[1:], "system": text},
+                {"conversations": conversations, "system": text}):
+        sample = processor.encode(row, images)
+        assert sample.input_ids.tolist() == expected
+        assert sample.labels[sample.labels != IGNORE].tolist() == processor._encode_text(text) + expected[-2:]
+    copy = pickle.loads(pickle.dumps(processor))
+    assert copy._encode_text(text) == processor._encode_text(text)
+    assert processor.decode(expected) == tokenizer.decode(expected, skip_special_tokens=True)
+    assert processor.decode(processor._encode_text(text)) == "a bus(1,2),(3,4) <loc_1>"
+
+
+def test_encode_template_tokens_stay_text(extended):
+    processor, _ = extended
+    for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+                  "<|video_pad|>", "<|vision_pad|>"):
+        ids = processor._encode_text(f"<|box_start|>{token} a{token}<|act|>")
+        added = [i for i in ids if i >= 151643]
+        assert added == [processor.tokenizer.token_to_id(t) for t in ("<|box_start|>", "<|act|>")]
+        assert processor.decode(ids) == f"{token} a{token}"
+
+
+# ---- keys and placeholders -------------------------------------------------------------------------------------------
+
+
+def parts_row(parts: list[dict]) -> dict:
+    """Return a row whose question is a list of content parts."""
+    return {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "b"}]}
+
+
+@pytest.mark.parametrize("empty", [None, "", [], {}])
+def test_parse_row_system_key(empty):
+    """The system prompt is the first turn in both formats. Keys with an empty value count as absent."""
+    messages = chat("a", "b")["messages"]
+    conversations = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    expected = parse_row(chat("system:S", "a", "b"))
+    absent = dict.fromkeys(("tools", "functions", "rejected", "label", "audios", "category"), empty)
+    for row in ({"messages": messages, "conversations": empty}, {"conversations": conversations, "messages": empty}):
+        assert parse_row(row | absent | {"system": "S"}) == expected
+        assert parse_row(row | absent | {"system": empty}) == expected[1:]
+    turns = [{**message, "loss": empty, "tool_calls": empty} for message in messages]
+    assert parse_row({"messages": turns}) == expected[1:]
+
+
+@pytest.mark.parametrize("key", "tool_calls functions objects chosen rejected rejected_response rejected_messages "
+                         "audio audios loss_scale loss_mask channel label kto_tag".split())
+def test_parse_row_unsupported_key(key):
+    row = chat("a", "b", **{key: ["x"]})
+    with pytest.raises(InputError, match=f"^'{key}' is not supported"):
+        parse_row(row)
+    if key in TRAINING_KEYS:
+        assert len(parse_row(row, for_generation=True)) == 1
+    else:
+        with pytest.raises(InputError, match=f"^'{key}' is not supported"):
+            parse_row(row, for_generation=True)
+
+
+@pytest.mark.parametrize("value", [False, True, 0, 1, 0.5])
+@pytest.mark.parametrize("key", ["weight", "train", "tools", "loss_scale", "channel"])
+def test_parse_row_unsupported_key_of_message(key, value):
+    row = chat("a", "b")
+    row["messages"][1][key] = value
+    with pytest.raises(InputError, match=rf"^'messages\[1\]\.{key}' is not supported"):
+        parse_row(row)
+    row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", key: value}]}
+    with pytest.raises(InputError, match=rf"^'conversations\[1\]\.{key}' is not supported"):
+        parse_row(row)
+    row = chat("a", "b")
+    row["messages"][1]["content"] = [{"type": "text", "text": "b", key: value}]
+    with pytest.raises(InputError, match=rf"^'messages\[1\]\.content\[0\]\.{key}' is not supported"):
+        parse_row(row)
+
+
+@pytest.mark.parametrize("key", ["loss", "tool_calls"])
+def test_parse_row_answer_key_of_content_part(key):
+    row = chat("a", "b")
+    row["messages"][1]["content"] = [{"type": "text", "text": "b", key: 1}]
+    with pytest.raises(InputError, match=rf"^'messages\[1\]\.content\[0\]\.{key}' is not supported"):
+        parse_row(row)
+
+
+def test_unused_keys():
+    part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
+    image = {"type": "image", "image": "a.png", "max_pixels": 9, "sample_fps": 1, "detail": "low"}
+    row = {
+        "id": 1, "source": "coco", "Image": "a.jpg", "weight": 2, "loss": 0.5, "meta": None, "images": [],
+        "messages": [{"role": "user", "content": [part, image], "name": "x"},
+                     {"role": "assistant", "content": "b", "value": "c"}],
+    }
+    assert unused_keys(row) == {"source", "Image", "weight", "loss", "messages[].name", "messages[].value",
+                                "messages[].content[].cache_control", "messages[].content[].detail"}
+    thought = {"messages": [QUESTION, say("assistant", "b", SEARCH, loss=True, reasoning_content="c")], "tools": TOOLS}
+    assert unused_keys(thought) == {"messages[].reasoning_content"} and not unused_keys(thought, has_thoughts=True)
+    assert [turn.role for turn in parse_row(row)] == ["user", "assistant"]
+    url = {"type": "image_url", "image_url": {"url": "a.png", "detail": "high"}}
+    assert unused_keys(parts_row([url])) == {"messages[].content[].image_url.detail"}
+    talk = {"conversations": [{"from": "human", "value": "a", "role": "x"}, 7], "messages": 5}
+    assert unused_keys(talk) == {"conversations[].role"}
+
+
+@pytest.mark.parametrize(("part", "message"), [
+    ({"type": "text", "text": "a", "image": "a.png"}, "'text' but has 'image'"),
+    ({"type": "image", "image": "a.png", "text": "a"}, "'image' but has 'text'"),
+    ({"type": "image", "image": "a.png", "video": "a.mp4"}, "'image' but has 'video'"),
+    ({"type": "image_url", "image_url": {"url": "a.png"}, "text": "a"}, "'image_url' but has 'text'"),
+])
+def test_parse_row_part_of_two_types(part, message):
+    with pytest.raises(InputError, match=rf"^messages\[0\].content\[0\] is of type {message}: give that a part"):
+        parse_row(parts_row([part]))
+    kind = part["type"]
+    empty = {"text": None, "image": None, "image_url": {"url": None}, "video": [None], "fps": None}
+    assert len(parse_row(parts_row([empty | {"type": kind, kind: part[kind]}]))[0].parts) == 1
+
+
+NUMBERED = ["<image 1>", "<image1>", "<image_1>", "<image-2>", "<|image_1|>", "<|image|>", "<Image 1>", "<IMAGE>",
+            "<video 1>", "<|image_pad|>", "<|video_pad|>"]
+
+
+@pytest.mark.parametrize("other", NUMBERED)
+def test_parse_row_numbered_placeholder(other):
+    with pytest.raises(InputError, match=f"^{re.escape(other)} in a user's turn is not a placeholder: write <image>"):
+        parse_row(chat(f"Compare {other}\nwith it", "b", images=["a.png"]))
+    with pytest.raises(InputError, match="is not a placeholder"):
+        parse_row(chat("a", "b", other, "d", video="a.mp4"))
+    # It is text without media, beside a plain placeholder, and in an answer.
+    assert parse_row(chat(other, "b"))[0].parts == [other]
+    assert [p for p in parse_row(chat(f"<image>{other}", "b", image="a.png"))[0].parts if p] == [
+        Media("image", "image", "a.png"), other]
+    assert len(parse_row(chat("a", other, image="a.png"))) == 2
+
+
+def test_parse_row_placeholder_in_a_text_part():
+    row = parts_row([{"type": "text", "text": "<image>What?"}]) | {"images": ["a.png"]}
+    with pytest.raises(InputError, match="^<image> in a user's turn is not a placeholder"):
+        parse_row(row)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp", "gif", "avif", "WEBP"])
+def test_parse_row_video_of_frames(suffix):
+    frames = [f"f{i}.{suffix}" for i in range(4)] + ["data:image/png;base64,AAAA", "f5.JPEG"]
+    assert parse_row(chat("<video>?", "b", video=frames))[0].parts[1] == Media("video", "video", frames)
+    assert parse_row(chat("?", "b", video=frames[:1]))[0].parts[0] == Media("video", "video[0]", frames[0])
+    assert len(parse_row(chat("?", "b", videos=frames))[0].parts) == 7  # each is an animation
+
+
+# ---- chat template ---------------------------------------------------------------------------------------------------
+
+HYBRID = "{% if add_generation_prompt %}<|im_start|>assistant\n{% if brief %}<think>\n\n</think>\n\n{% endif %}"
+INDENTED = "\n\n" + TEMPLATE.replace("\n    ", "\r\n  ").replace("{%- set", "{%-\tset") + "\n\n"
+FILES = ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"]
+
+
+def write_template(folder: Path, file: str, template: str | list[dict]) -> Path:
+    folder = tiny.hf_dir(folder, tiny.config_dict())
+    (folder / file).write_text(template if file.endswith("jinja") else json.dumps({"chat_template": template}))
+    return folder
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("template, warns", [
+    (TEMPLATE, False),
+    (INDENTED, False),
+    ("", False),
+    (TEMPLATE.replace("<|im_end|>\\n", "<|im_end|>"), True),
+    (TEMPLATE.replace("'\\n\\n'", "'\\n \\n'"), True),
+    ("{{ messages }}", True),
+    ("{# it does not mention <think> in its prompt #}" + TEMPLATE, True),
+    (HYBRID, True),
+])
+def test_processor_compares_chat_template(tmp_path, caplog, monkeypatch, file, template, warns):
+    folder = write_template(tmp_path, file, template)
+    Processor(folder)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == warns
+    assert not warns or messages[0].startswith(f"{folder / file} is not the chat template of Qwen3-VL-Instruct")
+    monkeypatch.setenv("RANK", "1")
+    Processor(folder)
+    assert len(caplog.records) == warns
+
+
+@pytest.mark.parametrize("template, is_thinking", [(TEMPLATE, False), (THINKING, True)])
+def test_processor_named_chat_templates(tmp_path, caplog, template, is_thinking):
+    """Take the template with the name default, as transformers does."""
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": template}]
+    processor = Processor(write_template(tmp_path, "tokenizer_config.json", named))
+    assert processor.template.has_thoughts == is_thinking and not caplog.records
+
+
+SWITCH = ("{% if add_generation_prompt %}{{'<|im_start|>assistant\\n'}}{% if enable_thinking is false %}"
+          "{{'<think>\\n\\n</think>\\n\\n'}}{% else %}{{'<think>\\n'}}{% endif %}{% endif %}")
+HYBRID_SWITCH = SWITCH.replace("{% else %}{{'<think>\\n'}}", "")
+THOUGHT = "assistant\n<think>\n"
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("template, enable_thinking, expected, warns", [
+    (TEMPLATE, None, "assistant\n", False),
+    (THINKING, None, THOUGHT, False),
+    ('{% if add_generation_prompt %}{{ "<|im_start|>assistant\n<think>\n" }}{% endif %}', None, THOUGHT, True),
+    ("{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}", None, THOUGHT, True),
+    (SWITCH, None, THOUGHT, True),
+    (SWITCH, True, THOUGHT, True),
+    (SWITCH, False, "assistant\n" + EMPTY_THOUGHT, True),
+    (HYBRID_SWITCH, None, "assistant\n", True),
+    (HYBRID_SWITCH, True, "assistant\n", True),
+    (HYBRID_SWITCH, False, "assistant\n" + EMPTY_THOUGHT, True),
+])
+def test_processor_recognizes_thinking_template(tmp_path, caplog, file, template, enable_thinking, expected, warns):
+    folder = write_template(tmp_path, file, template)
+    assert Processor(folder, enable_thinking=enable_thinking).template == ChatTemplate(template != TEMPLATE, expected)
+    warning = f"{folder / file} is not the chat template of Qwen3-VL-Thinking"
+    assert [record.getMessage().startswith(warning) for record in caplog.records] == [True] * warns
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, THINKING, ""])
+@pytest.mark.parametrize("flag, value", [("--enable-thinking", True), ("--no-enable-thinking", False)])
+def test_processor_refuses_enable_thinking(tmp_path, template, flag, value):
+    folder = write_template(tmp_path, "chat_template.jinja", template)
+    with pytest.raises(UsageError, match=f"^{flag}: the chat template of {folder} does not know enable_thinking"):
+        Processor(folder, enable_thinking=value)
+
+
+def test_processor_chat_template_order(tmp_path, caplog):
+    """The files take precedence as in transformers."""
+    write_template(tmp_path, "tokenizer_config.json", THINKING)
+    write_template(tmp_path, "chat_template.json", "{{ messages }}")
+    assert not Processor(tmp_path).template.has_thoughts
+    assert "chat_template.json is not the chat template" in caplog.text
+    caplog.clear()
+    write_template(tmp_path, "chat_template.jinja", TEMPLATE)
+    Processor(tmp_path)
+    assert not caplog.records
+
+
+# ---- tools and thoughts ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def thinking(processor):
+    """Return a processor with Qwen3-VL-Thinking's template."""
+    return changed(processor, template=ChatTemplate(has_thoughts=True, answer_prefix=THOUGHT))
+
+
+TOOLS = [
+    {"type": "function", "function": {
+        "name": "zoom", "description": "Zoom in <image> \"é\" 'x' & 放大\n", "parameters": {
+            "type": "object", "properties": {"b": {"type": "number", "minimum": 0.10}, "a": {"enum": [None, 1e-7]}},
+            "required": []}}},
+    {"name": "search"},
+]
+ZOOM = {"id": "call_1", "type": "function", "function": {"name": "zoom", "arguments": {"b": 1.0, "a": ["é", None, {}]}}}
+SEARCH = {"name": "search", "arguments": '{"q":   "bus",\n"n": 1}'}
+
+
+def say(role: str, content, *calls, **keys) -> dict:
+    return {"role": role, "content": content} | ({"tool_calls": list(calls)} if calls else {}) | keys
+
+
+AGENT_ROWS = [
+    [say("user", "Zoom."), say("assistant", "", ZOOM), say("tool", "done"), say("assistant", "It is a bus.")],
+    [say("system", "Be brief."), say("user", "<image>Zoom."), say("assistant", "I zoom.", ZOOM, SEARCH),
+     say("tool", "<image>\nhere <image>"), say("tool", "\n\nnothing\n"), say("assistant", "A <image>?", SEARCH),
+     say("tool", ""), say("assistant", "Yes.")],
+    [say("system", ""), say("user", "a"), say("assistant", "b"), say("user", "c"), say("assistant", "", SEARCH, ZOOM)],
+    [say("user", "a"), say("assistant", "<think>\nhm\n</think>\n\nx", ZOOM), say("tool", "1"),
+     say("assistant", "<think>so</think>", SEARCH), say("tool", "2"), say("assistant", "b"), say("user", "c"),
+     say("assistant", "<think>\n\n why \n\n</think>\n\n\n d", ZOOM), say("tool", "3"), say("assistant", "no", ZOOM),
+     say("tool", "4"), say("assistant", "\n e")],
+    [say("user", "a"), say("assistant", "<think>y</think>b", reasoning_content=""), say("user", "c"),
+     say("assistant", "", ZOOM, reasoning_content="\nit is\n\n"), say("tool", "x"),
+     say("assistant", "\n<think>x</think>d", reasoning_content="\n")],
+    [say("user", "a"), say("assistant", "hm</think>b"), say("user", "<tool_response>\nx\n</tool_response>"),
+     say("assistant", "c</think>d</think>\n\ne")],
+    [say("user", "<tool_response></tool_response>"), say("assistant", "<think>a</think>b")],
+    [say("user", "a"), say("assistant", "<think>\n\n</think>\n\n")],
+    [say("user", "a"), say("assistant", "<think>never ends", ZOOM)],
+]
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS])
+@pytest.mark.parametrize("template", [TEMPLATE, THINKING])
+@pytest.mark.parametrize("messages", AGENT_ROWS)
+def test_encode_agent_rows_equal_transformers(messages, template, tools, images, reference, processor, thinking):
+    count = sum(m["content"].count("<image>") for m in messages if m["role"] in ("user", "tool"))
+    row = {"messages": messages, "tools": tools, "images": ["small.png", "exact.png", "1x1.png"][:count]}
+    ours = processor if template == TEMPLATE else thinking
+
+    def expect(messages: list[dict], generation: bool = False):
+        converted = transformers_messages(row | {"messages": messages}, images)
+        return reference.encode(converted, generation, template, tools=tools)
+
+    assert_equal(ours.encode(row, images), expect(messages))
+    prompt = EncodeOptions(for_generation=True)
+    assert_equal(ours.encode(row, images, options=prompt), expect(messages[:-1], generation=True))
+
+
+def test_parse_row_formats_of_tools(images, processor):
+    """Write a row in OpenAI's form, with JSON in strings, and as ShareGPT."""
+    openai = {"tools": TOOLS, "images": ["small.png"], "messages": [
+        say("user", "Zoom."), say("assistant", None, ZOOM, SEARCH), say("tool", "<image>"), say("assistant", "A bus.")]}
+    missing = json.loads(json.dumps(openai))
+    del missing["messages"][1]["content"]
+    parts = json.loads(json.dumps(openai))
+    parts["messages"][2]["content"] = [{"type": "image"}]
+    strings = json.loads(json.dumps(openai | {"tools": json.dumps(TOOLS, indent=2)}))
+    strings["messages"][1]["tool_calls"] = json.dumps([ZOOM, SEARCH])
+    strings["messages"][2]["role"] = "observation"
+    calls = json.dumps([ZOOM["function"], SEARCH])
+    sharegpt = {"tools": json.dumps(TOOLS), "image": "small.png", "conversations": [
+        {"from": "human", "value": "Zoom."}, {"from": "function_call", "value": calls},
+        {"from": "observation", "value": "<image>"}, {"from": "gpt", "value": "A bus."}]}
+    expected = processor.encode(openai, images).input_ids.tolist()
+    for row in (missing, parts, strings, sharegpt):
+        assert processor.encode(row, images).input_ids.tolist() == expected
+    one = {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": json.dumps(SEARCH)}]}
+    same = [say("user", "a"), say("assistant", "", SEARCH)]
+    assert parse_row(one)[1].calls == parse_row({"messages": same})[1].calls
+    assert parse_row({"messages": same, "tools": "[]"}) == parse_row({"messages": same})
+
+
+def test_encode_drops_thoughts(images, reference, processor):
+    """Without thoughts the last answer has the empty one, as the template renders an answer without a thought."""
+    off = changed(processor, template=ChatTemplate(has_thoughts=True, answer_prefix="assistant\n" + EMPTY_THOUGHT))
+    row = chat("a", "<think>b</think>c", "d", "<think>\ne\n</think>\n\nf")
+    sample = off.encode(row, images)
+    assert_equal(sample, reference.encode(chat("a", "c", "d", "f")["messages"], template=THINKING))
+    assert supervised_texts(off, sample) == ["c<|im_end|>\n", "f<|im_end|>\n"]
+    prompt = off.encode(row, images, options=EncodeOptions(for_generation=True)).input_ids.tolist()
+    assert prompt == sample.input_ids[: len(prompt)].tolist()
+
+
 # ---- supervision -----------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +518,52 @@ def test_encode_supervised_spans(images, processor):
     ]
     with pytest.raises(UsageError, match="exclude"):
         encode(mask_history=True, train_on_prompt=True)
+
+
+def test_encode_supervised_tool_calls(images, processor):
+    row = {"tools": TOOLS, "images": ["small.png"], "messages": [
+        say("user", "Zoom."), say("assistant", "Yes.", SEARCH), say("tool", "<image>"), say("tool", "x"),
+        say("assistant", "A bus.")]}
+    call = 'Yes.\n<tool_call>\n{"name": "search", "arguments": {"q":   "bus",\n"n": 1}}\n</tool_call><|im_end|>\n'
+    assert supervised_texts(processor, processor.encode(row, images)) == [call, "A bus.<|im_end|>\n"]
+    sample = processor.encode(row, images, options=EncodeOptions(mask_history=True))
+    assert supervised_texts(processor, sample) == ["A bus.<|im_end|>\n"]
+
+
+def test_encode_supervised_thoughts(images, thinking):
+    """A prompt ends where supervision begins: before a thought, or after the empty one."""
+    row = chat("a", "<think>b</think>c", "d", "<think>e</think>f")
+    assert supervised_texts(thinking, thinking.encode(row, images)) == [
+        "c<|im_end|>\n", "e\n</think>\n\nf<|im_end|>\n"]
+    for answer in ("f", "<think>\n\n</think>\n\nf", "</think>f"):
+        assert supervised_texts(thinking, thinking.encode(chat("d", answer), images)) == ["f<|im_end|>\n"]
+
+
+@pytest.mark.parametrize("no, yes", [(False, True), (0, 1), (0.0, 1.0)])
+def test_encode_loss_of_a_message(images, processor, no, yes):
+    def encode(*values, roles=("user", "assistant") * 2, **options) -> list[str]:
+        messages = [say(role, text, loss=value) for role, text, value in zip(roles, "abcd", values, strict=True)]
+        conversations = [{"from": m["role"], "value": m["content"], "loss": m["loss"]} for m in messages]
+        options = EncodeOptions(**options)
+        samples = [processor.encode(row, images, options=options)
+                   for row in ({"messages": messages}, {"conversations": conversations})]
+        assert torch.equal(samples[0].labels, samples[1].labels)
+        return supervised_texts(processor, samples[0])
+
+    b, d = "b<|im_end|>\n", "d<|im_end|>\n"
+    assert encode(None, None, None, None) == [b, d]
+    assert encode(no, no, None, yes) == [d]
+    assert encode(None, None, None, no) == [b]
+    assert encode(None, no, None, no) == []
+    assert encode(None, yes, None, None, mask_history=True) == [b, d]
+    assert encode(None, yes, None, no, mask_history=True) == [b]
+    user, assistant = "<|im_start|>user\n", "<|im_start|>assistant\n"
+    assert encode(None, no, no, None, train_on_prompt=True) == ["user\na<|im_end|>\n", assistant + d]
+    assert encode(no, None, None, yes, train_on_prompt=True) == [f"{assistant}{b}{user}c<|im_end|>\n{assistant}{d}"]
+    for role, i in (("user", 2), ("system", 0)):
+        with pytest.raises(InputError, match=rf"'messages\[{i}\].loss' is true, but only messages of the assistant"):
+            roles = ["system", "user", "assistant"] if role == "system" else ["user", "assistant", "user", "assistant"]
+            parse_row({"messages": [say(r, "x", loss=yes if k == i else None) for k, r in enumerate(roles)]})
 
 
 def test_encode_labels_are_shifted(images, processor):
@@ -188,6 +610,23 @@ def test_encode_truncates_whole_exchanges(images, processor):
         assert (sample.labels != IGNORE).any() and len(sample.input_ids) <= length
     with pytest.raises(InputError, match="do not fit"):
         processor.encode(row, media_dir=images, options=EncodeOptions(seq_length=20, for_generation=True))
+
+
+def test_encode_truncates_tool_calls(images, processor, thinking):
+    """An exchange is cut whole. The first one keeps the calls that fit, each with its tool answers."""
+    first = [say("user", "word " * 9), say("assistant", "x", ZOOM), say("tool", "t " * 20), say("tool", "u"),
+             say("assistant", "y", ZOOM), say("tool", "v"), say("assistant", "<think>z</think>end")]
+    second = [say("user", "a"), say("assistant", "", SEARCH), say("tool", "w"), say("assistant", "<think>b</think>c")]
+    for ours in (processor, thinking):
+        full = ours.encode({"messages": first + second}, images)
+        starts = (full.input_ids == ours.im_start_token_id).nonzero().flatten().tolist()
+        boundaries = [starts[2], starts[4], starts[6]]  # two tool answers are one turn
+        for length in range(boundaries[0] - 3, len(full.input_ids) + 1):
+            sample = ours.encode({"messages": first + second}, images, options=EncodeOptions(seq_length=length))
+            expected = max((n for n in (*boundaries, len(full.input_ids)) if n <= length), default=length)
+            assert sample.input_ids.tolist() == full.input_ids[:expected].tolist()
+            assert sample.labels[:-1].tolist() == full.labels[: expected - 1].tolist()
+            assert sample.truncated == (expected < len(full.input_ids))
 
 
 def test_encode_decodes_no_image_beyond_the_length(bad_media, processor):
@@ -275,9 +714,10 @@ def test_processor_bad_settings(tmp_path, files, message):
 
 @pytest.mark.parametrize(("files", "expected"), [
     ({}, {258}),
-    ({"generation_config": {"eos_token_id": [7, 9]}, "config": {"eos_token_id": 5}}, {7, 9}),
-    ({"generation_config": {"eos_token_id": 0}}, {0}),
-    ({"generation_config": {"do_sample": True}, "config": {"text_config": {"eos_token_id": 5}}}, {5}),
+    ({"generation_config": {"eos_token_id": [7, 9]}, "config": {"eos_token_id": 5}}, {7, 9, 258}),
+    ({"generation_config": {"eos_token_id": 256}}, {256, 258}),  # <|endoftext|> only: <|im_end|> ends an answer too
+    ({"generation_config": {"eos_token_id": 258}}, {258}),
+    ({"generation_config": {"do_sample": True}, "config": {"text_config": {"eos_token_id": 5}}}, {5, 258}),
     ({"config": {"eos_token_id": None}}, {258}),
 ])
 def test_end_token_ids(tmp_path, files, expected):
@@ -320,7 +760,26 @@ BAD_ROWS = [
     ({"messages": []}, r"'messages' must be a list of turns, not \[\]"),
     ({"messages": [{"role": "user"}, ANSWER]}, r"messages\[0\] must be an object with 'role' and 'content'"),
     ({"conversations": [{"from": "human", "value": 3}]}, r"conversations\[0\].value must be a string, not 3"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, r"messages\[0\]: unknown role 'tool'"),
+    ({"messages": [QUESTION, ANSWER], "conversations": [7]}, "both 'messages' and 'conversations': keep one"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, r"messages\[0\] has the role tool where user or system is"),
+    ({"messages": [QUESTION, say("observation", "x")]}, r"messages\[1\] has the role tool where assistant is expected"),
+    ({"messages": [QUESTION, ANSWER, say("tool", "x"), QUESTION]}, r"\[3\] has the role user where assistant or tool"),
+    ({"messages": [QUESTION, ANSWER, say("tool", "x")]}, "must end with a turn of the assistant: there is no answer"),
+    ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "f(x)"}]},
+     r"conversations\[1\].value must be a list of objects, or such a list as JSON in a string, not 'f\(x\)'"),
+    ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": ""}]},
+     r"conversations\[1\].value must be a list of objects"),
+    ({"messages": [QUESTION, say("assistant", "", {"name": "f"})]},
+     r"'messages\[1\].tool_calls' must have objects with 'name' and 'arguments', not {'name': 'f'}"),
+    ({"messages": [QUESTION, say("assistant", "", {"function": "f"})]}, r"tool_calls' must have objects with 'name'"),
+    ({"messages": [QUESTION, say("assistant", "x", "f")]}, r"tool_calls' must be a list of objects"),
+    ({"messages": [say("user", "x", SEARCH), ANSWER]}, r"'messages\[0\].tool_calls' is only for messages of the assis"),
+    ({"messages": [QUESTION, say("assistant", "x", loss=0.5)]}, r"'messages\[1\].loss' must be true or false, not 0.5"),
+    ({"messages": [QUESTION, say("assistant", "x", reasoning_content=5)]}, "reasoning_content' must be a string"),
+    (chat("x", "x", tools="f"), "'tools' must be a list of objects, or such a list as JSON in a string, not 'f'"),
+    (chat("x", "x", tools=[5]), "'tools' must be a list of objects"),
+    ({"messages": [QUESTION, ANSWER], "system": ["x"]}, r"'system' must be a string, not \['x'\]"),
+    (chat("system:x", "x", "x", system="y"), r"messages\[0\] has the role system where user .*the row's key 'system'"),
     ({"messages": [{"role": ["user"], "content": "x"}]}, r"messages\[0\]: unknown role"),
     ({"messages": [ANSWER]}, r"messages\[0\] has the role assistant where user"),
     ({"messages": [QUESTION] * 2}, r"messages\[1\] has the role user where assistant"),
@@ -353,7 +812,7 @@ BAD_ROWS = [
     (chat("x", "x", videos=[{"path": ["rgb.png"] * 2, "fps": 1e-320}]), "'fps' must be a number"),
     (chat("x", "x", images=["a\n\nb"]), r"images\[0\]: .*a b does not exist"),
     (chat("x", "x", images=[{"bytes": "x" * 5000}]), r"images\[0\]: a path is needed, not {'bytes'"),
-    (chat("x", "x", videos=[{"fps": 2}]), r"videos\[0\]: a path is needed, not None"),
+    (chat("x", "x", videos=[{"fps": 2}]), r"videos\[0\]: a path is needed, not {'fps': 2}"),
     ({"messages": [{"role": "user", "content": [{"type": "audio"}]}, ANSWER]}, r"content\[0\] must be of type 'text'"),
 ]
 

@@ -5,6 +5,7 @@ dividing by the root of small second moments lets the difference grow to about 1
 """
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
@@ -14,8 +15,11 @@ import signal
 import subprocess
 import sys
 import time
+import types
+import weakref
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -35,6 +39,7 @@ from helpers import (
     without_timings,
 )
 from PIL import Image
+from transformers import Trainer
 
 import common
 import convert
@@ -91,22 +96,25 @@ def fails(argv: list, capsys) -> tuple[int, str]:
 
 
 def reference(folder: Path, model: str, dataset: str, *, micro=1, accumulation=1, loss_type="default", iters=6, lr=1e-3,
-              lrs=None, weight_decay=0.0, clip=1.0, warmup=0, aux_coef=0.0, frozen=(), options=None,
-              packed=None) -> list[tuple]:
+              lrs=None, weight_decay=0.0, eps=1e-8, clip=1.0, warmup=0, aux_coef=0.0, frozen=(), options=None,
+              packed=None, hf=None) -> list[tuple]:
     """Return (loss, gradient norm, learning rate) of each step of transformers' model, one sample per forward.
 
-    `packed` lists the samples of each micro-batch, of all steps.
+    `packed` lists the samples of each micro-batch, of all steps. `hf` is the model to train.
     """
-    hf = tiny.hf_model(MODELS[model])
+    hf = hf or tiny.hf_model(MODELS[model])
+    decayed = Trainer.get_decay_parameter_names(None, hf)
     processor = data.Processor(folder / model)
     rows = data.RowDataset([str(folder / dataset)])
     groups = []
     for component in COMPONENTS:
-        params = [p for n, p in hf.named_parameters() if component_of(n) == component]
-        for p in params:
-            p.requires_grad_(component not in frozen)
-        groups.append({"params": params, "max_lr": (lrs or {}).get(component, lr)})
-    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
+        for decays in (True, False):
+            params = [p for n, p in hf.named_parameters() if component_of(n) == component and (n in decayed) == decays]
+            for p in params:
+                p.requires_grad_(component not in frozen)
+            groups.append({"params": params, "max_lr": (lrs or {}).get(component, lr),
+                           "weight_decay": weight_decay if decays else 0.0})
+    optimizer = torch.optim.AdamW(groups, lr=lr, eps=eps)
     out = []
     for step in range(iters):
         factor = step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (iters - warmup)))
@@ -188,6 +196,31 @@ def test_train_equals_transformers(folder, tmp_path, case):
         assert m["lr"] == pytest.approx(lr, abs=1e-12)
 
 
+@pytest.mark.parametrize("model", ["dense", "moe"])
+def test_weight_decay_equals_transformers(folder, tmp_path, model):
+    """After one step, the weights agree to 1e-6. The decay of a norm's weight would change it by 1e-4."""
+    flags = ["--weight-decay", 0.1, "--adam-eps", 1e-2, "--lr-decay-style", "constant"]
+    run(folder, tmp_path, *flags, model=model, dataset="images.json", iters=1)
+    hf = tiny.hf_model(MODELS[model])
+    reference(folder, model, "images.json", weight_decay=0.1, eps=1e-2, iters=1, hf=hf)
+    after = weights(tmp_path)
+    for name, value in hf.state_dict().items():
+        torch.testing.assert_close(after[name], tiny.our_layout(name, value), rtol=0, atol=1e-6, msg=name)
+
+
+def test_make_optimizer_groups(folder):
+    """Each component has a group with decay and one of vectors without; both have the component's learning rate."""
+    model = train.build_model(train.Qwen3VLConfig.from_json(folder / "dense"))
+    lrs = {"vision encoder": 2.0, "vision projector": 3.0}
+    optimizer = train.make_optimizer(model, lr=1.0, component_lrs=lrs, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        group = group_of[p]
+        assert group["max_lr"] == lrs.get(component_of(name), 1.0), name
+        assert group["weight_decay"] == (0.1 if p.ndim > 1 else 0), name
+    assert len(optimizer.param_groups) == 6 and optimizer.param_groups[-1]["max_lr"] == 1.0
+
+
 @pytest.mark.parametrize("loss_type", ["default", "per_sample", "per_token"])
 def test_train_packed_rows_equal_transformers(folder, tmp_path, loss_type):
     """Compare two packed rows per step with transformers' model on each sample alone."""
@@ -221,6 +254,20 @@ def test_train_epochs(folder, tmp_path, reading):
         assert len(metrics) < len(rows) and abs(used - 2 * len(rows)) <= len(rows), (len(metrics), used)
     else:
         assert used == len(metrics) == 2 * len(rows)
+
+
+def test_dataset_weights(folder, tmp_path):
+    """--train-epochs counts weighted epochs, and rows_read counts each file's rows in them, over a resume as well."""
+    names = [str(folder / "text.json"), str(folder / "images.json")]  # ten rows each
+    flags = ["--dataset", ",".join(names), "--dataset-weights", "2,0.5", "--shuffle", "--global-batch-size", 5]
+    run(folder, tmp_path, *flags, iters=7)
+    argv = train_argv(folder / "moe", "", tmp_path, *flags, "--load", tmp_path, iters=0)
+    at = argv.index("--train-iters")
+    train.main([*argv[:at], "--train-epochs", "2", *argv[at + 2 :]])
+    metrics = read_metrics(tmp_path)
+    assert len(metrics) == 10 and {m["samples"] for m in metrics} == {5}
+    for epoch in (metrics[:5], metrics[5:]):
+        assert [sum(m["rows_read"][name] for m in epoch) for name in names] == [20, 5]
 
 
 @pytest.mark.parametrize("workers, reading", [
@@ -309,6 +356,62 @@ def test_evaluate_uses_each_row_once(folder, tmp_path):
     assert metrics[2]["eval_loss"] == metrics[1]["eval_loss"]  # evaluation does not change the training
 
 
+def test_evaluate_files(folder, tmp_path, monkeypatch):
+    """Each held-out file has its loss, and eval_loss is the mean over the tokens of all files."""
+    board = Mock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Mock(SummaryWriter=board))
+    names, processor = [str(folder / "text.json"), str(folder / "images.json")], data.Processor(folder / "moe")
+    losses, counts = {}, []
+    for name in names:
+        _, metrics = run(folder, tmp_path / Path(name).stem, "--eval-dataset", name, "--lr", 0, iters=2)
+        losses[name] = metrics["eval_loss"]
+        counts.append(sum((processor.encode(row, media_dir=media).labels != data.IGNORE).sum().item()
+                          for row, _, media in data.RowDataset([name])))
+    first, last = run(folder, tmp_path / "both", "--eval-dataset", ",".join(names), "--lr", 0, "--tensorboard-dir",
+                      tmp_path / "board", iters=2)
+    assert first["eval_losses"] is None and last["eval_losses"] == losses and losses[names[0]] != losses[names[1]]
+    assert last["eval_loss"] == pytest.approx(np.average(list(losses.values()), weights=counts), rel=1e-6)
+    scalars = {call.args[0]: call.args[1:] for call in board.return_value.add_scalar.call_args_list}
+    assert scalars[f"eval_losses/{names[1]}"] == (losses[names[1]], 2)
+    assert scalars["eval_loss"] == (last["eval_loss"], 2) and "iteration" not in scalars
+    assert scalars[f"rows_read/{folder / 'mixed.jsonl'}"] == (1, 2)
+
+
+def write_held_out(path: Path, folder: Path, bad: int, count: int) -> Path:
+    """Write `count` rows and return the path. The first `bad` rows name a missing image."""
+    rows = [json.loads((folder / "text.json").read_text())[0] | {"images": ["missing.png"] * (i < bad)}
+            for i in range(count)]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_evaluate_without_supervised_tokens(folder, tmp_path, caplog, capsys):
+    """The first held-out rows are bad: the loss is null, not 0, and a warning says why."""
+    held_out = write_held_out(tmp_path / "rows.json", folder, 1, 20)
+    metrics = run(folder, tmp_path / "save", "--eval-dataset", held_out, "--eval-iters", 1, "--eval-interval", 1,
+                  "--on-bad-sample", "skip", iters=2)
+    assert [m["eval_loss"] for m in metrics] == [None, None]
+    assert caplog.text.count("have no supervised token, so that there is no eval_loss") == 2
+    assert "eval loss" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("bad", "fits"), [(2, True), (3, False), (20, False)])
+def test_evaluate_too_many_bad_rows(folder, tmp_path, capsys, caplog, bad, fits):
+    """A tenth of the held-out rows may be bad, however often they are read. More end the run, after a checkpoint."""
+    held_out = write_held_out(tmp_path / "rows.json", folder, bad, 20)
+    argv = train_argv(folder / "dense", folder / "text.json", tmp_path / "save", "--eval-dataset", held_out,
+                      "--eval-interval", 1, "--on-bad-sample", "skip", iters=3)
+    if fits:
+        train.main(argv)
+        assert all(m["eval_loss"] > 0 for m in read_metrics(tmp_path / "save"))
+        assert caplog.text.count("skipped: ") == bad  # once each, although every evaluation skips them
+    else:
+        status, error = fails(argv, capsys)
+        assert status == 1 and f"rows.json: {bad} of 20 rows read are bad" in error
+        assert [m["eval_loss"] for m in read_metrics(tmp_path / "save")] == [None]
+        assert convert.find_checkpoint(tmp_path / "save").name == "iter_0000001"
+
+
 def test_train_from_random_weights(folder, tmp_path):
     (folder / "bare").mkdir(exist_ok=True)
     for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
@@ -337,16 +440,107 @@ def test_train_bf16_keeps_float32_parameters(folder, tmp_path):
     assert {v.dtype for v in weights(tmp_path / "bf16").values()} == {torch.float32}
 
 
+def test_train_loop_frees_pixels(folder, tmp_path, monkeypatch):
+    """A step's pixels have the compute type, and are freed before the next step's are loaded."""
+    fetch_batches, last, alive = train.fetch_batches, [], []
+
+    def fetch(*args):
+        alive.extend(ref() for ref in last[:-1])  # the loader holds the last one until it yields the next
+        batches, error = fetch_batches(*args)
+        assert {batch.pixel_values.dtype for batch in batches} == {torch.bfloat16}
+        last[:] = [weakref.ref(batch.pixel_values) for batch in batches]
+        return batches, error
+
+    monkeypatch.setattr(train, "fetch_batches", fetch)
+    run(folder, tmp_path, "--bf16", "--global-batch-size", 4, dataset="images.json", iters=3)
+    assert alive == [None] * 6
+
+
+def test_save_hf(folder, tmp_path, capsys):
+    """Only a run that is complete writes what dcp_to_hf would write."""
+    flags = ["--save-hf", tmp_path / "hf", "--image-max-pixels", 4096]
+    run(folder, tmp_path / "save", *flags, "--exit-duration-in-mins", 1e-6, iters=2)
+    assert not (tmp_path / "hf").exists()
+    run(folder, tmp_path / "save", *flags, "--load", tmp_path / "save", iters=2)
+    convert.dcp_to_hf(tmp_path / "save", tmp_path / "expected", folder / "moe")
+    names = {path.name for path in (tmp_path / "expected").iterdir()}
+    assert names == {path.name for path in (tmp_path / "hf").iterdir()} and "model.safetensors.index.json" in names
+    for name in names:
+        assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes(), name
+    argv = train_argv(folder / "moe", folder / "text.json", tmp_path / "other", *flags, iters=1)
+    assert fails(argv, capsys) == (2, f"error: --save-hf {tmp_path / 'hf'} exists: give a new directory")
+
+
+def log_lines(output: str) -> list[str]:
+    return [line for line in output.splitlines() if re.match(r" \[[^]]*\] iteration ", line)]
+
+
+def test_cpu_offload_equals_device(folder, tmp_path):
+    """Through FSDP2 and back to its checkpoint: equal losses and norms to 1e-5."""
+    flags = ["--global-batch-size", 2, "--router-aux-loss-coef", 0.01, "--seq-length", 90]
+    expected = run(folder, tmp_path / "device", *flags, iters=4)
+    flags.append("--cpu-offload")
+    run(folder, tmp_path / "host", *flags, "--save-interval", 2, "--no-init-model-with-meta-device", iters=4)
+    run(folder, tmp_path / "resumed", *flags, "--load", tmp_path / "host/iter_0000002", iters=4)
+    for name, first in (("host", 0), ("resumed", 2)):
+        for a, b in zip(expected[first:], read_metrics(tmp_path / name), strict=True):
+            for key in ("iteration", "loss", "grad_norm", "aux_loss"):
+                assert b[key] == pytest.approx(a[key], rel=1e-5), (name, key)
+
+
+def test_synchronize_per_layer(folder, tmp_path, monkeypatch):
+    """Wait before each of the four text blocks, in forward and in recompute."""
+    calls = []
+    monkeypatch.setattr(kernels_npu.Cpu, "synchronize", lambda self: calls.append(self))
+    run(folder, tmp_path / "off", "--recompute", "full", dataset="text.json", iters=1)
+    assert not calls
+    run(folder, tmp_path / "on", "--recompute", "full", "--synchronize-per-layer", dataset="text.json", iters=1)
+    assert len(calls) == 8
+
+
+def test_garbage_is_collected_at_fixed_iterations(folder, tmp_path, monkeypatch):
+    events, step, threshold = [], train.train_step, gc.get_threshold()
+
+    def record_step(*args, **kwargs):
+        events.append("step")
+        return step(*args, **kwargs)
+
+    def record_collection(phase: str, info: dict) -> None:
+        if phase == "start":
+            events.append("collection")
+
+    monkeypatch.setattr(train, "train_step", record_step)
+    monkeypatch.setattr(train, "GARBAGE_INTERVAL", 2)
+    gc.set_threshold(1)  # the automatic collector would run all the time
+    gc.callbacks.append(record_collection)
+    try:
+        run(folder, tmp_path, dataset="text.json", iters=4)
+        assert gc.isenabled() and gc.get_freeze_count() == 0
+    finally:
+        gc.callbacks.remove(record_collection)
+        gc.set_threshold(*threshold)
+    last = len(events) - events[::-1].index("step")
+    assert events[events.index("step") : last] == ["step", "collection", "step", "step", "collection", "step"]
+
+
+def test_profile_dir(folder, tmp_path):
+    flags = ["--profile-dir", tmp_path / "trace", "--profile-step-start", 2, "--profile-step-end", 2]
+    run(folder, tmp_path / "save", *flags, dataset="text.json", model="dense", iters=3)
+    (trace,) = (tmp_path / "trace").iterdir()
+    steps = {event["name"] for event in json.loads(trace.read_text())["traceEvents"] if "ProfilerStep" in event["name"]}
+    assert steps == {"ProfilerStep#1"}  # counted from 0
+
+
 def test_metrics_log(folder, tmp_path, capsys):
     metrics = run(folder, tmp_path, "--micro-batch-size", 2, "--global-batch-size", 4, "--log-interval", 2,
                   "--seq-length", 90, iters=5)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" iteration")]
+    lines = log_lines(capsys.readouterr().out)
     assert [m["iteration"] for m in metrics] == [1, 2, 3, 4, 5]
     assert [int(re.search(r"iteration +(\d+)/ +5 \|", line)[1]) for line in lines] == [2, 4]
     tokens, seconds = (sum(m[key] for m in metrics[:2]) for key in ("tokens", "step_time_s"))
     assert float(re.search(r"per device: (\S+)", lines[0])[1]) == pytest.approx(tokens / seconds, abs=0.5)
     for word in ("consumed samples:", "elapsed time per iteration (ms):", "learning rate:", "global batch size:     4",
-                 "lm loss:", "grad norm:", "tokens per second per device:"):
+                 "lm loss:", "loss scale: 1.0 |", "grad norm:", "tokens per sample:", "tokens per second per device:"):
         assert word in lines[0]
     assert float(re.search(r"lm loss: (\S+)", lines[0])[1]) == pytest.approx(
         (metrics[0]["loss"] + metrics[1]["loss"]) / 2, rel=1e-6)  # the mean since the last line
@@ -364,17 +558,96 @@ def test_metrics_log_eval_loss(folder, tmp_path, capsys):
                   "--log-interval", 5, iters=5)
     assert [m["iteration"] for m in metrics] == [1, 2, 3, 4, 5]
     assert [m["eval_loss"] is not None for m in metrics] == [False, True, False, True, True]
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" iteration")]
+    lines = log_lines(capsys.readouterr().out)
     logged = {int(re.search(r"iteration +(\d+)/", line)[1]): float(re.search(r"eval loss: (\S+)", line)[1])
               for line in lines}
     assert logged == {m["iteration"]: pytest.approx(m["eval_loss"]) for m in metrics if m["eval_loss"]}
+
+
+# Megatron's and MindSpeed-MM's scripts read their logs with such commands. LOG is the log's path.
+STEP_TIMES = [
+    "grep 'elapsed time per iteration' LOG | awk -F ':' '{print $5}' | awk -F '|' '{print $1}'",
+    "grep 'elapsed time per iteration' LOG | awk -F '[:,|]' '{print $7}'",
+    "grep 'elapsed time per iteration' LOG | awk -F 'elapsed time per iteration [(]ms[)]:' '{print $2}' "
+    "| awk -F '|' '{print $1}'",
+]
+BATCH_SIZES = [
+    "grep 'global batch size' LOG | awk -F 'global batch size:' '{print $2}' | awk -F '|' '{print $1}'",
+    "sed -nE 's:.* iteration +([0-9]+)/.* consumed samples\\: +([0-9]+) .*:\\2 \\1:p' LOG | awk '{print $1 / $2}'",
+]
+TOKENS_PER_SAMPLE = "grep 'tokens per sample' LOG | awk -F 'tokens per sample:' '{print $2}' | awk -F '|' '{print $1}'"
+SAVE_PATH = "grep 'saving checkpoint at iteration' LOG | tail -n 1 | awk -F ' to ' '{print $2}' | awk '{print $1}'"
+
+
+def test_log_line_scripts(folder, tmp_path, capsys):
+    metrics = run(folder, tmp_path / "save", "--global-batch-size", 3, "--save-interval", 2, iters=5)
+    (tmp_path / "train.log").write_text(capsys.readouterr().out)
+
+    def read(command: str) -> list[str]:
+        command = command.replace("LOG", str(tmp_path / "train.log"))
+        return subprocess.run(command, shell=True, check=True, capture_output=True, text=True).stdout.split()
+
+    for command in STEP_TIMES:
+        expected = [pytest.approx(1000 * m["step_time_s"], abs=0.051) for m in metrics]
+        assert list(map(float, read(command))) == expected, command
+    for command in BATCH_SIZES:
+        assert read(command) == ["3"] * 5, command
+    assert list(map(float, read(TOKENS_PER_SAMPLE))) == [pytest.approx(m["tokens"] / 3, abs=0.051) for m in metrics]
+    assert read(SAVE_PATH) == [str(tmp_path / "save")]
+
+
+def test_log_line_format(capsys, monkeypatch):
+    """Zero is a value. What cannot be computed is left out, and a step that was not applied has no part in the loss."""
+    monkeypatch.setattr(time, "strftime", lambda form: form.replace("%Y-%m-%d %H:%M:%S", "2026-01-08 10:00:00"))
+    metrics_log = train.MetricsLog(
+        types.SimpleNamespace(rank=0, world_size=2), 0, save=None, tensorboard_dir=None, log_interval=1,
+        train_iters=2000, global_batch_size=16, packed_length=None, loss_name="lm loss")
+    metrics = {"iteration": 10, "loss": 0.0, "aux_loss": 0.0, "grad_norm": 0.0, "lr": 0.0, "samples": 16,
+               "tokens": 13000, "step_time_s": 0.8124, "model_flops": 1.0, "skipped_samples": 0,
+               "skipped_iterations": 0}
+    metrics_log.write(160, **metrics)
+    metrics_log.finish(0.0)
+    skipped = {"iteration": 11, "loss": math.nan, "grad_norm": math.inf, "samples": 0, "skipped_samples": 2,
+               "skipped_iterations": 1}
+    metrics_log.write(176, **metrics | skipped)
+    metrics_log.finish(None)
+    zeros, not_applied = capsys.readouterr().out.splitlines()
+    assert zeros == (
+        " [2026-01-08 10:00:00] iteration       10/    2000 | consumed samples:          160 | elapsed time per "
+        "iteration (ms): 812.4 | learning rate: 0.000000E+00 | global batch size:    16 | lm loss: 0.000000E+00 | "
+        "loss scale: 1.0 | grad norm: 0.000 | tokens per sample: 812.5 | tokens per second per device: 8001 | "
+        "load balancing loss: 0.0000 | eval loss: 0.000000E+00 | skipped samples: 0 | "
+        "number of skipped iterations: 0 |")
+    assert not_applied == (
+        " [2026-01-08 10:00:00] iteration       11/    2000 | consumed samples:          176 | elapsed time per "
+        "iteration (ms): 812.4 | learning rate: 0.000000E+00 | global batch size:    16 | loss scale: 1.0 | "
+        "tokens per second per device: 8001 | skipped samples: 2 | number of skipped iterations: 1 |")
+
+
+@pytest.mark.parametrize("flags", [[], ["--async-save"]])
+def test_log_lines_of_a_save(folder, tmp_path, monkeypatch, flags):
+    """The second line of a save follows when its iteration is complete."""
+    lines = []
+
+    def print_line(text: str) -> None:
+        tracker = tmp_path / convert.TRACKER
+        lines.append((text, tracker.read_text() if tracker.exists() else None))
+
+    monkeypatch.setattr(convert, "print_line", print_line)
+    run(folder, tmp_path, "--save-interval", 2, *flags, iters=3)
+    assert lines == [
+        (f"saving checkpoint at iteration       2 to {tmp_path}", None),
+        (f"successfully saved checkpoint from iteration       2 to {tmp_path}", "2"),
+        (f"saving checkpoint at iteration       3 to {tmp_path}", "2"),
+        (f"successfully saved checkpoint from iteration       3 to {tmp_path}", "3"),
+    ]
 
 
 def test_metrics_log_loss_name(folder, tmp_path, monkeypatch, capsys):
     """The log line names another loss function by its `log_name`."""
     monkeypatch.setattr(weighted_cross_entropy, "log_name", "dpo loss", raising=False)
     run(folder, tmp_path, iters=1)
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(" iteration"))
+    (line,) = log_lines(capsys.readouterr().out)
     assert " | dpo loss: " in line and "lm loss" not in line
 
 
@@ -390,6 +663,13 @@ def test_train_loop_writes_metrics_before_saving(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(convert.CheckpointWriter, "save", hooked)
     run(folder, tmp_path, "--save-interval", 1, iters=2)
     assert seen == [(1, 1), (2, 2)]
+
+
+def test_save_iteration_stores_the_media_limits_that_were_given(folder, tmp_path):
+    run(folder, tmp_path / "a", "--image-max-pixels", 4096, "--video-fps", 2, iters=1)
+    run(folder, tmp_path / "b", iters=1)
+    for save, expected in (("a", {"image_max_pixels": 4096, "video_fps": 2.0}), ("b", {})):
+        assert convert.read_settings(tmp_path / save / "iter_0000001") == {"media_limits": expected}
 
 
 def test_train_loop_saves_before_bad_eval_row(folder, tmp_path, capsys):
@@ -435,6 +715,7 @@ def test_train_nonfinite_steps_end_the_run(folder, tmp_path, capsys):
     assert {m["loss"] for m in metrics} == {None}
 
 
+REQUIRED = ["--init-from-hf-path", "x"]
 ERRORS = [
     (["--train-iters", 0], 2, r"--train-iters: '0' is not an integer at least 1"),
     (["--eval-iters", 10**30], 2, r"--eval-iters: '1000.*' is not an integer at least 1 and at most 1e\+09"),
@@ -458,6 +739,11 @@ ERRORS = [
     (["--device", "cuda"], 2, "--device cuda: this PyTorch sees no CUDA device"),
     (["--device", "npu"], 2, "--device npu"),
     (["--dataset", "missing.json"], 1, "missing.json"),
+    (["--dataset-weights", "2,0.5"], 2, r"--dataset-weights has 2 number\(s\), --dataset 1 file\(s\)"),
+    (["--dataset-weights=-1"], 2, "--dataset-weights: '-1' is not a number at least 0"),
+    (["--dataset-weights", "2,"], 2, "--dataset-weights: '' is not a number"),
+    (["--dataset-weights", "0"], 2, "--dataset-weights leaves out every dataset"),
+    (["--dataset-weights", "2", "--streaming"], 2, "--dataset-weights .* --streaming"),
     (["--init-from-hf-path", "nowhere"], 1, "nowhere"),
     (["--load", "nowhere"], 1, "nowhere"),
     (["--eval-dataset", "held_out.json"], 1, "held_out.json"),
@@ -518,6 +804,21 @@ def test_train_without_save(folder, capsys):
     train.main(["--init-from-hf-path", str(folder / "moe"), "--dataset", str(folder / "text.json"), "--train-iters",
                 "1", "--num-workers", "0"])
     assert "done: nothing was saved, because --save is missing" in capsys.readouterr().out
+
+
+def test_parser_unknown_flags(capsys):
+    """Typing errors get a suggestion. Flags of MindSpeed-MM's scripts do not; the guide has them."""
+    for typo, flag in (("--seqlength", "--seq-length"), ("--laod", "--load"), ("--wieght-decay=1", "--weight-decay"),
+                       ("--micro_batch_size", "--micro-batch-size")):
+        _, error = fails([*REQUIRED, typo], capsys)
+        assert error.endswith(f"unrecognized arguments: {typo} (did you mean {flag}?)")
+    for foreign in ("--use-distributed-optimizer", "--distributed-backend nccl", "--log-tps", "--lr-warmup-init 0",
+                    "--context-parallel-algo ulysses_cp_algo", "--pipeline-model-parallel-size 1", "--use-flash-attn",
+                    "--ckpt-format torch", "--expert-model-parallel-size 2", "--calculate-per-token-loss", "--fp16",
+                    "--lr-decay-iters 5", "--train-samples 5", "--exit-interval 5", "--end-weight-decay 0"):
+        status, error = fails([*REQUIRED, *foreign.split()], capsys)
+        assert status == 2 and "did you mean" not in error
+        assert error.count("the migration table in README.zh.md") == 1
 
 
 def test_parser_damaged_flag_files(tmp_path, capsys):

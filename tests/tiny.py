@@ -49,18 +49,19 @@ def config_dict(moe: bool = False, tied: bool = False, vocab_size: int = 264, la
     }
 
 
-def hf_model(raw: dict, seed: int = 0):
+def hf_model(raw: dict, seed: int = 0, device: str = "cpu"):
     """Build transformers' model in float32 with random parameters, norms and biases included."""
     import transformers as t
 
     moe = raw["model_type"] == "qwen3_vl_moe"
     config = (t.Qwen3VLMoeConfig if moe else t.Qwen3VLConfig)(**raw)
     torch.manual_seed(seed)
-    model = (t.Qwen3VLMoeForConditionalGeneration if moe else t.Qwen3VLForConditionalGeneration)(config).float()
-    generator = torch.Generator().manual_seed(seed)
+    with torch.device(device):
+        model = (t.Qwen3VLMoeForConditionalGeneration if moe else t.Qwen3VLForConditionalGeneration)(config).float()
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * 0.05)
+            p.add_(torch.randn(p.shape, generator=generator, device=device) * 0.05)
     return model
 
 

@@ -4,10 +4,17 @@ A case is (arguments, call): float32 or integer tensors, and a function of (ops,
 """
 from __future__ import annotations
 
+import glob
+import importlib.metadata
+import itertools
 import math
+import os
+import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -208,11 +215,56 @@ def check_operations(ops: Torch) -> bool:
     return all_right
 
 
+# ---- report --------------------------------------------------------------------------------------------------------
+
+PACKAGES = ("torch", "torch_npu", "safetensors", "tokenizers", "transformers")
+VARIABLES = re.compile("(ACL|ASCEND|CLOSE_MATMUL|COMBINED|CPU_AFFINITY|CUBLAS|CUDA|GLOO|HCCL|MULTI_STREAM|NCCL|NPU|OMP_"
+                       "|PYTORCH|TASK_QUEUE|TOKENIZERS|TORCH)|(LD_LIBRARY_PATH|PYTHONPATH)$")
+
+
+def installed_version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def version_line(*patterns: str) -> str:
+    """Return the first line with the word "version" in the files that match the patterns."""
+    for path in itertools.chain.from_iterable(map(glob.glob, patterns)):
+        for line in Path(path).read_text(errors="replace").splitlines():
+            if "version" in line.lower():
+                return f"{line.strip()} ({path})"
+    return "not found"
+
+
+def print_report() -> None:
+    """Print the versions and the environment variables that a bug report needs."""
+    print(f"python {platform.python_version()}, {platform.platform()}")
+    for package in PACKAGES:
+        print(package, installed_version(package))
+    cann = os.environ.get("ASCEND_HOME_PATH", "/usr/local/Ascend/ascend-toolkit/latest")
+    print("CANN:", version_line(f"{cann}/*/ascend_*_install.info", f"{cann}/ascend_*_install.info"))
+    print("Ascend driver:", version_line("/usr/local/Ascend/driver/version.info"))
+    print("CUDA:", torch.version.cuda or "not in this torch")
+    print("NVIDIA driver:", version_line("/proc/driver/nvidia/version"))
+    for name in sorted(filter(VARIABLES.match, os.environ)):
+        print(f"{name}={os.environ[name]}")
+
+
 def main(argv: list[str]) -> None:
     parser = Parser(prog="kernels_npu.py", description="Compare every operation on this machine's device with `Torch`.")
     parser.add_argument("--device", choices=kernels_npu.DEVICES, default="auto", help="the device to check")
+    parser.add_argument("--report", action="store_true",
+                        help="first print versions, devices and environment variables, for a bug report")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
-    ops = kernels_npu.select(parser.parse_args(argv).device)
+    args = parser.parse_args(argv)
+    if args.report:  # before `select`, which may fail
+        print_report()
+    ops = kernels_npu.select(args.device)
+    if args.report:
+        for number, device in enumerate(ops.devices()):
+            print(f"{ops.device.type}:{number} {device}")
     print(f"device: {ops.device}; torch {torch.__version__}" + "".join(f"; {k} {v}" for k, v in ops.settings.items()))
     if not check_operations(ops):
         raise InputError(f"{ops.device}: operations marked OFF are wrong on this device: do not train on it")

@@ -15,7 +15,7 @@ import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -29,8 +29,11 @@ from tools import report
 from tools.report import visible
 
 CHUNK = 16  # rows that a worker reads at a time
-MAX_REASONS, MAX_EXAMPLES = 40, 10  # kinds of bad rows that are counted separately, and rows of each on the page
+MAX_REASONS, MAX_EXAMPLES = 40, 10  # kinds of bad rows that are counted separately, and rows of each that are shown
+MAX_KEYS = 40  # keys without an effect that are listed
 MAX_SHOWN = 12  # rows that the page renders
+# Coordinates in an answer: {"bbox_2d": [x1, y1, x2, y2]}, {"point_2d": [x, y]}, <|box_start|>(x1,y1),(x2,y2)<|box_end|>
+BOX = re.compile(r"""["'](?:bbox|bbox_2d|point_2d)["']\s*:\s*(\[[][\d\s.,-]*\])|<\|box_start\|>(.*?)<\|box_end\|>""")
 
 
 # ---- llava -----------------------------------------------------------------------------------------------------------
@@ -41,7 +44,7 @@ def convert_llava(annotations: str, image_dir: str, output: str, overwrite: bool
 
     Rows with a missing image are left out, as in the guide's script. Image paths are relative to the output's folder
     ("./train2017/X.jpg" for an output in COCO2017, as in the guide) if the images are below it, so that
-    training needs no --dataset-dir. Otherwise the paths are absolute.
+    training needs no --dataset-dir. Otherwise the paths are absolute. Other keys of rows and messages are kept.
     """
     if not os.path.isdir(image_dir):
         raise InputError(f"{image_dir} is not a folder: give COCO's image folder train2017 as --image_dir")
@@ -63,7 +66,7 @@ def convert_llava(annotations: str, image_dir: str, output: str, overwrite: bool
                 missing += absent[: 3 - len(missing)]
                 continue
             relative = [os.path.relpath(path, folder) for path in paths]
-            row = {key: row[key] for key in ("id",) if key in row} | {"messages": messages}
+            row = {key: row[key] for key in row if key not in ("image", "conversations")} | {"messages": messages}
             row["images"] = [p if r.startswith("..") else f"./{r}" for p, r in zip(paths, relative, strict=True)]
             stream.write((separator if written else start) + json.dumps(row))
             written += 1
@@ -95,7 +98,8 @@ def _parse_llava(row: dict, source: str) -> tuple[list[str], list[dict]]:
         if turn.get("from") not in ("human", "gpt"):
             raise InputError(f"{source}: conversations[{i}] is from {repr(turn.get('from'))[:80]}, not human or gpt")
         role = {"human": "user", "gpt": "assistant"}[turn["from"]]
-        messages.append({"role": role, "content": turn["value"]})
+        other_keys = {key: turn[key] for key in turn if key not in ("from", "value")}
+        messages.append(other_keys | {"role": role, "content": turn["value"]})
     return images, messages
 
 
@@ -128,6 +132,8 @@ class RowInfo(NamedTuple):
     image_tokens: list[int]  # tokens of each image
     content: int  # hash of the ids and pixels; 0 for a bad row
     identity: int  # hash of the file and id; 0 for a row without an id
+    unused_keys: Iterable[str] = ()  # keys that have no effect
+    outside: str = ""  # the first box in an answer that leaves 0 to 1000, or ""
 
 
 class RowReader:
@@ -151,17 +157,21 @@ class RowReader:
 
     def read(self, index: int) -> RowInfo:
         source, identity, file = self.name(index), 0, self.dataset.span(index).file
+        unused: set[str] = set()
         try:
             row, source, media_dir = self.dataset[index]
-            if isinstance(row, dict) and row.get("id") is not None:
-                identity = _hash(f"{file} {row['id']}".encode("utf-8", "surrogatepass"))
+            if isinstance(row, dict):
+                unused = data.unused_keys(row, self.processor.template.has_thoughts)
+                if row.get("id") is not None:
+                    identity = _hash(f"{file} {row['id']}".encode("utf-8", "surrogatepass"))
             sample = self.processor.encode(row, media_dir=media_dir, source=source, options=self.options)
         except InputError as error:
             reason = str(error).removeprefix(source).lstrip(": ")[:500]
-            return RowInfo(source, reason, {"rows": 1, "bad": 1}, [], 0, identity)
+            return RowInfo(source, reason, {"rows": 1, "bad": 1}, [], 0, identity, unused)
         media = report.list_media(sample, self.processor)
         image_tokens = [tokens for kind, _, tokens in media if kind == "image"]
         supervised = int((sample.labels != data.IGNORE).sum())
+        outside = box_outside(row)
         counts = {
             "rows": 1,
             "turns": int((sample.input_ids == self.processor.im_start_token_id).sum()),
@@ -172,10 +182,21 @@ class RowReader:
             "media": len(sample.visual_index),
             "truncated": int(sample.truncated),
             "unsupervised": int(supervised == 0),
+            "outside": int(outside != ""),
         }
         # Hash every 48th pixel value. The hash is of pixels, not paths, to find one image under two names.
         content = _hash(sample.input_ids.numpy().tobytes(), sample.pixel_values[:, ::48].numpy().tobytes())
-        return RowInfo(source, "", counts, image_tokens, content, identity)
+        return RowInfo(source, "", counts, image_tokens, content, identity, unused, outside)
+
+
+def box_outside(row: dict) -> str:
+    """Return the first box or point in the answers of a good row that leaves 0 to 1000, or ""."""
+    for turn in data.parse_row(row):
+        for box in BOX.finditer("".join(turn.parts) if turn.role == "assistant" else ""):
+            numbers = re.findall(r"-?\d+(?:\.\d+)?", box[1] or box[2])
+            if any(not 0 <= float(n) <= 1000 for n in numbers):
+                return box[0][:200]
+    return ""
 
 
 def _hash(*parts: bytes) -> int:
@@ -191,6 +212,7 @@ class Statistics:
         self.files = [Counter() for _ in reader.dataset.paths]
         self.tokens, self.supervised_percent, self.images, self.image_tokens = (Counter() for _ in range(4))
         self.contents, self.identities = np.zeros((2, rows), np.uint64)
+        self.unused_keys: Counter[str] = Counter()
         self.first_rows: dict[str, int] = {}  # trait -> the first row that has it
         self.reasons: dict[str, list] = {}  # kind of reason -> [number of rows, (source, reason), ...]
 
@@ -199,6 +221,7 @@ class Statistics:
         counts = row.counts
         self.files[self.reader.dataset.span(index).file].update(counts)
         self.contents[index], self.identities[index] = row.content, row.identity
+        self.unused_keys.update(row.unused_keys)
         if row.reason:  # reasons that differ only in paths, quotations and numbers are of one kind
             kind = re.sub(r"\S*/\S*|'[^']*'|\"[^\"]*\"|(?<![\w-])\d+", "…", row.reason)[:150]
             known = kind in self.reasons or len(self.reasons) < MAX_REASONS
@@ -244,6 +267,7 @@ class Statistics:
             ("repeated", len(repeats), "rows with the content of an earlier one"),
             ("repeated ids", len(same_ids), "rows with the id of an earlier one in their file"),
             ("unsupervised", total["unsupervised"], "rows without a supervised token"),
+            ("outside", total["outside"], "rows with a box outside 0 to 1000, Qwen3-VL's relative coordinates"),
             ("packed rows", -(-tokens // seq_length), f"of {seq_length:,} tokens, at least"),
         ]
         return report.Summary(
@@ -257,6 +281,7 @@ class Statistics:
                 ("tokens per image", histogram(self.image_tokens)),
             ],
             datasets=list(zip(self.reader.dataset.paths, self.files, strict=True)),
+            unused_keys=sorted(self.unused_keys.items(), key=lambda item: (-item[1], item[0]))[:MAX_KEYS],
             reasons=sorted(self.reasons.items(), key=lambda item: -item[1][0]),
             repeats=[(self.reader.name(i), self.reader.name(first)) for i, first in repeats[:20].tolist()],
         )
@@ -299,7 +324,8 @@ def histogram(values: Counter, bins: int = 12) -> list[tuple[str, int]]:
 
 def check(args: argparse.Namespace) -> None:
     """Read every row, print the summary and write the page. Raises InputError if rows are bad."""
-    processor = data.Processor(args.init_from_hf_path, **data.media_limits(args))
+    limits = data.media_limits(args)
+    processor = data.Processor(args.init_from_hf_path, enable_thinking=args.enable_thinking, **limits)
     dataset = data.RowDataset(args.dataset.split(","), args.dataset_dir, args.cache_dir, args.max_samples)
     reader = RowReader(dataset, processor, data.encode_options(args))
     statistics = Statistics(reader)
@@ -313,6 +339,9 @@ def check(args: argparse.Namespace) -> None:
                     statistics.add(index, row)
                     if row.reason:
                         tqdm.write(f"bad: {visible(row.source)}: {visible(row.reason)}")
+                    if row.outside and sum(counts["outside"] for counts in statistics.files) <= MAX_EXAMPLES:
+                        tqdm.write(f"warning: {visible(row.source)}: an answer's box leaves 0 to 1000, Qwen3-VL's "
+                                   f"coordinates relative to the image: {visible(row.outside)}")
                 bar.update(len(rows))
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
@@ -345,6 +374,9 @@ def _as_text(summary: report.Summary) -> Iterator[str]:
     yield "\n" + "".join(f"{name:>12}" for name in report.COLUMNS) + "  dataset"
     for path, counts in summary.datasets:
         yield "".join(f"{counts[name]:12,}" for name in report.COLUMNS) + f"  {visible(path)}"
+    if summary.unused_keys:
+        yield f"\n{report.UNUSED_KEYS}"
+        yield from (f"{count:12,}  {visible(key[:100])}" for key, count in summary.unused_keys)
     if summary.repeats:
         yield "\nrows with the same content, for example"
         yield from (f"  {visible(row)} as {visible(first)}" for row, first in summary.repeats[:5])

@@ -36,15 +36,14 @@ from model import (
     Qwen3VL,
     Qwen3VLConfig,
     VisionBlock,
-    build_model,
     plain_block,
     step_flops,
     trainable_components,
 )
 from train import (
     batch_sizes,
+    build_trainable_model,
     configure_model,
-    freezing_predicate,
     make_optimizer,
     model_settings,
     optimizer_settings,
@@ -115,12 +114,13 @@ class MemoryTracker(TorchDispatchMode):
         self.sent = Counter()  # bytes by collective and block
         self.micro_batch, self.phase, self.block = 0, "forward", ""
         self.peaks: dict[tuple[int, str, str], tuple[int, Counter]] = {}
+        self.host_peaks: Counter[tuple[int, str, str]] = Counter()  # the most of the host's bytes at each moment
         self.entered: dict[str, Counter] = {}  # by block in forward order: the live bytes at its start
         self.in_backward: set[str] = set()  # the blocks with a backward
 
     def reset(self) -> None:
         """Restart the peaks and the traffic."""
-        self.most, self.sent, self.peaks = self.live.copy(), Counter(), {}
+        self.most, self.sent, self.peaks, self.host_peaks = self.live.copy(), Counter(), {}, Counter()
 
     def enter(self, block: str) -> None:
         """Start the forward of a block, or in backward its second forward or its backward."""
@@ -166,6 +166,7 @@ class MemoryTracker(TorchDispatchMode):
         self.live[kind] += size
         self.most[kind] = max(self.most[kind], self.live[kind])
         total, moment = self.total(), (self.micro_batch, self.phase, self.block)
+        self.host_peaks[moment] = max(self.host_peaks[moment], self.live["host"])
         if total > self.peaks.get(moment, (-1,))[0]:
             self.peaks[moment] = total, self.live.copy()
 
@@ -297,12 +298,14 @@ def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def trace_step(
     model: Qwen3VL, state: parallel.ParallelState, batch: data.Batch, accumulation: int, optimizer_flags: dict,
-    removed: list[Removed],
+    removed: list[Removed], cpu_offload: bool,
 ) -> dict[str, int | str | dict]:
     """Run a step of a configured model with fake tensors and return the numbers of `dry_run`.
 
     They include those of the `removed` layers.
     """
+    kinds = ("parameters", "gradients", "optimizer state", "optimizer step")
+    parameters, gradient, optimizer_state, optimizer_step = ["host"] * 4 if cpu_offload else kinds
     text, visual, ops = model.model.language_model, model.model.visual, kernels_npu.ops
     chosen, activations, entered, all_gathers = text.block_fn, {}, {}, {}
     setting = recompute_setting(chosen)
@@ -313,21 +316,21 @@ def trace_step(
     full_shape = batch.pixel_values.shape
     batch = parallel.local_batch(replace(batch, pixel_values=torch.zeros(()).expand(full_shape)), state)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake_mode, MemoryTracker(fake_mode) as memory:
-        with memory.tag("parameters"):
+        with memory.tag(parameters):
             model.to_empty(device=state.device)
         optimizer = make_optimizer(model, **optimizer_flags)
         trainable = [p for p in model.parameters() if p.requires_grad]
-        with memory.tag("optimizer state"):  # it exists in every step but the first
+        with memory.tag(optimizer_state):  # it exists in every step but the first
             for p in trainable:
                 p.grad = torch.zeros_like(p)
             optimizer.step()
             optimizer.zero_grad()
         for p in trainable:
-            p.register_post_accumulate_grad_hook(lambda p: memory.count(parallel.to_local(p.grad), "gradients"))
+            p.register_post_accumulate_grad_hook(lambda p: memory.count(parallel.to_local(p.grad), gradient))
         for name, module in model.named_modules():
             if isinstance(module, parallel.FSDPModule):
                 memory.reset()
-                with memory.tag("parameters"):  # FSDP2 pads them the first time
+                with memory.tag(parameters):  # FSDP2 pads them the first time
                     module.unshard()
                     module.reshard()
                 all_gathers[name or "the root's own"] = memory.traffic("all-gather")
@@ -367,7 +370,7 @@ def trace_step(
         (square_sum,) = state.sum(parallel.grad_square_sum(trainable, state))
         parallel.clip_gradients(trainable, square_sum**0.5, max_norm=0.5)
         memory.phase = "optimizer"
-        with memory.tag("optimizer step"):
+        with memory.tag(optimizer_step):
             optimizer.step()
     shards = [parallel.to_local(p) for p in model.parameters()]
     supervised = len(batch.supervised_index)
@@ -377,26 +380,26 @@ def trace_step(
     numbers = Counter({
         "parameters": sum(p.numel() for p in shards), "parameter_bytes": sum(p.nbytes for p in shards),
         "gradient_bytes": gradients, "optimizer_bytes": sum(parallel.to_local(t).nbytes for t in states),
-        "host_bytes": memory.most["host"],
         "all_gather_bytes": memory.traffic("all-gather") // traced * accumulation,
         "reduced_gradient_bytes": memory.traffic("reduce-scatter") // traced * accumulation,
         "all_to_all_bytes": memory.traffic("all-to-all") // traced * accumulation,
     })
     peaks = {moment: parts for moment, (_, parts) in memory.peaks.items()}
+    for moment, parts in peaks.items():
+        parts["host"] = memory.host_peaks[moment]
     order = list(memory.entered)
     for count, like, after in removed:
         layer, following = model.get_submodule(like), order[order.index(like) + 1]
         kept = {name: at[following] - at[like] for name, at in entered.items()}
-        parameters = list(layer.parameters())
-        layer_states = [t for p in parameters for t in optimizer.state.get(p, {}).values()]
-        grads = [p.grad for p in parameters if p.grad is not None]
+        layer_parameters = list(layer.parameters())
+        layer_states = [t for p in layer_parameters for t in optimizer.state.get(p, {}).values()]
+        grads = [p.grad for p in layer_parameters if p.grad is not None]
         gathers = sum(all_gathers.get(f"{like}.{name}".rstrip("."), 0) for name, _ in layer.named_modules())
         numbers.update({
-            "parameters": count * sum(parallel.to_local(p).numel() for p in parameters),
-            "parameter_bytes": count * sum(parallel.to_local(p).nbytes for p in parameters),
+            "parameters": count * sum(parallel.to_local(p).numel() for p in layer_parameters),
+            "parameter_bytes": count * sum(parallel.to_local(p).nbytes for p in layer_parameters),
             "gradient_bytes": count * sum(parallel.to_local(g).nbytes for g in grads),
             "optimizer_bytes": count * sum(parallel.to_local(t).nbytes for t in layer_states),
-            "host_bytes": count * kept[setting]["host"],
             "all_gather_bytes": count * accumulation * gathers * (1 + (like in memory.in_backward)),
             "reduced_gradient_bytes": count * memory.traffic("reduce-scatter", like) // traced * accumulation,
             "all_to_all_bytes": count * memory.traffic("all-to-all", like) // traced * accumulation,
@@ -408,13 +411,15 @@ def trace_step(
             is_behind = block in order and order.index(block) > order.index(after)
             is_kept = is_behind and phase != "optimizer"
             has_gradients = micro_batch > 0 or phase == "optimizer" or phase == "backward" and not is_behind
-            parts["parameters"] += count * local_bytes(parameters)
-            parts["optimizer state"] += count * local_bytes(layer_states)
-            parts["gradients"] += count * local_bytes(grads) * has_gradients
-            parts["activations"] += count * kept[setting]["activations"] * is_kept
+            parts[parameters] += count * local_bytes(layer_parameters)
+            parts[optimizer_state] += count * local_bytes(layer_states)
+            parts[gradient] += count * local_bytes(grads) * has_gradients
+            for kind in ("activations", "host"):
+                parts[kind] += count * kept[setting][kind] * is_kept
     peak = max(peaks.values(), key=lambda parts: sum(parts.values()) - parts["host"])
     return {
-        **numbers, "logits_bytes": logits * model.config.text.vocab_size * 4,
+        **numbers, "host_bytes": max(parts["host"] for parts in peaks.values()),
+        "logits_bytes": logits * model.config.text.vocab_size * 4,
         "activation_setting": setting, "activation_bytes": activations,
         "backward_bytes": memory.most["backward"], "loss_bytes": memory.most["loss"],
         "largest_all_gather": largest, "largest_all_gather_bytes": all_gathers.get(largest, 0),
@@ -423,6 +428,15 @@ def trace_step(
         "peak_bytes": sum(peak.values()) - peak["host"],
         "peak_parts": {kind: n for kind, n in peak.most_common() if n and kind != "host"},
     }
+
+
+def full_flops(config: Qwen3VLConfig, batch: data.Batch, model: Qwen3VL, removed: list[Removed]) -> float:
+    """Return the FLOPs of a batch in the full model, from its configuration and a model without the removed layers."""
+    adapters = Counter(parallel.adapter_flops(model))
+    for count, like, _ in removed:
+        adapters.update({name: count * n for name, n in parallel.adapter_flops(model, f"{like}.").items()})
+    return step_flops(config, batch.cu_seqlens, batch.grid_thw, len(batch.supervised_index),
+                      trainable_components(model), adapters)
 
 
 def fake_process_group(rank: int, world_size: int) -> None:
@@ -443,17 +457,15 @@ def predict(args: argparse.Namespace, full_depth: bool = False) -> dict:
     fake_process_group(min(args.context_parallel_size, args.world_size) - 1, args.world_size)
     ops = kernels_npu.ops = FakeDevice(torch.device("cpu"))  # PyTorch has no fake tensors of a device that is missing
     state = FakeParallelState(ops, cp=args.context_parallel_size, ep=args.expert_parallel_size, fsdp=args.fsdp_size)
-    state.backend_averages = False  # the fake backend cannot be asked
     size, accumulation = batch_sizes(args.micro_batch_size, args.global_batch_size, state.dp_size)
-    model = build_model(shallow_config, freezing_predicate(args))
+    model, _ = build_trainable_model(args, shallow_config)
     total = sum(p.numel() for p in model.parameters())
     total += sum(r.count * sum(p.numel() for p in model.get_submodule(r.like).parameters()) for r in removed)
     settings = model_settings(args)
-    configure_model(model, state, **settings)
+    configure_model(model, state, **settings | {"synchronize_per_layer": False})  # which takes no memory
     batch = fake_batch(config, args.seq_length, args.micro_batch_size)
     set_loss_weights([batch] * accumulation, args.loss_type, model, state)
-    flops = accumulation * state.dp_size * step_flops(
-        config, batch.cu_seqlens, batch.grid_thw, len(batch.supervised_index), trainable_components(model))
+    flops = accumulation * state.dp_size * full_flops(config, batch, model, removed)
     report = {
         "rank": state.rank, "world_size": state.world_size, "context_parallel_size": state.cp_size,
         "expert_parallel_size": state.ep_size, "fsdp_size": state.fsdp_size,
@@ -461,7 +473,7 @@ def predict(args: argparse.Namespace, full_depth: bool = False) -> dict:
         "seq_length": args.seq_length, "images": len(batch.grid_thw), "visual_tokens": len(batch.visual_index),
         "supervised_tokens": len(batch.supervised_index),
         "compute_dtype": str(settings["compute_dtype"]).removeprefix("torch."), "model_parameters": total,
-        **trace_step(model, state, batch, accumulation, optimizer_settings(args), removed),
+        **trace_step(model, state, batch, accumulation, optimizer_settings(args), removed, args.cpu_offload),
         "flops_per_step": flops, "flops_per_rank": flops / state.world_size,
     }
     state.close()
@@ -522,7 +534,7 @@ def gib(size: float) -> str:
 def advice(part: str, args: argparse.Namespace, config: Qwen3VLConfig) -> str:
     """Return flags that make a part of the peak smaller."""
     if part in ("parameters", "gradients", "optimizer state"):
-        return "a larger --fsdp-size" if args.fsdp_size else "a larger --world-size"
+        return "--cpu-offload or a larger " + ("--fsdp-size" if args.fsdp_size else "--world-size")
     if part == "loss":
         return "a smaller --loss-chunk-size"
     first = "a larger --expert-parallel-size, " * bool(config.text.num_experts)

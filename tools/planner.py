@@ -23,17 +23,18 @@ import torch.distributed as dist
 import kernels_npu
 import parallel
 from common import InputError, UsageError
-from model import Experts, Qwen3VLConfig, VisionConfig, build_model, step_flops, trainable_components
+from model import Experts, Qwen3VLConfig, VisionConfig
 from tools.dry_run import (
     FakeDevice,
     FakeParallelState,
     MemoryTracker,
     fake_batch,
     fake_process_group,
+    full_flops,
     predict,
     shallow,
 )
-from train import batch_sizes, configure_model, freezing_predicate, model_settings, set_loss_weights
+from train import batch_sizes, build_trainable_model, configure_model, model_settings, set_loss_weights
 
 MATMUL_EFFICIENCY, MEMORY_EFFICIENCY, LINK_EFFICIENCY = 0.75, 0.8, 0.8  # reached shares of the data sheets' figures
 LATENCY, HOP_IN_NODE, HOP_BETWEEN_NODES = 8.4e-6, 3.4e-6, 14e-6  # seconds of a collective, and of each step of its ring
@@ -181,6 +182,9 @@ class PlannedDevice(FakeDevice):
     def work(self, flops: float, *tensors: torch.Tensor) -> None:
         self.profile.count_work(flops, *tensors)
 
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor  # `fake_positions` are there
+
     def attention_sdpa(self, q, k, v, cu_seqlens, causal):
         return kernels_npu._per_sequence(lambda *qkv: Attention.apply(*qkv, causal), q, k, v, cu_seqlens)
 
@@ -265,7 +269,7 @@ class Planner:
         kernels_npu.ops = PlannedDevice(torch.device("cpu"))
         self.config = Qwen3VLConfig.from_json(args.init_from_hf_path)
         self.shallow, self.removed, _ = shallow(self.config)
-        self.model = build_model(self.shallow, freezing_predicate(args))
+        self.model, _ = build_trainable_model(args, self.shallow)
         self.dtype = model_settings(args)["compute_dtype"]
         self.results: dict = {}
         features = self.shallow.vision.deepstack_visual_indexes
@@ -289,10 +293,11 @@ class Planner:
             state = FakeParallelState(ops, cp=cp, ep=ep)
             profile = ops.profile = Profile(self.device, self.results)
             profile.cp_group = state.cp_group.group_name if cp > 1 else None
-            model = build_model(self.shallow, freezing_predicate(args)).to(self.dtype)
+            model = build_trainable_model(args, self.shallow)[0].to(self.dtype)
             state.world_size = 1  # `parallelize` applies everything but FSDP2, which one rank in float32 does without
             configure_model(model, state, **model_settings(args) | {
-                "compute_dtype": torch.float32, "recompute": recompute, "offload": False})
+                "compute_dtype": torch.float32, "recompute": recompute, "offload": False, "cpu_offload": False,
+                "synchronize_per_layer": False})
             batch = fake_batch(self.config, args.seq_length, micro_batch)
             set_loss_weights([batch], args.loss_type, model, state)
             shape = batch.pixel_values.shape
@@ -379,8 +384,7 @@ class Planner:
     @functools.cache  # noqa: B019
     def flops(self, micro_batch: int) -> float:
         batch = fake_batch(self.config, self.args.seq_length, micro_batch)
-        return step_flops(self.config, batch.cu_seqlens, batch.grid_thw, len(batch.supervised_index),
-                          trainable_components(self.model))
+        return full_flops(self.config, batch, self.model, self.removed)
 
     def seconds(self, layout: Layout, pieces: Pieces, s: Sharding) -> tuple[Counter[str], Counter[str]]:
         """Return the seconds of a micro-batch by part, and the seconds in which each resource is the bottleneck.

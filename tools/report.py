@@ -22,6 +22,7 @@ import data
 THUMBNAIL = 256  # pixels of the longer side
 MAX_IMAGES, MAX_TURNS, MAX_CHARACTERS = 8, 24, 1200  # of a row on the page: thumbnails, turns, characters per text
 COLUMNS = ("rows", "bad", "turns", "images", "videos", "tokens", "supervised", "truncated")  # of the datasets' table
+UNUSED_KEYS = "Keys that have no effect, and the rows that have them"
 # Control characters, lone surrogates, and characters that change the direction of the text around them.
 INVISIBLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
@@ -35,6 +36,7 @@ class Summary:
     figures: list[tuple[str, str, str]]  # name, value, note
     histograms: list[tuple[str, list[tuple[str, int]]]]  # title, (label, count)
     datasets: list[tuple[str, Counter]]  # path, counts
+    unused_keys: list[tuple[str, int]]  # keys without an effect, and the numbers of rows that have them
     reasons: list[tuple[str, list]]  # kind of reason, [number of rows, (source, reason) of some rows, ...]
     repeats: list[tuple[str, str]]  # some rows, and the earlier rows that they repeat
 
@@ -188,6 +190,7 @@ def page(summary: Summary, samples: Iterable[data.Sample], processor: data.Proce
     )
     bad = "<h2>Bad rows</h2><p class='note'>Examples of each kind. The program printed all.</p>" * bool(summary.bad)
     bad += "".join(_bad_rows(kind, *group) for kind, group in summary.reasons)
+    unused = "".join(f"<li>{text(key, 100)}: {count:,}</li>" for key, count in summary.unused_keys)
     repeats = "".join(f"<li>{text(row, 200)} <i>as</i> {text(first, 200)}</li>" for row, first in summary.repeats)
     return PAGE.format(
         style=STYLE,
@@ -198,6 +201,7 @@ def page(summary: Summary, samples: Iterable[data.Sample], processor: data.Proce
         charts="".join(_chart(*histogram) for histogram in summary.histograms),
         datasets=f"<tr><th>dataset</th>{head}</tr>{datasets}",
         bad=bad,
+        unused=f"<h2>{UNUSED_KEYS}</h2><ul>{unused}</ul>" if unused else "",
         repeats=f"<h2>Repeated rows</h2><ul>{repeats}</ul>" if repeats else "",
         samples="".join(_row(sample, processor) for sample in samples),
     )
@@ -259,7 +263,7 @@ PAGE = """<!doctype html>
 <dl>{cards}</dl>
 <h2>Distribution</h2><div class="charts">{charts}</div>
 <h2>Datasets</h2><div class="table"><table>{datasets}</table></div>
-{bad}{repeats}
+{unused}{bad}{repeats}
 <h2>Sample rows</h2><p class="note">Rows as training sees them: images are resized for the model, supervised text is
 <mark>marked</mark>, and tokens of the chat template are grey.</p>
 {samples}

@@ -442,6 +442,8 @@ class Emulation(TorchDispatchMode):
         devices = [x for x in flat if isinstance(x, torch.device)]
         touched = any(map(is_npu, tensors)) or any(d.type == "npu" for d in devices)
         schema = func._schema
+        if schema.name.startswith("c10d::") and not touched:  # PyTorch sends pickled objects as bytes of gloo's device
+            require(not any(t.is_floating_point() for t in tensors), f"{schema.name}: HCCL takes no CPU tensors")
         if not touched or schema.name in PASS_THROUGH or any(isinstance(t, FakeTensor) for t in tensors):
             return spoiled(func(*args, **kwargs)) if touched and "empty" in schema.name else func(*args, **kwargs)
         if schema.name.startswith("c10d::"):

@@ -7,6 +7,7 @@ of Ascend does what its documentation says.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import random
@@ -28,6 +29,7 @@ from helpers import read_metrics, train_argv  # noqa: E402
 
 import infer  # noqa: E402
 import kernels_npu  # noqa: E402
+import parallel  # noqa: E402
 import train  # noqa: E402
 from kernels_npu import Npu, Torch  # noqa: E402
 from tools import check_kernels  # noqa: E402
@@ -398,6 +400,37 @@ def test_train_in_bf16_is_close(folder, tmp_path, on_cpu):
     assert same(metrics(tmp_path), on_cpu["moe"], tolerance=0.05)
 
 
+def test_train_cpu_offload_equals_the_device(folder, tmp_path, monkeypatch):
+    """Keep parameters, gradients and optimizer state on the host; save and resume from there."""
+    devices, clip = set(), parallel.clip_gradients
+
+    def record(parameters, *args):
+        devices.update(t.device.type for p in parameters for t in (p, p.grad) if t is not None)
+        return clip(parameters, *args)
+
+    monkeypatch.setattr(parallel, "clip_gradients", record)
+    found = {}
+    on_host = ["--cpu-offload", "--save-interval", 2, "--async-save", "--no-init-model-with-meta-device"]
+    resumed = ["--cpu-offload", "--load", tmp_path / "host/iter_0000002"]
+    for name, more in {"device": [], "host": on_host, "resumed": resumed}.items():
+        devices.clear()
+        with emulate.Emulation():
+            train.main(flags(folder, tmp_path / name, "moe", "npu", "--fp32", *more))
+        assert devices == {"npu" if name == "device" else "cpu"}
+        found[name] = metrics(tmp_path / name)
+    assert same(found["host"], found["device"], 1e-5)
+    assert found["resumed"] == found["host"][2:]
+
+
+def test_make_profiler_takes_torch_npus(real, tmp_path, monkeypatch):
+    signature = inspect.signature(torch_npu.profiler.profile)
+    monkeypatch.setattr(torch_npu.profiler, "profile", lambda **settings: settings)  # the real one writes files
+    settings = train.make_profiler(str(tmp_path), 2, 3)
+    signature.bind(**settings)
+    actions = [settings["schedule"](step).name for step in range(4)]
+    assert actions == ["WARMUP", "RECORD", "RECORD_AND_SAVE", "NONE"]
+
+
 def test_train_shows_a_fault(folder, tmp_path, on_cpu, monkeypatch):
     monkeypatch.setattr(torch_npu, *FAULTS["inverted permutation"][0])
     with emulate.Emulation():
@@ -416,7 +449,10 @@ def emulated(*argv, ranks: int = 1) -> subprocess.CompletedProcess:
     return result
 
 
-@pytest.mark.parametrize("more", [["--expert-parallel-size", "2"], ["--context-parallel-size", "2"]], ids=["EP", "CP"])
+@pytest.mark.parametrize("more", [
+    ["--expert-parallel-size", "2"], ["--context-parallel-size", "2"],
+    ["--expert-parallel-size", "2", "--cpu-offload", "--deterministic", "--synchronize-per-layer"]],
+    ids=["EP", "CP", "EP on the host"])
 def test_train_on_two_ranks_equals_one(folder, tmp_path, on_cpu, more):
     """Use FSDP2 with expert or context parallelism; then resume from the second iteration."""
     save = tmp_path / "uninterrupted"
@@ -452,5 +488,6 @@ def test_infer_equals_the_cpu(folder, capsys):
 
 
 def test_check_kernels_finds_no_error():
-    out = emulated("kernels_npu.py", "--device", "npu").stdout
+    out = emulated("kernels_npu.py", "--report", "--device", "npu").stdout
     assert "all operations are right" in out and "OFF" not in out
+    assert f"torch_npu {VERSION}" in out and "npu:0 " in out and "TASK_QUEUE_ENABLE=0" in out
