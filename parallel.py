@@ -645,7 +645,10 @@ def parallelize(
 def _blocks(model: Qwen3VL) -> list[nn.Module]:
     """Return the modules that are recomputed and sharded one at a time, in forward order."""
     visual, text = model.model.visual, model.model.language_model
-    return [*visual.blocks, *visual.deepstack_merger_list, visual.merger, *text.layers]
+    blocks, mergers = [], iter(visual.deepstack_merger_list)
+    for i, block in enumerate(visual.blocks):
+        blocks += [block, next(mergers)] if i in visual.config.deepstack_visual_indexes else [block]
+    return [*blocks, visual.merger, *text.layers]
 
 
 def _expert_modules(model: Qwen3VL) -> set[nn.Module]:

@@ -18,7 +18,7 @@ import model
 import parallel
 import train
 from tools import planner
-from tools.dry_run import fake_batch, shallow
+from tools.dry_run import MemoryTracker, fake_batch, shallow
 from tools.dry_run import predict as predict_step
 
 
@@ -182,6 +182,22 @@ def test_dry_run_numbers_by_hand(folder, capsys):
     assert (one["host_bytes"], one["activation_setting"]) == (0, "recompute")
     kept = one["activation_bytes"]
     assert kept["recompute_offload"] < kept["recompute"] < kept["none"]
+
+
+def test_prefetch_order(folder, capsys, monkeypatch):
+    """Blocks run in the order in which each prefetches the next: a merger of DeepStack features after its block."""
+    entered, enter = [], MemoryTracker.enter
+
+    def record(tracker: MemoryTracker, block: str) -> None:
+        entered.append(block)
+        enter(tracker, block)
+
+    monkeypatch.setattr(MemoryTracker, "enter", record)
+    predict(capsys, "--init-from-hf-path", folder / "dense", "--world-size", 8, "--seq-length", 200)
+    net = model.build_model(model.Qwen3VLConfig.from_json(folder / "dense"))
+    names = {module: name for name, module in net.named_modules()}
+    order = [names[block] for block in parallel._blocks(net)]
+    assert entered[: len(order)] == order
 
 
 def test_dry_run_cpu_offload(folder, capsys):
@@ -368,6 +384,9 @@ def evaluate(argv) -> tuple[argparse.Namespace, planner.Planner, dict]:
     ("mixed", ("--recompute", "none", "--expert-parallel-size", 2, "--fsdp-size", 4)),
     ("mixed", ("--activation-offload", "--expert-parallel-size", 8, "--context-parallel-size", 4)),
     ("dense", ("--recompute", "full", "--global-batch-size", 16, "--freeze-vision-encoder")),
+    ("mixed", ("--recompute", "none", "--expert-parallel-size", 2, "--lora-rank", 4)),
+    ("mixed", ("--lora-rank", 4, "--lora-target-modules", "experts,qkv", "--cpu-offload")),
+    ("dense", ("--cpu-offload", "--global-batch-size", 16)),
 ])
 def test_pieces_equal_dry_run(deep_folder, name, options):
     """The pieces' memory is the dry run's, and so are the bytes of the collectives."""
@@ -394,6 +413,44 @@ def test_pieces_interpolate(deep_folder):
         assert total[1] == pytest.approx(total[0], rel=0.03)
 
 
+class SwiGLU(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return kernels_npu.ops.swiglu(x)
+
+
+def test_fused_operation(monkeypatch):
+    """A fused operation moves its arguments and results only, and a block that runs again counts once more."""
+    monkeypatch.setattr(planner, "MEMORY_EFFICIENCY", 1)
+    profile = planner.Profile(planner.DEVICES["h100"]._replace(memory_gbs=1), {})
+    kernels_npu.ops = planner.PlannedDevice(profile, {"swiglu"})
+    x = torch.empty(10, 8, device="meta", requires_grad=True)
+    with profile:
+        out = parallel.recompute_block(SwiGLU(), x)
+        profile.phase = "backward"
+        out.backward(torch.empty_like(out))
+    assert {phase: round(1e9 * seconds) for (phase, _, _), seconds in profile.work.items()} == {
+        "forward": 320 + 160, "backward": 320 + 160 + 320 + 160 + 320}
+    assert planner.fused_operations("h100") == {"rms_norm", "attention_sdpa"}
+    assert planner.fused_operations("ascend-910b") == set(planner.FUSIBLE.values())
+
+
+def test_seconds_with_adapters_and_offload(folder):
+    """Frozen weights take no gradients and no AdamW; --cpu-offload copies shards, and AdamW uses the host's memory."""
+    argv = ["--init-from-hf-path", folder / "moe", "--recompute", "none"]
+    _, one, full = evaluate(argv)
+    _, two, lora = evaluate([*argv, "--lora-rank", 8, "--freeze-vision-encoder", "--freeze-vision-projector"])
+    assert two.sharding(1, 8).trainable < 0.2 * one.sharding(1, 8).trainable
+    assert two.sharding(1, 8).static < 0.3 * one.sharding(1, 8).static and lora["step_time_s"] < full["step_time_s"]
+    _, three, host = evaluate([*argv, "--cpu-offload", "--device-figures", "host_memory_gbs=1e-3"])
+    adamw = three.sharding(1, 8).trainable * planner.OPTIMIZER_BYTES / (1e6 * planner.MEMORY_EFFICIENCY)
+    assert host["step_parts_s"]["host memory"] == pytest.approx(adamw) and host["bound"] == "host memory"
+    _, _, copies = evaluate([*argv, "--cpu-offload", "--device-figures", "host_gbs=1e-5"])
+    assert copies["bound"] == "host copies"
+    # each shard goes to the device once or twice, and its gradient back
+    sent = copies["step_parts_s"]["host copies"] * 1e4 * planner.LINK_EFFICIENCY
+    assert 2 < sent / (4 * three.sharding(1, 8).trainable) < 3
+
+
 def test_seconds_by_hand(folder):
     """Twice the FLOP/s halve the kernels' time where they are compute bound; a slow network becomes the bound."""
     argv = ["--init-from-hf-path", folder / "dense", "--recompute", "none"]
@@ -417,7 +474,7 @@ def test_collectives_by_hand(monkeypatch):
     for name in ("LATENCY", "HOP_IN_NODE", "HOP_BETWEEN_NODES"):
         monkeypatch.setattr(planner, name, 0)
     monkeypatch.setattr(planner, "LINK_EFFICIENCY", 1)
-    device = planner.Device(1, 1, 1, link_gbs=1000, network_gbs=10, devices_per_node=8, host_gbs=1)
+    device = planner.Device(1, 1, 1, link_gbs=1000, network_gbs=10, devices_per_node=8, host_gbs=1, host_memory_gbs=1)
     assert planner.ring(8e9, 8, 1, device) == pytest.approx(7 / 1000)  # within a node
     assert planner.ring(8e9, 16, 1, device) == pytest.approx(4 / 80)  # half of it crosses the 8 links of a node
     assert planner.ring(8e9, 2, 8, device) == pytest.approx(4 / 10)  # one device per node

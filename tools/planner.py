@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -57,15 +58,19 @@ class Device(NamedTuple):
     network_gbs: float  # to other nodes
     devices_per_node: float
     host_gbs: float  # to the host's memory
+    host_memory_gbs: float  # of the host's memory, this device's share
 
 
 DEVICES = {
-    "ascend-910b": Device(354, 64, 1600, 196, 25, 8, 32),
-    "ascend-910c": Device(354, 64, 1600, 196, 25, 16, 32),
-    "a100": Device(312, 80, 2039, 300, 25, 8, 32),
-    "h100": Device(989, 80, 3350, 450, 50, 8, 64),
-    "h200": Device(989, 141, 4800, 450, 50, 8, 64),
+    "ascend-910b": Device(354, 64, 1600, 196, 25, 8, 32, 93),
+    "ascend-910c": Device(354, 64, 1600, 196, 25, 16, 32, 46),
+    "a100": Device(312, 80, 2039, 300, 25, 8, 32, 51),
+    "h100": Device(989, 80, 3350, 450, 50, 8, 64, 77),
+    "h200": Device(989, 141, 4800, 450, 50, 8, 64, 77),
 }
+# operations that may be one kernel, and the method that runs them in a dry run
+FUSIBLE = {"rms_norm": "rms_norm", "rotary": "rotary", "swiglu": "swiglu", "moe_permute": "moe_permute",
+           "moe_unpermute": "moe_unpermute", "attention_flash": "attention_sdpa"}
 
 
 def assumed_device(args: argparse.Namespace) -> Device:
@@ -80,6 +85,12 @@ def assumed_device(args: argparse.Namespace) -> Device:
             raise UsageError(f"--device-figures {pair}: give NAME=NUMBER, where NAME is one of "
                              f"{', '.join(Device._fields)}") from e
     return device
+
+
+def fused_operations(device: str | None) -> set[str]:
+    """Return the operations that `kernels_npu` runs as one kernel on a device."""
+    kernels = kernels_npu.Cuda if device in ("a100", "h100", "h200") else kernels_npu.Npu
+    return {run for name, run in FUSIBLE.items() if name in vars(kernels)}
 
 
 # ---- pieces ---------------------------------------------------------------------------------------------------------
@@ -99,9 +110,25 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         q, k, v, out, _ = ctx.saved_tensors
-        grads = tuple(torch.empty_like(t) for t in (q, k, v))
+        grads = [torch.empty_like(t) for t in (q, k, v)]
         kernels_npu.ops.work(2.5 * ctx.flops, q, k, v, out, grad, *grads)
         return *grads, None
+
+
+class BeforeBackward(torch.autograd.Function):
+    """Return a view of a tensor, and call a function before its gradient goes back."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, action: Callable[[], None]) -> torch.Tensor:
+        ctx.action = action
+        ctx.save_for_backward(x.new_empty(0))
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        _ = ctx.saved_tensors  # computes the block again now if that is due
+        ctx.action()
+        return grad, None
 
 
 def fake_positions(grid_thw: torch.Tensor, config: VisionConfig) -> tuple[torch.Tensor, ...]:
@@ -119,6 +146,7 @@ class Profile(MemoryTracker):
         super().__init__(None)
         self.device, self.results, self.blocks = device, results, {}
         self.cp_group: str | None = None  # the name of the context-parallel group
+        self.muted = False  # in a fused operation
         self.inputs: dict[str, int] = {}  # block -> bytes of its first argument
         self.work: Counter[tuple[str, str, str]] = Counter()  # phase, block, resource -> seconds, bytes or calls
 
@@ -128,10 +156,15 @@ class Profile(MemoryTracker):
                 p.grad = None  # FSDP2 has reduced it
         super().enter(block)
 
-    def count_work(self, flops: float, *tensors: torch.Tensor) -> None:
-        """Add the time of a kernel, which either its FLOPs or the memory traffic of its tensors limit."""
+    def mute(self, muted: bool) -> None:
+        self.muted = muted
+
+    def count_work(self, flops: float, nbytes: int) -> None:
+        """Add the time of a kernel, which either its FLOPs or its memory traffic limit."""
+        if self.muted:
+            return
         compute = flops / (self.device.tflops * 1e12 * MATMUL_EFFICIENCY)
-        memory = sum(t.nbytes for t in tensors) / (self.device.memory_gbs * 1e9 * MEMORY_EFFICIENCY)
+        memory = nbytes / (self.device.memory_gbs * 1e9 * MEMORY_EFFICIENCY)
         resource = "compute" if compute > memory else "memory bandwidth"
         self.work[self.phase, self.block, resource] += max(compute, memory)
 
@@ -165,7 +198,7 @@ class Profile(MemoryTracker):
         if func._schema.is_mutable or id(results[0].untyped_storage()) not in storages:  # not a view
             is_product = name in ("mm", "bmm", "addmm", "baddbmm")
             flops = 2 * results[0].numel() * inputs[-1].shape[-2] if is_product else 0
-            self.count_work(flops, *inputs, *results)
+            self.count_work(flops, total_bytes(*inputs, *results))
         return out
 
 
@@ -174,19 +207,52 @@ SLOW_SHAPES = {f"aten::{name}" for name in (
     "gelu_backward", "cat", "stack", "clone", "_softmax", "_softmax_backward_data", "reciprocal")}
 
 
-class PlannedDevice(FakeDevice):
-    """A fake device that counts the work of its kernels."""
+def total_bytes(*tensors: torch.Tensor) -> int:
+    return sum(t.nbytes for t in tensors)
 
-    profile: Profile
+
+class PlannedDevice(FakeDevice):
+    """A fake device that counts the work of its kernels. `fused` operations are one kernel in each direction."""
+
+    def __init__(self, profile: Profile, fused: Collection[str]):
+        super().__init__(torch.device("cpu"))
+        self.profile = profile
+        for name in fused:
+            setattr(self, name, functools.partial(self.one_kernel, getattr(self, name)))
 
     def work(self, flops: float, *tensors: torch.Tensor) -> None:
-        self.profile.count_work(flops, *tensors)
+        self.profile.count_work(flops, total_bytes(*tensors))
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor  # `fake_positions` are there
 
     def attention_sdpa(self, q, k, v, cu_seqlens, causal):
         return kernels_npu._per_sequence(lambda *qkv: Attention.apply(*qkv, causal), q, k, v, cu_seqlens)
+
+    def one_kernel(self, run: Callable, x: torch.Tensor, *args):
+        """Run an operation of the reference, but count the traffic of its arguments and results only."""
+        profile, flops = self.profile, 0.0
+        if run.__name__ == "attention_sdpa":
+            cu_seqlens, causal = args[2:]
+            flops = 4 * x[0].numel() * sum((b - a) ** 2 for a, b in itertools.pairwise(cu_seqlens))
+            flops *= 0.5 if causal else 1
+        tensors = [x, *(t for t in args if isinstance(t, torch.Tensor))]
+        if x.requires_grad:
+            x = BeforeBackward.apply(x, functools.partial(profile.mute, False))  # the last node of its backward
+        profile.mute(True)
+        out = run(x, *args)
+        profile.mute(False)
+        first, *others = out if isinstance(out, tuple) else (out,)
+        profile.count_work(flops, total_bytes(first, *others, *tensors))
+        if x.requires_grad:
+            nbytes = total_bytes(first, *tensors, *(t for t in tensors if t.requires_grad))
+
+            def backward() -> None:  # it must keep no tensor
+                profile.count_work(2.5 * flops, nbytes)
+                profile.mute(True)
+
+            first = BeforeBackward.apply(first, backward)
+        return (first, *others) if others else first
 
 
 # ---- collectives ----------------------------------------------------------------------------------------------------
@@ -253,6 +319,7 @@ class Sharding(NamedTuple):
 
     gather: Counter[str]
     reduce: Counter[str]
+    shard: Counter[str]  # bytes of this rank's parameters
     gathered: Counter[str]  # all parameters of a block
     outer: Counter[str]  # those that are not experts of expert parallelism: FSDP2 gathers them first
     reduced: Counter[str]  # the float32 gradients of these
@@ -266,7 +333,8 @@ class Planner:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.device = args, assumed_device(args)
-        kernels_npu.ops = PlannedDevice(torch.device("cpu"))
+        self.fused = fused_operations(args.assume_device)
+        kernels_npu.ops = FakeDevice(torch.device("cpu"))
         self.config = Qwen3VLConfig.from_json(args.init_from_hf_path)
         self.shallow, self.removed, _ = shallow(self.config)
         self.model, _ = build_trainable_model(args, self.shallow)
@@ -288,16 +356,17 @@ class Planner:
         """Run a micro-batch of the shallow model without FSDP2."""
         args = self.args
         fake_process_group(cp - 1, math.lcm(cp, ep))
-        ops = kernels_npu.ops = PlannedDevice(torch.device("cpu"))
+        profile = Profile(self.device, self.results)
+        ops = kernels_npu.ops = PlannedDevice(profile, self.fused)
         try:
             state = FakeParallelState(ops, cp=cp, ep=ep)
-            profile = ops.profile = Profile(self.device, self.results)
             profile.cp_group = state.cp_group.group_name if cp > 1 else None
-            model = build_trainable_model(args, self.shallow)[0].to(self.dtype)
+            model, _ = build_trainable_model(args, self.shallow)
             state.world_size = 1  # `parallelize` applies everything but FSDP2, which one rank in float32 does without
             configure_model(model, state, **model_settings(args) | {
                 "compute_dtype": torch.float32, "recompute": recompute, "offload": False, "cpu_offload": False,
                 "synchronize_per_layer": False})
+            model.to(self.dtype)
             batch = fake_batch(self.config, args.seq_length, micro_batch)
             set_loss_weights([batch], args.loss_type, model, state)
             shape = batch.pixel_values.shape
@@ -352,7 +421,8 @@ class Planner:
     @functools.cache  # noqa: B019
     def sharding(self, ep: int, fsdp: int) -> Sharding:
         experts = [name for name, m in self.model.named_modules() if isinstance(m, Experts) and ep > 1]
-        groups: dict[tuple[str, bool], Counter] = {}
+        has_adapters = bool(parallel.named_adapters(self.model))
+        groups: dict[tuple[str, bool, bool], Counter] = {}
         for name, p in self.model.named_parameters():
             block = next((b for b in (EMBEDDING, *self.order) if name.startswith(b + ".")), "")
             is_expert = any(name.startswith(e + ".") for e in experts)
@@ -362,23 +432,26 @@ class Planner:
                 full = shard * fsdp
             elif not is_expert:
                 full = p.numel()
-            numbers = {"full": full, "shard": shard, "trainable": shard * p.requires_grad}
-            groups.setdefault((block, is_expert), Counter()).update(numbers)
-        s = Sharding(*(Counter() for _ in range(6)), 0, 0)
+            stored = self.dtype.itemsize if has_adapters and not p.requires_grad else 4
+            numbers = {"full": full, "stored": stored * shard, "trainable": full * p.requires_grad,
+                       "trainable shard": shard * p.requires_grad}
+            groups.setdefault((block, is_expert, ".lora." in name), Counter()).update(numbers)
+        s = Sharding(*(Counter() for _ in range(7)), 0, 0)
         static = trainable = 0
-        for (block, is_expert), n in groups.items():
+        for (block, is_expert, _), n in groups.items():
             ranks, stride = (fsdp // ep, ep) if is_expert else (fsdp, 1)
             s.gather[block] += ring(n["full"] * self.dtype.itemsize, ranks, stride, self.device)
+            s.shard[block] += n["stored"]
             if n["trainable"]:
-                s.reduce[block] += ring(4 * n["full"], ranks, stride, self.device)
-                s.reduce[block] += 2 * ring(4 * n["shard"], self.args.world_size // fsdp, fsdp, self.device)
+                s.reduce[block] += ring(4 * n["trainable"], ranks, stride, self.device)
+                s.reduce[block] += 2 * ring(4 * n["trainable shard"], self.args.world_size // fsdp, fsdp, self.device)
             s.gathered[block] += n["full"] * self.dtype.itemsize
             if not is_expert:
                 s.outer[block] += n["full"] * self.dtype.itemsize
-                s.reduced[block] += 4 * n["full"] * (n["trainable"] > 0)
-            s.gradients[block] += 4 * n["trainable"]
-            static += self.counts[block] * (4 * n["shard"] + 8 * n["trainable"])
-            trainable += self.counts[block] * n["trainable"]
+                s.reduced[block] += 4 * n["trainable"]
+            s.gradients[block] += 4 * n["trainable shard"]
+            static += self.counts[block] * (n["stored"] + 8 * n["trainable shard"])
+            trainable += self.counts[block] * n["trainable shard"]
         return s._replace(static=static, trainable=trainable)
 
     @functools.cache  # noqa: B019
@@ -398,10 +471,12 @@ class Planner:
         for block, phase in itertools.product(self.counts, ("forward", "backward")):
             work = {key: self.counts[block] * pieces.work[phase, block, key] for key in WORK}
             kernels = work["compute"] + work["memory bandwidth"]
-            traffic = s.gather[block] if phase == "forward" else s.reduce[block]
-            if phase == "backward" and kernels and block not in stays:
-                traffic += s.gather[block]
-            copies = pieces.inputs[block] / (self.device.host_gbs * 1e9 * LINK_EFFICIENCY) * layout.offload
+            is_gathered = phase == "forward" or kernels and block not in stays
+            traffic = s.gather[block] * is_gathered + s.reduce[block] * (phase == "backward")
+            copied = pieces.inputs[block] * layout.offload
+            if self.args.cpu_offload:
+                copied += s.shard[block] * is_gathered + s.gradients[block] * (phase == "backward")
+            copies = copied / (self.device.host_gbs * 1e9 * LINK_EFFICIENCY)
             overlapped = {"parameter traffic": traffic, "host copies": copies}
             slowest = max(overlapped, key=overlapped.get)
             longest = self.counts[block] * overlapped[slowest]
@@ -419,10 +494,11 @@ class Planner:
     def peak(self, layout: Layout, pieces: Pieces, s: Sharding, accumulates: bool) -> float:
         """Return the bytes at the peak. The moments are the phases of each block, and the end of the step."""
         order, tied = self.order, self.config.tie_word_embeddings
-        if self.args.world_size == 1 and self.dtype == torch.float32:  # without FSDP2
+        if self.args.world_size == 1 and self.dtype == torch.float32 and not self.args.cpu_offload:  # without FSDP2
             s = s._replace(gathered=Counter(), outer=Counter(), reduced=Counter())
         always = s.gathered[""] + s.gathered[EMBEDDING] * tied
-        always += next((s.gathered[b] for b in order if "deepstack" in b), 0)  # prefetched once too often
+        if self.args.cpu_offload:  # gradients leave the device at once
+            s = s._replace(gradients=Counter())
         all_gradients = sum(self.counts[b] * s.gradients[b] for b in self.counts)
         moments = [all_gradients, all_gradients + s.gathered[EMBEDDING] + s.reduced[EMBEDDING]]
         positions = [(order.index(r.after), r) for r in self.removed]
@@ -447,7 +523,7 @@ class Planner:
                 elif phase == "backward":
                     gradients += r.count * s.gradients[r.like]
             moments.append(peak + buffers + kept + (all_gradients if accumulates else gradients))
-        return s.static + max(moments)
+        return s.static * (not self.args.cpu_offload) + max(moments)
 
     def evaluate(self, layout: Layout, exact: bool = False) -> dict:
         """Return a layout's row of plan.json. `exact` measures the layout's own pieces."""
@@ -456,9 +532,11 @@ class Planner:
         pieces = (self.measure if exact else self.pieces)(layout.cp, layout.ep, layout.micro_batch, layout.recompute)
         s = self.sharding(layout.ep, layout.fsdp)
         parts, bottlenecks = self.seconds(layout, pieces, s)
-        optimizer = s.trainable * OPTIMIZER_BYTES / (self.device.memory_gbs * 1e9 * MEMORY_EFFICIENCY) / accumulation
-        parts["memory bandwidth"] += optimizer
-        bottlenecks["memory bandwidth"] += optimizer
+        bandwidth = self.device.host_memory_gbs if self.args.cpu_offload else self.device.memory_gbs
+        optimizer = s.trainable * OPTIMIZER_BYTES / (bandwidth * 1e9 * MEMORY_EFFICIENCY) / accumulation
+        resource = "host memory" if self.args.cpu_offload else "memory bandwidth"
+        parts[resource] += optimizer
+        bottlenecks[resource] += optimizer
         step = accumulation * sum(parts.values())
         flops = size / layout.micro_batch * self.flops(layout.micro_batch)
         return {
@@ -505,7 +583,8 @@ def rank_layouts(planner: Planner, memory_gib: float) -> list[tuple[Layout, dict
     rows, too_large = [], set()
     for layout in planner.layouts():  # by micro-batch size: a larger one needs more memory
         key = layout._replace(micro_batch=0)
-        if key in too_large or planner.sharding(layout.ep, layout.fsdp).static > memory_gib * 2**30:
+        static = planner.sharding(layout.ep, layout.fsdp).static * (not planner.args.cpu_offload)
+        if key in too_large or static > memory_gib * 2**30:
             continue
         row = planner.evaluate(layout)
         if row["memory_gib"] <= memory_gib:
