@@ -261,7 +261,7 @@ def add_adapters(model: Qwen3VL, settings: dict) -> dict:
     """
     rank, dropout, scale = settings["rank"], settings["dropout"], settings["alpha"] / settings["rank"]
     names = {module: name for name, module in model.named_modules()}
-    layers = [m for block in _blocks(model) for m in block.modules() if isinstance(m, (nn.Linear, Experts))]
+    layers = [m for block in blocks(model) for m in block.modules() if isinstance(m, (nn.Linear, Experts))]
     layers = [m for m in layers if not names[m].endswith(".gate")]  # in PEFT, a router is no linear layer
 
     def matches(target: str) -> list[nn.Module]:
@@ -275,7 +275,7 @@ def add_adapters(model: Qwen3VL, settings: dict) -> dict:
     targeted = {layer for target in targets for layer in matches(target)}
     if dropout and any(isinstance(layer, Experts) for layer in targeted):
         raise UsageError("--lora-dropout: the inputs of experts cannot be dropped, as in PEFT: leave it or experts out")
-    for block in _blocks(model):
+    for block in blocks(model):
         adapters = {}
         for layer in [m for m in block.modules() if m in targeted]:
             name = names[layer]
@@ -621,7 +621,7 @@ def parallelize(
     place_experts = functools.partial(_expert_placement, state)
     of_experts = _expert_modules(model) if state.ep_size > 1 else set()
     gathers = []  # in forward order: the modules whose parameters are gathered for the same block
-    for block in _blocks(model):
+    for block in blocks(model):
         is_last = block is text.layers[-1]  # backward needs its parameters at once
         groups = [m for m in block.modules() if m is block or m in of_experts or isinstance(m, AdapterGroup)]
         for module in reversed(groups):  # inner modules first
@@ -642,13 +642,13 @@ def parallelize(
     _sum_gradients(model, state)
 
 
-def _blocks(model: Qwen3VL) -> list[nn.Module]:
+def blocks(model: Qwen3VL) -> list[nn.Module]:
     """Return the modules that are recomputed and sharded one at a time, in forward order."""
     visual, text = model.model.visual, model.model.language_model
-    blocks, mergers = [], iter(visual.deepstack_merger_list)
+    encoder, mergers = [], iter(visual.deepstack_merger_list)
     for i, block in enumerate(visual.blocks):
-        blocks += [block, next(mergers)] if i in visual.config.deepstack_visual_indexes else [block]
-    return [*blocks, visual.merger, *text.layers]
+        encoder += [block, next(mergers)] if i in visual.config.deepstack_visual_indexes else [block]
+    return [*encoder, visual.merger, *text.layers]
 
 
 def _expert_modules(model: Qwen3VL) -> set[nn.Module]:

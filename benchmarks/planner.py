@@ -111,7 +111,9 @@ def main() -> None:
         for layout in LAYOUTS:
             args = train.parse_args(["--dry-run", "--world-size", "2", "--device-figures", given,
                                      "--init-from-hf-path", directory, *FLAGS, *layout])
-            row = planner.Planner(args).evaluate(planner.layout_of(args), exact=True)
+            one = planner.Planner(args)
+            one.fused = set()  # a CPU runs the reference
+            row = one.evaluate(planner.layout_of(args), exact=True)
             predicted = row["step_time_s"]
             rows.append((seconds[" ".join(layout)], predicted))
             print(f"measured {rows[-1][0]:7.2f} s   predicted {predicted:7.2f} s   {' '.join(layout)}", flush=True)

@@ -196,7 +196,7 @@ def test_prefetch_order(folder, capsys, monkeypatch):
     predict(capsys, "--init-from-hf-path", folder / "dense", "--world-size", 8, "--seq-length", 200)
     net = model.build_model(model.Qwen3VLConfig.from_json(folder / "dense"))
     names = {module: name for name, module in net.named_modules()}
-    order = [names[block] for block in parallel._blocks(net)]
+    order = [names[block] for block in parallel.blocks(net)]
     assert entered[: len(order)] == order
 
 
@@ -385,6 +385,7 @@ def evaluate(argv) -> tuple[argparse.Namespace, planner.Planner, dict]:
     ("mixed", ("--activation-offload", "--expert-parallel-size", 8, "--context-parallel-size", 4)),
     ("dense", ("--recompute", "full", "--global-batch-size", 16, "--freeze-vision-encoder")),
     ("mixed", ("--recompute", "none", "--expert-parallel-size", 2, "--lora-rank", 4)),
+    ("mixed", ("--lora-rank", 4, "--freeze-vision-encoder", "--freeze-vision-projector", "--activation-offload")),
     ("mixed", ("--lora-rank", 4, "--lora-target-modules", "experts,qkv", "--cpu-offload")),
     ("dense", ("--cpu-offload", "--global-batch-size", 16)),
 ])
@@ -415,13 +416,13 @@ def test_pieces_interpolate(deep_folder):
 
 class SwiGLU(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return kernels_npu.ops.swiglu(x)
+        return kernels_npu.ops.swiglu(x).sin()
 
 
 def test_fused_operation(monkeypatch):
     """A fused operation moves its arguments and results only, and a block that runs again counts once more."""
     monkeypatch.setattr(planner, "MEMORY_EFFICIENCY", 1)
-    profile = planner.Profile(planner.DEVICES["h100"]._replace(memory_gbs=1), {})
+    profile = planner.Profile(planner.DEVICES["h100"]._replace(memory_gbs=1))
     kernels_npu.ops = planner.PlannedDevice(profile, {"swiglu"})
     x = torch.empty(10, 8, device="meta", requires_grad=True)
     with profile:
@@ -429,9 +430,9 @@ def test_fused_operation(monkeypatch):
         profile.phase = "backward"
         out.backward(torch.empty_like(out))
     assert {phase: round(1e9 * seconds) for (phase, _, _), seconds in profile.work.items()} == {
-        "forward": 320 + 160, "backward": 320 + 160 + 320 + 160 + 320}
+        "forward": 480 + 320, "backward": 480 + 800 + 320 + 480}  # again, backward, cos, times the gradient
     assert planner.fused_operations("h100") == {"rms_norm", "attention_sdpa"}
-    assert planner.fused_operations("ascend-910b") == set(planner.FUSIBLE.values())
+    assert planner.fused_operations("ascend-910b") == {*planner.FUSIBLE} - {"attention_flash"} | {"attention_sdpa"}
 
 
 def test_seconds_with_adapters_and_offload(folder):

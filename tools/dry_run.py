@@ -135,7 +135,7 @@ class MemoryTracker(TorchDispatchMode):
         return sum(n for key, n in self.sent.items() if key[0] == collective and block in (None, key[1]))
 
     def watch(self, model: Qwen3VL) -> None:
-        """Call `enter` when a block or the loss starts."""
+        """Call `enter` when a block or the loss starts, and give the loss a kind of its own."""
 
         def enter_backward(module, args, output, name: str) -> None:
             output = output[0] if isinstance(output, tuple) else output
@@ -146,6 +146,8 @@ class MemoryTracker(TorchDispatchMode):
             if isinstance(module, (VisionBlock, PatchMerger, DecoderLayer, LMHead)):
                 module.register_forward_pre_hook(lambda *_, name=name: self.enter(name))
                 module.register_forward_hook(partial(enter_backward, name=name), prepend=True)  # before FSDP2's
+        model.lm_head.register_forward_pre_hook(lambda *_: setattr(self, "kind", "loss"))
+        model.lm_head.register_forward_hook(lambda *_: setattr(self, "kind", "activations"))
 
     def total(self) -> int:
         return sum(self.live.values()) - self.live["host"]
@@ -175,13 +177,10 @@ class MemoryTracker(TorchDispatchMode):
         self.live[kind] -= size
         return reference
 
-    def call(self, func, args: tuple, kwargs: dict):
-        return func(*args, **kwargs)
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # the operation comes again with the local tensors
-        out = self.call(func, args, kwargs or {})
+        out = func(*args, **(kwargs or {}))
         kind = "host" if kwargs and kwargs.get("pin_memory") else self.kind
         for t in out if isinstance(out, (tuple, list)) else (out,):
             # DTensor has a fake mode of its own, which only computes shapes.
@@ -339,9 +338,6 @@ def trace_step(
             batch = replace(batch, pixel_values=full_pixels[: len(batch.pixel_values)])
             del full_pixels
         ops.expert_rows = len(batch.input_ids) * model.config.text.num_experts_per_tok
-        model.lm_head.register_forward_pre_hook(lambda *_: setattr(memory, "kind", "loss"))
-        model.lm_head.register_forward_hook(lambda *_: setattr(memory, "kind", "activations"))
-
         memory.watch(model)
 
         def forward(name: str) -> torch.Tensor:

@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
 
 import kernels_npu
 import parallel
@@ -68,9 +69,7 @@ DEVICES = {
     "h100": Device(989, 80, 3350, 450, 50, 8, 64, 77),
     "h200": Device(989, 141, 4800, 450, 50, 8, 64, 77),
 }
-# operations that may be one kernel, and the method that runs them in a dry run
-FUSIBLE = {"rms_norm": "rms_norm", "rotary": "rotary", "swiglu": "swiglu", "moe_permute": "moe_permute",
-           "moe_unpermute": "moe_unpermute", "attention_flash": "attention_sdpa"}
+FUSIBLE = ("rms_norm", "rotary", "swiglu", "moe_permute", "moe_unpermute", "attention_flash")  # may be one kernel
 
 
 def assumed_device(args: argparse.Namespace) -> Device:
@@ -88,9 +87,9 @@ def assumed_device(args: argparse.Namespace) -> Device:
 
 
 def fused_operations(device: str | None) -> set[str]:
-    """Return the operations that `kernels_npu` runs as one kernel on a device."""
+    """Return the operations that `kernels_npu` runs as one kernel on a device. A dry run has sdpa for flash."""
     kernels = kernels_npu.Cuda if device in ("a100", "h100", "h200") else kernels_npu.Npu
-    return {run for name, run in FUSIBLE.items() if name in vars(kernels)}
+    return {"attention_sdpa" if name == "attention_flash" else name for name in FUSIBLE if name in vars(kernels)}
 
 
 # ---- pieces ---------------------------------------------------------------------------------------------------------
@@ -119,16 +118,15 @@ class BeforeBackward(torch.autograd.Function):
     """Return a view of a tensor, and call a function before its gradient goes back."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, action: Callable[[], None]) -> torch.Tensor:
+    def forward(ctx, x: torch.Tensor, action: Callable[[], None], *saved: torch.Tensor) -> torch.Tensor:
         ctx.action = action
-        ctx.save_for_backward(x.new_empty(0))
+        ctx.save_for_backward(*saved)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        _ = ctx.saved_tensors  # computes the block again now if that is due
         ctx.action()
-        return grad, None
+        return grad, *(None for _ in ctx.needs_input_grad[1:])
 
 
 def fake_positions(grid_thw: torch.Tensor, config: VisionConfig) -> tuple[torch.Tensor, ...]:
@@ -141,13 +139,12 @@ def fake_positions(grid_thw: torch.Tensor, config: VisionConfig) -> tuple[torch.
 class Profile(MemoryTracker):
     """Count the memory of tensors on the meta device, and the work of each phase and block."""
 
-    def __init__(self, device: Device, results: dict):
-        """results: the cache of `call`, for several profiles."""
+    def __init__(self, device: Device):
         super().__init__(None)
-        self.device, self.results, self.blocks = device, results, {}
+        self.device, self.blocks = device, {}
         self.cp_group: str | None = None  # the name of the context-parallel group
         self.muted = False  # in a fused operation
-        self.inputs: dict[str, int] = {}  # block -> bytes of its first argument
+        self.inputs: dict[str, int] = {}  # as in `Pieces`
         self.work: Counter[tuple[str, str, str]] = Counter()  # phase, block, resource -> seconds, bytes or calls
 
     def enter(self, block: str) -> None:
@@ -168,20 +165,6 @@ class Profile(MemoryTracker):
         resource = "compute" if compute > memory else "memory bandwidth"
         self.work[self.phase, self.block, resource] += max(compute, memory)
 
-    def call(self, func, args: tuple, kwargs: dict):
-        """Reuse the shape of an earlier result: PyTorch computes shapes on the meta device slowly, in Python."""
-        flat = [t for a in args for t in (a if isinstance(a, (tuple, list)) else (a,))]
-        if func._schema.name not in SLOW_SHAPES or getattr(flat[0], "device", None) != torch.device("meta"):
-            return func(*args, **kwargs)
-        key = (func, *((a.shape, a.stride(), a.dtype) if isinstance(a, torch.Tensor) else a for a in flat),
-               *kwargs.items())
-        if key not in self.results:
-            out = func(*args, **kwargs)
-            self.results[key] = out.shape, out.stride(), out.dtype
-            return out
-        shape, stride, dtype = self.results[key]
-        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = super().__torch_dispatch__(func, types, args, kwargs)
         name = func._schema.name.partition("::")[2]
@@ -190,21 +173,15 @@ class Profile(MemoryTracker):
             self.work[self.phase, self.block, f"{kind} bytes"] += args[1].nbytes
             self.work[self.phase, self.block, f"{kind} calls"] += 1
             return out
-        results = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, torch.Tensor)]
+        inputs, results = ([t for t in tree_leaves(x) if isinstance(t, torch.Tensor)] for x in (args, out))
         if not results or results[0].device.type != "meta" or "empty" in name:
             return out
-        inputs = [t for a in args for t in (a if isinstance(a, (tuple, list)) else (a,)) if isinstance(t, torch.Tensor)]
         storages = {id(t.untyped_storage()) for t in inputs}
         if func._schema.is_mutable or id(results[0].untyped_storage()) not in storages:  # not a view
             is_product = name in ("mm", "bmm", "addmm", "baddbmm")
             flops = 2 * results[0].numel() * inputs[-1].shape[-2] if is_product else 0
             self.count_work(flops, total_bytes(*inputs, *results))
         return out
-
-
-SLOW_SHAPES = {f"aten::{name}" for name in (
-    "mul", "add", "sub", "rsub", "div", "neg", "pow", "rsqrt", "mean", "sum", "silu", "silu_backward", "gelu", "exp",
-    "gelu_backward", "cat", "stack", "clone", "_softmax", "_softmax_backward_data", "reciprocal")}
 
 
 def total_bytes(*tensors: torch.Tensor) -> int:
@@ -238,16 +215,21 @@ class PlannedDevice(FakeDevice):
             flops *= 0.5 if causal else 1
         tensors = [x, *(t for t in args if isinstance(t, torch.Tensor))]
         if x.requires_grad:
-            x = BeforeBackward.apply(x, functools.partial(profile.mute, False))  # the last node of its backward
+            unmute = functools.partial(profile.mute, False)  # in the last node of the operation's backward
+            x = BeforeBackward.apply(x, unmute, x.new_empty(0))
+            last = x.grad_fn
         profile.mute(True)
-        out = run(x, *args)
-        profile.mute(False)
+        try:
+            out = run(x, *args)
+        finally:  # recompute ends with an exception, when backward has all that it needs
+            profile.mute(False)
         first, *others = out if isinstance(out, tuple) else (out,)
         profile.count_work(flops, total_bytes(first, *others, *tensors))
         if x.requires_grad:
             nbytes = total_bytes(first, *tensors, *(t for t in tensors if t.requires_grad))
 
             def backward() -> None:  # it must keep no tensor
+                _ = last.saved_tensors  # a block that is due for recompute runs now, not while its kernels are muted
                 profile.count_work(2.5 * flops, nbytes)
                 profile.mute(True)
 
@@ -305,7 +287,7 @@ class Pieces(NamedTuple):
 
     peaks: Counter[tuple[str, str]]  # phase and block -> bytes
     kept: Counter[str]  # block -> bytes of activations until its backward
-    inputs: Counter[str]  # block -> bytes of its input, which recompute keeps and offload copies
+    inputs: Counter[str]  # block -> bytes of its input if that has a gradient: recompute keeps, and offload copies it
     work: Counter[tuple[str, str, str]]  # as in `Profile`
 
     def mix(self, other: Pieces, share: float) -> Pieces:
@@ -339,14 +321,8 @@ class Planner:
         self.shallow, self.removed, _ = shallow(self.config)
         self.model, _ = build_trainable_model(args, self.shallow)
         self.dtype = model_settings(args)["compute_dtype"]
-        self.results: dict = {}
-        features = self.shallow.vision.deepstack_visual_indexes
-        self.order = []  # the blocks in forward order, the loss last
-        for i in range(self.shallow.vision.depth):
-            self.order.append(f"model.visual.blocks.{i}")
-            self.order += [f"model.visual.deepstack_merger_list.{features.index(i)}"] if i in features else []
-        layers = [f"model.language_model.layers.{i}" for i in range(self.shallow.text.num_hidden_layers)]
-        self.order += ["model.visual.merger", *layers, "lm_head"]
+        names = {module: name for name, module in self.model.named_modules()}
+        self.order = [*(names[block] for block in parallel.blocks(self.model)), "lm_head"]
         self.counts = Counter(dict.fromkeys(["", EMBEDDING, *self.order], 1))
         for r in self.removed:
             self.counts[r.like] += r.count
@@ -356,7 +332,7 @@ class Planner:
         """Run a micro-batch of the shallow model without FSDP2."""
         args = self.args
         fake_process_group(cp - 1, math.lcm(cp, ep))
-        profile = Profile(self.device, self.results)
+        profile = Profile(self.device)
         ops = kernels_npu.ops = PlannedDevice(profile, self.fused)
         try:
             state = FakeParallelState(ops, cp=cp, ep=ep)
@@ -378,15 +354,14 @@ class Planner:
                 profile.watch(model)
                 for name in self.order[:-1]:
                     model.get_submodule(name).register_forward_pre_hook(
-                        lambda _, args, name=name: profile.inputs.update({name: args[0].nbytes}))
+                        lambda _, args, name=name: profile.inputs.update(
+                            {name: args[0].nbytes * args[0].requires_grad}))
                 for p in model.parameters():
                     profile.count(parallel.to_local(p), "parameters")
                 with profile.tag("batch"):
                     pixels = torch.empty(shape, device="meta")
                     batch = replace(batch, pixel_values=pixels[: len(batch.pixel_values)])
                     del pixels
-                model.lm_head.register_forward_pre_hook(lambda *_: setattr(profile, "kind", "loss"))
-                model.lm_head.register_forward_hook(lambda *_: setattr(profile, "kind", "activations"))
                 with profile.tag("activations"):
                     loss, _ = model(batch)
                 profile.phase = "backward"
@@ -532,11 +507,11 @@ class Planner:
         pieces = (self.measure if exact else self.pieces)(layout.cp, layout.ep, layout.micro_batch, layout.recompute)
         s = self.sharding(layout.ep, layout.fsdp)
         parts, bottlenecks = self.seconds(layout, pieces, s)
-        bandwidth = self.device.host_memory_gbs if self.args.cpu_offload else self.device.memory_gbs
-        optimizer = s.trainable * OPTIMIZER_BYTES / (bandwidth * 1e9 * MEMORY_EFFICIENCY) / accumulation
-        resource = "host memory" if self.args.cpu_offload else "memory bandwidth"
-        parts[resource] += optimizer
-        bottlenecks[resource] += optimizer
+        resource, bandwidth = "memory bandwidth", self.device.memory_gbs
+        if self.args.cpu_offload:
+            resource, bandwidth = "host memory", self.device.host_memory_gbs
+        for seconds in (parts, bottlenecks):
+            seconds[resource] += s.trainable * OPTIMIZER_BYTES / (bandwidth * 1e9 * MEMORY_EFFICIENCY) / accumulation
         step = accumulation * sum(parts.values())
         flops = size / layout.micro_batch * self.flops(layout.micro_batch)
         return {
