@@ -556,22 +556,6 @@ class Offload:
             kept.copied = self.copy_stream.record_event()
 
 
-def synchronized(block_fn: Callable) -> Callable:
-    """Make a `block_fn` wait for the device before each block, in recompute as well.
-
-    A host that runs ahead of its device allocates memory for blocks whose predecessors still hold theirs.
-    """
-
-    def call(block: nn.Module, *args):
-        def run(*args):
-            kernels_npu.ops.synchronize()
-            return block(*args)
-
-        return block_fn(run, *args)
-
-    return call
-
-
 # ---- FSDP2 ---------------------------------------------------------------------------------------------------------
 
 
@@ -606,7 +590,9 @@ def parallelize(
         for block in (*visual.blocks, *text.layers):
             block.compile()
     if synchronize_per_layer:
-        visual.block_fn = text.block_fn = synchronized(text.block_fn)
+        # A host that runs ahead of its device allocates memory for blocks whose predecessors still hold theirs.
+        for block in (*visual.blocks, *text.layers):
+            block.register_forward_pre_hook(lambda *_: kernels_npu.ops.synchronize())  # in recompute as well
 
     if state.world_size == 1 and compute_dtype == torch.float32 and not cpu_offload:
         return  # FSDP2 would only copy all parameters and gradients: a fifth of a step
