@@ -206,7 +206,7 @@ class Adapter(nn.Module):
     def __init__(self, weight_name: str, a: tuple[int, ...], b: tuple[int, ...], scale: float, dropout: float = 0.0):
         super().__init__()
         self.weight_name, self.scale = weight_name, scale
-        self.A, self.B = nn.Parameter(torch.empty(a)), nn.Parameter(torch.empty(b))
+        self.A, self.B = (nn.Parameter(torch.empty(shape, device="meta")) for shape in (a, b))
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, out: Tensor, x: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -261,8 +261,8 @@ def add_adapters(model: Qwen3VL, settings: dict) -> dict:
     """
     rank, dropout, scale = settings["rank"], settings["dropout"], settings["alpha"] / settings["rank"]
     names = {module: name for name, module in model.named_modules()}
-    layers = [m for block in _blocks(model) for m in block.modules() if isinstance(m, (nn.Linear, Experts))]
-    layers = [m for m in layers if not names[m].endswith(".gate")]  # in PEFT, a router is no linear layer
+    layers = [m for block in _blocks(model) for m in block.modules() if isinstance(m, (nn.Linear, Experts))
+              and not names[m].endswith(".gate")]  # in PEFT, a router is no linear layer
 
     def matches(target: str) -> list[nn.Module]:
         return [layer for layer in layers if names[layer].endswith(f".{target}")]
@@ -279,17 +279,16 @@ def add_adapters(model: Qwen3VL, settings: dict) -> dict:
         adapters = {}
         for layer in [m for m in block.modules() if m in targeted]:
             name = names[layer]
-            with torch.device("meta"):
-                if isinstance(layer, Experts):
-                    of_experts = {}
-                    for leaf, p in layer.named_parameters():
-                        sizes = (*p.shape[:2], rank), (len(p), rank, p.shape[2])
-                        of_experts[leaf] = Adapter(f"{name}.{leaf}", *sizes, scale)
-                    layer.run_experts = functools.partial(run_adapted_experts, AdapterGroup(layer, of_experts))
-                    continue
+            if isinstance(layer, Experts):
+                of_experts = {
+                    leaf: Adapter(f"{name}.{leaf}", (*p.shape[:2], rank), (len(p), rank, p.shape[2]), scale)
+                    for leaf, p in layer.named_parameters()
+                }
+                layer.run_experts = functools.partial(run_adapted_experts, AdapterGroup(layer, of_experts))
+            else:
                 sizes = (rank, layer.in_features), (layer.out_features, rank)
                 adapter = adapters[name.rpartition(".")[2]] = Adapter(f"{name}.weight", *sizes, scale, dropout)
-            layer.register_forward_hook(lambda _, args, out, adapter=adapter: adapter(out, *args))
+                layer.register_forward_hook(lambda _, args, out, adapter=adapter: adapter(out, *args))
         if adapters:
             AdapterGroup(block, adapters)
 
