@@ -538,7 +538,8 @@ def _check_trained(stored: dict[str, torch.Size], expected: dict[str, torch.Size
     """Compare the names and shapes of adapters, and of what was trained beside them. Raises InputError."""
     for name in sorted(stored.keys() | expected.keys()):
         if stored.get(name) != expected.get(name):
-            raise InputError(f"{path}: {name} is missing, unknown or of another shape; use the config.json and the "
+            found, wanted = (list(shapes[name]) if name in shapes else "absent" for shapes in (stored, expected))
+            raise InputError(f"{path}: {name} is {found}, but {wanted} in this model; use the config.json and the "
                              "--lora-target-modules that its adapters were trained with")
 
 
@@ -651,13 +652,14 @@ def read_peft_settings(directory: str | Path) -> dict:
     unsupported = [key for key in ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern",
                                    "modules_to_save") if config.get(key)]
     unsupported += [key for key, plain in (("peft_type", "LORA"), ("bias", "none")) if config.get(key, plain) != plain]
+    if str(config.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        unsupported.append("init_lora_weights")  # with these, PEFT changes the weights beneath
     if unsupported or not {"r", "lora_alpha"} <= config.keys():
         raise InputError(f"{path}: is not that of plain LoRA ({', '.join(unsupported) or 'no r or lora_alpha'}): merge "
                          "the adapter into the weights with PEFT, or train another one")
     names = HuggingFaceWeights(directory, PEFT_WEIGHTS).tensors
-    layers = {name.partition(".lora_")[0].removesuffix(".base_layer") for name in names}
-    targets = sorted({layer.rpartition(".")[2] for layer in layers})
-    return {"rank": config["r"], "alpha": config["lora_alpha"], "target_modules": targets}
+    layers = {n.partition(".lora_")[0].removeprefix("base_model.model.").removesuffix(".base_layer") for n in names}
+    return {"rank": config["r"], "alpha": config["lora_alpha"], "target_modules": sorted(layers)}
 
 
 def open_peft(directory: str | Path, model: nn.Module) -> RelaidTensors:
@@ -1121,12 +1123,12 @@ def dcp_to_peft(
     _check_output(final, [Path(model_assets_dir).resolve(), source.path.resolve()], overwrite)
     relaid = RelaidTensors(source, {peft_name: (name, functools.partial(to_peft, name))
                                     for name, peft_name in names.items()})
-    experts = {a.weight_name.rpartition(".mlp.")[2] for a in named_adapters(model).values() if a.A.ndim == 3}
+    experts = [target for target in settings["target_modules"] if target.endswith("experts")]
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(model_assets_dir), "bias": "none",
         "r": settings["rank"], "lora_alpha": settings["alpha"], "lora_dropout": settings["dropout"],
-        "target_modules": [target for target in settings["target_modules"] if not target.endswith("experts")],
-        "target_parameters": sorted(f"mlp.{name}" for name in experts),
+        "target_modules": [target for target in settings["target_modules"] if target not in experts],
+        "target_parameters": [f"{target}.{name}" for target in experts for name in ("gate_up_proj", "down_proj")],
         "exclude_modules": ["patch_embed.proj"] * ("proj" in settings["target_modules"]),  # a convolution there
         "inference_mode": True,
     }

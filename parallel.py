@@ -257,7 +257,8 @@ def add_adapters(model: Qwen3VL, settings: dict) -> dict:
     """Add adapters to a model on the meta device, and freeze the weights of each component that has some.
 
     settings: `rank`, `alpha`, `dropout` and `target_modules`, the ends of names of linear layers and of `Experts`
-    (None: the default). Returns them with the targets that were used. Raises UsageError if a target does not exist.
+    (None: the default). Returns them with the targets that were used: the last part of a name where it describes only
+    layers with adapters, and full names elsewhere. Raises UsageError if a target does not exist.
     """
     rank, dropout, scale = settings["rank"], settings["dropout"], settings["alpha"] / settings["rank"]
     names = {module: name for name, module in model.named_modules()}
@@ -265,14 +266,18 @@ def add_adapters(model: Qwen3VL, settings: dict) -> dict:
               and not names[m].endswith(".gate")]  # in PEFT, a router is no linear layer
 
     def matches(target: str) -> list[nn.Module]:
-        return [layer for layer in layers if names[layer].endswith(f".{target}")]
+        return [layer for layer in layers if f".{names[layer]}".endswith(f".{target}")]
 
-    targets = sorted(set(settings["target_modules"] or filter(matches, DEFAULT_TARGETS)))
+    def last_part(layer: nn.Module) -> str:
+        return names[layer].rpartition(".")[2]
+
+    targets = settings["target_modules"] or list(filter(matches, DEFAULT_TARGETS))
     for target in targets:
         if not matches(target):
-            available = ", ".join(sorted({names[layer].rpartition(".")[2] for layer in layers}))
-            raise UsageError(f"--lora-target-modules: the model has no {target}: give some of {available}")
+            available = ", ".join(sorted(set(map(last_part, layers))))
+            raise UsageError(f"--lora-target-modules, --lora-init: the model has no {target}: give some of {available}")
     targeted = {layer for target in targets for layer in matches(target)}
+    targets = {last_part(m) if targeted.issuperset(matches(last_part(m))) else names[m] for m in targeted}
     if dropout and any(isinstance(layer, Experts) for layer in targeted):
         raise UsageError("--lora-dropout: the inputs of experts cannot be dropped, as in PEFT: leave it or experts out")
     for block in _blocks(model):
@@ -287,7 +292,7 @@ def add_adapters(model: Qwen3VL, settings: dict) -> dict:
                 layer.run_experts = functools.partial(run_adapted_experts, AdapterGroup(layer, of_experts))
             else:
                 sizes = (rank, layer.in_features), (layer.out_features, rank)
-                adapter = adapters[name.rpartition(".")[2]] = Adapter(f"{name}.weight", *sizes, scale, dropout)
+                adapter = adapters[last_part(layer)] = Adapter(f"{name}.weight", *sizes, scale, dropout)
                 layer.register_forward_hook(lambda _, args, out, adapter=adapter: adapter(out, *args))
         if adapters:
             AdapterGroup(block, adapters)
@@ -296,7 +301,7 @@ def add_adapters(model: Qwen3VL, settings: dict) -> dict:
     for name, p in model.named_parameters():
         p.requires_grad_(".lora." in name or p.requires_grad and component_of(name) not in components)
     model.may_be_absent = lambda name, others=model.may_be_absent: ".lora." in name or others(name)
-    return settings | {"target_modules": targets}
+    return settings | {"target_modules": sorted(targets)}
 
 
 def named_adapters(model: nn.Module) -> dict[str, Adapter]:

@@ -225,6 +225,28 @@ def test_lora_init_and_projector(folder, tmp_path):
     assert torch.equal(convert._read_full(merged, name), stored[name])
 
 
+@pytest.mark.parametrize(("model", "config"), [
+    ("dense", {"target_modules": r".*visual\.blocks.*\.linear_fc1"}),  # without those of the mergers
+    ("dense", {"target_modules": ["q_proj"], "layers_to_transform": [0, 2], "layers_pattern": "layers"}),
+    ("moe", {"target_modules": [], "target_parameters": [f"layers.1.mlp.experts.{w}" for w in ("gate_up_proj",
+                                                                                              "down_proj")]}),
+])
+def test_lora_init_with_adapters_in_some_layers(folder, tmp_path, model, config):
+    """Targets that no list of last names describes: PEFT loads again what came back, with equal logits."""
+    raw = json.loads((folder / model / "config.json").read_text())
+    peft = get_peft_model(tiny.hf_model(raw), LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, **config))
+    peft.save_pretrained(tmp_path / "peft")
+    save = run_job(argv(folder, model, tmp_path / "save", "--lora-init", tmp_path / "peft", *FROZEN,
+                        "--freeze-text-decoder", "--lr", 0, iters=1))
+    convert.dcp_to_peft(save, tmp_path / "copy", folder / model)
+    first, second = (convert.HuggingFaceWeights(tmp_path / d, convert.PEFT_WEIGHTS) for d in ("peft", "copy"))
+    assert first.tensors == second.tensors
+    assert not [n for n in first.tensors if not torch.equal(*(convert._read_full(s, n) for s in (first, second)))]
+    _, expected = logits(None, peft)
+    _, found = logits(None, PeftModel.from_pretrained(tiny.hf_model(raw), tmp_path / "copy"))
+    assert torch.equal(found, expected)
+
+
 def test_full_checkpoint_as_base(folder, tmp_path):
     """Adapters on a full checkpoint: its weights are the base of the run, its resume, its merge and its answers."""
     full = run_job(argv(folder, "dense", tmp_path / "full", iters=2))
@@ -285,7 +307,9 @@ def test_experts_with_dropout_are_refused(folder, tmp_path, capsys):
     assert "--lora-dropout: the inputs of experts cannot be dropped" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", [{"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"q_proj": 2}}, {"r": None}])
+@pytest.mark.parametrize("change", [
+    {"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"q_proj": 2}}, {"r": None}, {"init_lora_weights": "pissa"},
+])
 def test_lora_init_other_kinds_are_refused(folder, tmp_path, run, change):
     convert.dcp_to_peft(run, tmp_path / "peft", folder / "dense")
     path = tmp_path / "peft" / "adapter_config.json"
