@@ -831,15 +831,18 @@ def _commit(staging: Path, final: Path, records: dict[str, dict], tracker: str |
 # ---- a training run's checkpoints ----------------------------------------------------------------------------------
 
 
-def _chunks_to_save(model: nn.Module, optimizer: Optimizer | None) -> Iterator[TensorChunk]:
-    """Yield what this rank writes: its shard of every DTensor (replicas take turns), and on rank 0 plain tensors.
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a run's checkpoint holds: `stored_tensors`, without frozen parameters if the model has adapters."""
+    tensors = stored_tensors(model)
+    if named_adapters(model):
+        tensors = {name: t for name, t in tensors.items() if t.requires_grad or not isinstance(t, nn.Parameter)}
+    return tensors
 
-    A model with adapters is saved without its frozen parameters.
-    """
-    tensors, has_adapters = {}, bool(named_adapters(model))
-    for name, tensor in stored_tensors(model).items():
-        if has_adapters and isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
-            continue
+
+def _chunks_to_save(model: nn.Module, optimizer: Optimizer | None) -> Iterator[TensorChunk]:
+    """Yield what this rank writes: its shard of every DTensor (replicas take turns), and on rank 0 plain tensors."""
+    tensors = {}
+    for name, tensor in saved_tensors(model).items():
         tensors[name] = tensor
         state = optimizer.state.get(tensor, {}) if optimizer is not None else {}
         tensors |= {f"optimizer.{key}.{name}": value for key, value in state.items()}

@@ -526,11 +526,9 @@ def check_save_directory(save: Path, model: Qwen3VL, saves_optimizer: bool) -> N
         raise InputError(f"--save {save}: {socket.gethostname()} does not see what rank 0 wrote there, or cannot "
                          "write: give a directory that all nodes share")
     nbytes = 0
-    has_adapters = bool(parallel.named_adapters(model))
-    for p in model.parameters():
-        states = OPTIMIZER_STATES if saves_optimizer and p.requires_grad else 0
-        is_saved = p.requires_grad or not has_adapters
-        nbytes += 4 * p.numel() * (is_saved + states)
+    for tensor in convert.saved_tensors(model).values():
+        states = OPTIMIZER_STATES if saves_optimizer and tensor.requires_grad else 0
+        nbytes += 4 * tensor.numel() * (1 + states)
     free = shutil.disk_usage(save).free
     if free < nbytes:
         raise InputError(f"--save {save}: a checkpoint takes {nbytes / 1e9:.3g} GB, but {free / 1e9:.3g} GB are free: "
