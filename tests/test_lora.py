@@ -247,10 +247,13 @@ def test_lora_init_with_adapters_in_some_layers(folder, tmp_path, model, config)
     assert torch.equal(found, expected)
 
 
-def test_full_checkpoint_as_base(folder, tmp_path):
+def test_full_checkpoint_as_base(folder, tmp_path, capsys):
     """Adapters on a full checkpoint: its weights are the base of the run, its resume, its merge and its answers."""
     full = run_job(argv(folder, "dense", tmp_path / "full", iters=2))
     flags = [*LORA, *FROZEN]
+    for load in (full, full / "iter_0000002"):
+        assert common.run_program(train.main, argv(folder, "dense", full, *flags, "--load", load)) == 2
+        assert "starts a new run on the weights of --load: give another --save" in capsys.readouterr().err
     adapted = run_job(argv(folder, "dense", tmp_path / "lora", *flags, "--load", full, iters=2))
     assert [m["iteration"] for m in read_metrics(adapted)] == [1, 2]
     run_job(argv(folder, "dense", adapted, *flags, "--load", adapted, iters=3))
@@ -271,12 +274,12 @@ def run(folder, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    ([], "has other adapters .*give --lora-rank 4 --lora-alpha 8.0 --lora-dropout 0.0 --lora-target-modules "
+    ([], "has other adapters .*give --lora-rank 4 --lora-alpha 8 --lora-dropout 0 --lora-target-modules "
      "down_proj,.*, not --lora-rank 0"),
     (["--lora-rank", 8, "--lora-alpha", 8], "give --lora-rank 4, not --lora-rank 8"),
-    ([*LORA, "--lora-alpha", 5], "give --lora-alpha 8.0, not --lora-alpha 5.0"),
+    ([*LORA, "--lora-alpha", 5], "give --lora-alpha 8, not --lora-alpha 5"),
     ([*LORA, "--lora-target-modules", "q_proj"], "give --lora-target-modules down_proj,.*,v_proj, not --lora-target"),
-    ([*LORA, "--lora-dropout", 0.1], "give --lora-dropout 0.0, not --lora-dropout 0.1"),
+    ([*LORA, "--lora-dropout", 0.1], "give --lora-dropout 0, not --lora-dropout 0.1"),
     (LORA, "only one of its run and this one trains the vision encoder: give the same --freeze"),
 ])
 def test_load_with_other_settings_is_refused(folder, tmp_path, run, capsys, flags, message):
