@@ -579,8 +579,8 @@ class AdaptedWeights:
         if name not in self._merged:
             return values
         adapter_name, adapter = self._merged[name]
-        leaves = "BA" if len(sizes) == 2 else "AB"
-        left, right = (self._read_factor(f"{adapter_name}.{leaf}").float() for leaf in leaves)
+        a, b = (self._read_factor(f"{adapter_name}.{leaf}").float() for leaf in "AB")
+        left, right = (b, a) if len(sizes) == 2 else (a, b)  # a weight is [out, in], but experts' are [E, in, out]
         *experts, rows, columns = _slices(offset, sizes)
         return values.float() + adapter.scale * left[(*experts, rows)] @ right[(*experts, slice(None), columns)]
 
@@ -597,7 +597,7 @@ def open_checkpoint(load_dir: str | Path, hf_dir: str | Path) -> CheckpointWeigh
     base = adapters["base"]
     if base is not None and not (Path(base) / ".metadata").exists():
         raise InputError(f"{checkpoint.path}: its adapters belong to the weights of the checkpoint {base}, which is "
-                         "missing; put it back there")
+                         "missing; put it, or a link to it, there")
     return AdaptedWeights(CheckpointWeights(base) if base else HuggingFaceWeights(hf_dir), checkpoint, adapters)
 
 
