@@ -553,14 +553,15 @@ class AdaptedWeights:
     def __init__(self, base: Source, trained: Source | None, settings: dict):
         self.base, self.trained, self.settings = base, trained, settings
         self.path = (trained or base).path
-        self.tensors = base.tensors | (trained.tensors if trained else {})
+        self.tensors: dict[str, TensorInfo] = {}
         self._merged: dict[str, tuple[str, Adapter]] = {}  # weight -> its adapter
         # The experts of a layer are merged window by window, and each window needs a part of both factors.
         self._read_factor = functools.lru_cache(maxsize=2)(functools.partial(_read_full, trained))
 
     def check_compatible(self, model: nn.Module) -> AdaptedWeights:
         """Compare names and shapes with the model's and return self. Raises InputError."""
-        self.base.check_compatible(model)
+        self.base.check_compatible(model)  # finds the layout of experts and so their shapes
+        self.tensors = self.base.tensors | (self.trained.tensors if self.trained else {})
         if not named_adapters(model):
             model = build_model(model.config)
             add_adapters(model, self.settings)

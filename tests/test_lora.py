@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import tiny
 import torch
 from helpers import assert_same_weights, read_metrics, run_job, train_argv, weights, without_timings, write_mixed_rows
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
@@ -172,6 +174,22 @@ def test_conversions_equal_peft(folder, tmp_path, model, flags):
     assert (expected - untrained).abs().max() > 1e-2 * largest
     assert (ours - expected).abs().max() <= 1e-5 * largest
     assert (unmerged - expected).abs().max() <= 1e-5 * largest
+
+
+def test_base_in_the_layout_of_transformers_5(folder, tmp_path):
+    """A base with transposed experts gives the same run and the same merged weights."""
+    base = convert.HuggingFaceWeights(folder / "moe")
+    shutil.copytree(folder / "moe", tmp_path / "transposed")
+    save_file({name: value.transpose(1, 2).contiguous() if name.endswith(convert.EXPERTS) else value
+               for name in base.tensors for value in [convert._read_full(base, name)]},
+              tmp_path / "transposed" / "model.safetensors")
+    merged = []
+    for i, hf_dir in enumerate((folder / "moe", tmp_path / "transposed")):
+        flags = argv(folder, "moe", tmp_path / f"save{i}", *ALL, *FROZEN, "--init-from-hf-path", hf_dir, iters=1)
+        convert.dcp_to_hf(run_job(flags), tmp_path / f"hf{i}", hf_dir, "float32")
+        merged.append(convert.HuggingFaceWeights(tmp_path / f"hf{i}"))
+    assert merged[0].tensors == merged[1].tensors
+    assert not [n for n in base.tensors if not torch.equal(*(convert._read_full(s, n) for s in merged))]
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
