@@ -35,7 +35,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -61,7 +61,7 @@ INDEX = "model.safetensors.index.json"
 SAFETENSORS_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 BUFFER_TYPES = {"I64": torch.int64, "I32": torch.int32}
 EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
-PEFT_CONFIG = "adapter_config.json"
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LAYOUT = {"expert_layout": "published"}  # in our safetensors headers, because square experts do not show their layout
 
 TensorInfo = tuple[torch.dtype, torch.Size]
@@ -275,10 +275,8 @@ def hf_has_weights(hf_dir: str | Path) -> bool:
 class HuggingFaceWeights:
     """Read the safetensors of a Hugging Face directory. Raises InputError for missing and damaged files."""
 
-    single_file = "model.safetensors"
-
-    def __init__(self, hf_dir: str | Path):
-        self.path = Path(hf_dir)
+    def __init__(self, hf_dir: str | Path, single_file: str = "model.safetensors"):
+        self.path, self.single_file = Path(hf_dir), single_file
         self.tensors: dict[str, TensorInfo] = {}
         self.files = self._list_files()  # file name -> names of its tensors
         self._views = {}  # tensor name -> safetensors' lazy slice
@@ -540,7 +538,8 @@ def _check_trained(stored: dict[str, torch.Size], expected: dict[str, torch.Size
     """Compare the names and shapes of adapters, and of what was trained beside them. Raises InputError."""
     for name in sorted(stored.keys() | expected.keys()):
         if stored.get(name) != expected.get(name):
-            raise InputError(f"{path}: {name} is missing, unknown or of another shape; use the config.json and the "
+            found, wanted = (list(shapes[name]) if name in shapes else "absent" for shapes in (stored, expected))
+            raise InputError(f"{path}: {name} is {found}, but {wanted} in this model; use the config.json and the "
                              "--lora-target-modules that its adapters were trained with")
 
 
@@ -554,14 +553,15 @@ class AdaptedWeights:
     def __init__(self, base: Source, trained: Source | None, settings: dict):
         self.base, self.trained, self.settings = base, trained, settings
         self.path = (trained or base).path
-        self.tensors = base.tensors | (trained.tensors if trained else {})
+        self.tensors: dict[str, TensorInfo] = {}
         self._merged: dict[str, tuple[str, Adapter]] = {}  # weight -> its adapter
         # The experts of a layer are merged window by window, and each window needs a part of both factors.
         self._read_factor = functools.lru_cache(maxsize=2)(functools.partial(_read_full, trained))
 
     def check_compatible(self, model: nn.Module) -> AdaptedWeights:
         """Compare names and shapes with the model's and return self. Raises InputError."""
-        self.base.check_compatible(model)
+        self.base.check_compatible(model)  # finds the layout of experts and so their shapes
+        self.tensors = self.base.tensors | (self.trained.tensors if self.trained else {})
         if not named_adapters(model):
             model = build_model(model.config)
             add_adapters(model, self.settings)
@@ -580,8 +580,8 @@ class AdaptedWeights:
         if name not in self._merged:
             return values
         adapter_name, adapter = self._merged[name]
-        leaves = "BA" if len(sizes) == 2 else "AB"
-        left, right = (self._read_factor(f"{adapter_name}.{leaf}").float() for leaf in leaves)
+        a, b = (self._read_factor(f"{adapter_name}.{leaf}").float() for leaf in "AB")
+        left, right = (b, a) if len(sizes) == 2 else (a, b)  # a weight is [out, in], but experts' are [E, in, out]
         *experts, rows, columns = _slices(offset, sizes)
         return values.float() + adapter.scale * left[(*experts, rows)] @ right[(*experts, slice(None), columns)]
 
@@ -598,56 +598,52 @@ def open_checkpoint(load_dir: str | Path, hf_dir: str | Path) -> CheckpointWeigh
     base = adapters["base"]
     if base is not None and not (Path(base) / ".metadata").exists():
         raise InputError(f"{checkpoint.path}: its adapters belong to the weights of the checkpoint {base}, which is "
-                         "missing; put it back there")
+                         "missing; put it, or a link to it, there")
     return AdaptedWeights(CheckpointWeights(base) if base else HuggingFaceWeights(hf_dir), checkpoint, adapters)
 
 
 class RelaidTensors:
     """Read the tensors of another source under other names and in another layout."""
 
-    def __init__(self, source: Source, layouts: dict[str, tuple[str, torch.Size, Callable[[Tensor], Tensor]]]):
-        """layouts: {name: (the other source's name, shape, function from the other layout)}."""
+    def __init__(self, source: Source, layouts: dict[str, tuple[str, Callable[[Tensor], Tensor]]]):
+        """layouts: {name: (the other source's name, function from the other layout)}."""
         self.source, self.layouts, self.path = source, layouts, source.path
-        self.tensors = {name: (source.tensors[stored][0], shape) for name, (stored, shape, _) in layouts.items()}
+        self.tensors = {}
+        for name, (stored, layout) in layouts.items():
+            dtype, shape = source.tensors[stored]
+            self.tensors[name] = dtype, layout(torch.empty(shape, device="meta")).shape
 
     def read(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        stored, _, layout = self.layouts[name]
+        stored, layout = self.layouts[name]
         return layout(_read_full(self.source, stored))[_slices(offset, sizes)]
 
 
-class PeftTensor(NamedTuple):
-    """An A or B and how PEFT stores it: those of experts as [E * r, in] and [out, r * E]."""
-
-    name: str
-    peft_name: str
-    shape: torch.Size
-    peft_shape: torch.Size
-    to_peft: Callable[[Tensor], Tensor]
-    from_peft: Callable[[Tensor], Tensor]
-
-
-def peft_tensors(model: nn.Module) -> list[PeftTensor]:
-    """Return all A and B of a model. PEFT wraps a layer's experts twice; the inner adapter is that of gate_up_proj."""
-    tensors = []
+def peft_names(model: nn.Module) -> dict[str, str]:
+    """Return PEFT's name of each A and B. PEFT wraps a layer's experts twice; the inner adapter is gate_up_proj's."""
+    names = {}
     for name, adapter in named_adapters(model).items():
         layer, _, weight = adapter.weight_name.rpartition(".")
         inner = ".base_layer" if weight == "gate_up_proj" else ""
-        for leaf, p in adapter.named_parameters():
-            swapped = (0, 0) if p.ndim == 2 else (1, 2) if leaf == "A" else (0, 2)  # dimensions
-            split = p.transpose(*swapped)
-            merged = split if p.ndim == 2 else split.flatten(0, 1) if leaf == "A" else split.flatten(1, 2)
-            tensors.append(PeftTensor(
-                f"{name}.{leaf}", f"base_model.model.{layer}{inner}.lora_{leaf}.weight", p.shape, merged.shape,
-                lambda t, swapped=swapped, shape=merged.shape: t.transpose(*swapped).reshape(shape),
-                lambda t, swapped=swapped, shape=split.shape: t.reshape(shape).transpose(*swapped),
-            ))
-    return tensors
+        for leaf in "AB":
+            names[f"{name}.{leaf}"] = f"base_model.model.{layer}{inner}.lora_{leaf}.weight"
+    return names
 
 
-class PeftFile(HuggingFaceWeights):
-    """Read the safetensors of a PEFT directory."""
+def to_peft(name: str, values: Tensor) -> Tensor:
+    """Return an A or B in PEFT's layout, which differs for experts: [E * r, in] and [out, r * E]."""
+    if values.ndim == 3:
+        values = values.transpose(1, 2).flatten(0, 1) if name.endswith("A") else values.permute(2, 1, 0).flatten(1)
+    return values
 
-    single_file = "adapter_model.safetensors"
+
+def from_peft(name: str, like: Tensor, values: Tensor) -> Tensor:
+    """Return an A or B from PEFT's layout; `like` has the result's shape."""
+    if like.ndim == 3:
+        experts, inputs, outputs = like.shape
+        if name.endswith("A"):
+            return values.view(experts, outputs, inputs).transpose(1, 2)
+        return values.view(outputs, inputs, experts).permute(2, 1, 0)
+    return values
 
 
 def read_peft_settings(directory: str | Path) -> dict:
@@ -657,20 +653,24 @@ def read_peft_settings(directory: str | Path) -> dict:
     unsupported = [key for key in ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern",
                                    "modules_to_save") if config.get(key)]
     unsupported += [key for key, plain in (("peft_type", "LORA"), ("bias", "none")) if config.get(key, plain) != plain]
+    if str(config.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        unsupported.append("init_lora_weights")  # with these, PEFT changes the weights beneath
     if unsupported or not {"r", "lora_alpha"} <= config.keys():
         raise InputError(f"{path}: is not that of plain LoRA ({', '.join(unsupported) or 'no r or lora_alpha'}): merge "
                          "the adapter into the weights with PEFT, or train another one")
-    layers = {name.partition(".lora_")[0].removesuffix(".base_layer") for name in PeftFile(directory).tensors}
-    targets = sorted({layer.rpartition(".")[2] for layer in layers})
-    return {"rank": config["r"], "alpha": config["lora_alpha"], "target_modules": targets}
+    names = HuggingFaceWeights(directory, PEFT_WEIGHTS).tensors
+    layers = {n.partition(".lora_")[0].removeprefix("base_model.model.").removesuffix(".base_layer") for n in names}
+    return {"rank": config["r"], "alpha": config["lora_alpha"], "target_modules": sorted(layers)}
 
 
 def open_peft(directory: str | Path, model: nn.Module) -> RelaidTensors:
     """Open the adapters of a PEFT directory. Raises InputError if they are not those of the model."""
-    source, tensors = PeftFile(directory), peft_tensors(model)
+    source, names = HuggingFaceWeights(directory, PEFT_WEIGHTS), peft_names(model)
+    parameters = {name: model.get_parameter(name) for name in names}
     stored = {name: shape for name, (_, shape) in source.tensors.items()}
-    _check_trained(stored, {t.peft_name: t.peft_shape for t in tensors}, source.path)
-    return RelaidTensors(source, {t.name: (t.peft_name, t.shape, t.from_peft) for t in tensors})
+    _check_trained(stored, {names[name]: to_peft(name, p).shape for name, p in parameters.items()}, source.path)
+    return RelaidTensors(source, {name: (names[name], functools.partial(from_peft, name, p))
+                                  for name, p in parameters.items()})
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -832,15 +832,18 @@ def _commit(staging: Path, final: Path, records: dict[str, dict], tracker: str |
 # ---- a training run's checkpoints ----------------------------------------------------------------------------------
 
 
-def _chunks_to_save(model: nn.Module, optimizer: Optimizer | None) -> Iterator[TensorChunk]:
-    """Yield what this rank writes: its shard of every DTensor (replicas take turns), and on rank 0 plain tensors.
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a run's checkpoint holds: `stored_tensors`, without frozen parameters if the model has adapters."""
+    tensors = stored_tensors(model)
+    if named_adapters(model):
+        tensors = {name: t for name, t in tensors.items() if t.requires_grad or not isinstance(t, nn.Parameter)}
+    return tensors
 
-    A model with adapters is saved without its frozen parameters.
-    """
-    tensors, has_adapters = {}, bool(named_adapters(model))
-    for name, tensor in stored_tensors(model).items():
-        if has_adapters and isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
-            continue
+
+def _chunks_to_save(model: nn.Module, optimizer: Optimizer | None) -> Iterator[TensorChunk]:
+    """Yield what this rank writes: its shard of every DTensor (replicas take turns), and on rank 0 plain tensors."""
+    tensors = {}
+    for name, tensor in saved_tensors(model).items():
         tensors[name] = tensor
         state = optimizer.state.get(tensor, {}) if optimizer is not None else {}
         tensors |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
@@ -1118,22 +1121,23 @@ def dcp_to_peft(
         raise InputError(f"{source.path}: {reason}, so PEFT cannot load it; convert it with dcp_to_hf")
     model = build_model(Qwen3VLConfig.from_json(model_assets_dir))
     add_adapters(model, settings)
-    tensors = peft_tensors(model)
-    _check_trained(stored, {t.name: t.shape for t in tensors}, source.path)
+    names = peft_names(model)
+    _check_trained(stored, {name: model.get_parameter(name).shape for name in names}, source.path)
     final = Path(save_dir).resolve()
     _check_output(final, [Path(model_assets_dir).resolve(), source.path.resolve()], overwrite)
-    relaid = RelaidTensors(source, {t.peft_name: (t.name, t.peft_shape, t.to_peft) for t in tensors})
-    experts = {a.weight_name.rpartition(".mlp.")[2] for a in named_adapters(model).values() if a.A.ndim == 3}
+    relaid = RelaidTensors(source, {peft_name: (name, functools.partial(to_peft, name))
+                                    for name, peft_name in names.items()})
+    experts = [target for target in settings["target_modules"] if target.endswith("experts")]
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(model_assets_dir), "bias": "none",
         "r": settings["rank"], "lora_alpha": settings["alpha"], "lora_dropout": settings["dropout"],
-        "target_modules": [target for target in settings["target_modules"] if not target.endswith("experts")],
-        "target_parameters": sorted(f"mlp.{name}" for name in experts),
+        "target_modules": [target for target in settings["target_modules"] if target not in experts],
+        "target_parameters": [f"{target}.{name}" for target in experts for name in ("gate_up_proj", "down_proj")],
         "exclude_modules": ["patch_embed.proj"] * ("proj" in settings["target_modules"]),  # a convolution there
         "inference_mode": True,
     }
     with _conversion(final, sum(map(_nbytes, relaid.tensors.values()))) as (staging, records, bar):
-        with _HashedFile(staging / PeftFile.single_file, records) as file:
+        with _HashedFile(staging / PEFT_WEIGHTS, records) as file:
             _write_safetensors(file, relaid.tensors, relaid, bar)
         _write_bytes(staging / PEFT_CONFIG, json.dumps(config, indent=1).encode(), records)
     if settings["base"]:

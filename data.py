@@ -1451,11 +1451,13 @@ def _load_tokenizer(path: Path) -> tuple[Tokenizer, set[int]]:
     if not path.exists():
         raise InputError(f"{path} does not exist: the model's tokenizer is needed")
     try:
-        content = json.loads(path.read_bytes())
-        special = [token for token in content.get("added_tokens", []) if token["special"]]
+        text = path.read_text("utf-8")
+        start = text.index("[", text.index('"added_tokens"'))  # the vocabulary behind them takes long to parse
+        added, end = json.JSONDecoder().raw_decode(text, start)
+        special = [token for token in added if token["special"]]
         for token in special:
             token["special"] = token["content"] in TEXT_TOKENS
-        tokenizer = Tokenizer.from_str(json.dumps(content))
+        tokenizer = Tokenizer.from_str(text[:start] + json.dumps(added) + text[end:])
     except Exception as error:  # tokenizers has no exception classes of its own
         raise InputError(f"{path} cannot be read as a tokenizer: {one_line(error)}") from error
     tokenizer.encode_special_tokens = True

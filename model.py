@@ -33,10 +33,9 @@ import itertools
 import math
 import zlib
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -793,7 +792,7 @@ def trainable_components(model: Qwen3VL) -> set[str]:
 
 def step_flops(
     config: Qwen3VLConfig, cu_seqlens: list[int], grid_thw: Tensor, num_supervised: int,
-    trainable: Collection[str] = COMPONENTS, adapters: Mapping[str, float] = MappingProxyType({}),
+    trainable: Collection[str] = COMPONENTS, adapters: dict[str, float] | None = None,
 ) -> float:
     """Return the floating point operations of forward and backward of one packed row, without recompute.
 
@@ -821,7 +820,7 @@ def step_flops(
         (rows[2] * (attention + dense + sparse) + num_supervised * t.hidden_size * t.vocab_size,
          t.num_hidden_layers * sum(q * (b - a) ** 2 for a, b in itertools.pairwise(cu_seqlens))),
     )
-    backward = COMPONENTS[0] in trainable
+    backward, adapters = COMPONENTS[0] in trainable, adapters or {}
     flops = 2 * total * v.patch_dim * v.hidden_size * (1 + backward)  # pixels have no gradient
     for component, n, (with_weights, of_activations) in zip(COMPONENTS, rows, forward, strict=True):
         backward |= component in trainable or component in adapters

@@ -206,7 +206,7 @@ class Adapter(nn.Module):
     def __init__(self, weight_name: str, a: tuple[int, ...], b: tuple[int, ...], scale: float, dropout: float = 0.0):
         super().__init__()
         self.weight_name, self.scale = weight_name, scale
-        self.A, self.B = nn.Parameter(torch.empty(a)), nn.Parameter(torch.empty(b))
+        self.A, self.B = (nn.Parameter(torch.empty(shape, device="meta")) for shape in (a, b))
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, out: Tensor, x: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -257,47 +257,50 @@ def add_adapters(model: Qwen3VL, settings: dict) -> dict:
     """Add adapters to a model on the meta device, and freeze the weights of each component that has some.
 
     settings: `rank`, `alpha`, `dropout` and `target_modules`, the ends of names of linear layers and of `Experts`
-    (None: the default). Returns them with the targets that were used. Raises UsageError if a target does not exist.
+    (None: the default). Returns them with the targets that were used: the last part of a name where it describes only
+    layers with adapters, and full names elsewhere. Raises UsageError if a target does not exist.
     """
     rank, dropout, scale = settings["rank"], settings["dropout"], settings["alpha"] / settings["rank"]
     names = {module: name for name, module in model.named_modules()}
-    layers = [m for block in blocks(model) for m in block.modules() if isinstance(m, (nn.Linear, Experts))]
-    layers = [m for m in layers if not names[m].endswith(".gate")]  # in PEFT, a router is no linear layer
+    layers = {names[m]: m for block in blocks(model) for m in block.modules() if isinstance(m, (nn.Linear, Experts))
+              and not names[m].endswith(".gate")}  # in PEFT, a router is no linear layer
+    last_part = {name: name.rpartition(".")[2] for name in layers}
 
-    def matches(target: str) -> list[nn.Module]:
-        return [layer for layer in layers if names[layer].endswith(f".{target}")]
+    def matches(target: str) -> list[str]:
+        return [name for name in layers if f".{name}".endswith(f".{target}")]
 
-    targets = sorted(set(settings["target_modules"] or filter(matches, DEFAULT_TARGETS)))
-    for target in targets:
+    requested = settings["target_modules"] or list(filter(matches, DEFAULT_TARGETS))
+    for target in requested:
         if not matches(target):
-            available = ", ".join(sorted({names[layer].rpartition(".")[2] for layer in layers}))
-            raise UsageError(f"--lora-target-modules: the model has no {target}: give some of {available}")
-    targeted = {layer for target in targets for layer in matches(target)}
-    if dropout and any(isinstance(layer, Experts) for layer in targeted):
+            raise UsageError(f"--lora-target-modules, --lora-init: the model has no {target}: give some of "
+                             f"{', '.join(sorted(set(last_part.values())))}")
+    targeted = {name for target in requested for name in matches(target)}
+    targets = {last if targeted.issuperset(matches(last)) else name for name, last in last_part.items()
+               if name in targeted}
+    if dropout and any(isinstance(layers[name], Experts) for name in targeted):
         raise UsageError("--lora-dropout: the inputs of experts cannot be dropped, as in PEFT: leave it or experts out")
     for block in blocks(model):
         adapters = {}
-        for layer in [m for m in block.modules() if m in targeted]:
-            name = names[layer]
-            with torch.device("meta"):
-                if isinstance(layer, Experts):
-                    of_experts = {}
-                    for leaf, p in layer.named_parameters():
-                        sizes = (*p.shape[:2], rank), (len(p), rank, p.shape[2])
-                        of_experts[leaf] = Adapter(f"{name}.{leaf}", *sizes, scale)
-                    layer.run_experts = functools.partial(run_adapted_experts, AdapterGroup(layer, of_experts))
-                    continue
+        for name in [names[m] for m in block.modules() if names[m] in targeted]:
+            layer = layers[name]
+            if isinstance(layer, Experts):
+                of_experts = {
+                    leaf: Adapter(f"{name}.{leaf}", (*p.shape[:2], rank), (len(p), rank, p.shape[2]), scale)
+                    for leaf, p in layer.named_parameters()
+                }
+                layer.run_experts = functools.partial(run_adapted_experts, AdapterGroup(layer, of_experts))
+            else:
                 sizes = (rank, layer.in_features), (layer.out_features, rank)
-                adapter = adapters[name.rpartition(".")[2]] = Adapter(f"{name}.weight", *sizes, scale, dropout)
-            layer.register_forward_hook(lambda _, args, out, adapter=adapter: adapter(out, *args))
+                adapter = adapters[last_part[name]] = Adapter(f"{name}.weight", *sizes, scale, dropout)
+                layer.register_forward_hook(lambda _, args, out, adapter=adapter: adapter(out, *args))
         if adapters:
             AdapterGroup(block, adapters)
 
-    components = {component_of(names[layer]) for layer in targeted}
+    components = {component_of(name) for name in targeted}
     for name, p in model.named_parameters():
         p.requires_grad_(".lora." in name or p.requires_grad and component_of(name) not in components)
     model.may_be_absent = lambda name, others=model.may_be_absent: ".lora." in name or others(name)
-    return settings | {"target_modules": targets}
+    return settings | {"target_modules": sorted(targets)}
 
 
 def named_adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -556,22 +559,6 @@ class Offload:
             kept.copied = self.copy_stream.record_event()
 
 
-def synchronized(block_fn: Callable) -> Callable:
-    """Make a `block_fn` wait for the device before each block, in recompute as well.
-
-    A host that runs ahead of its device allocates memory for blocks whose predecessors still hold theirs.
-    """
-
-    def call(block: nn.Module, *args):
-        def run(*args):
-            kernels_npu.ops.synchronize()
-            return block(*args)
-
-        return block_fn(run, *args)
-
-    return call
-
-
 # ---- FSDP2 ---------------------------------------------------------------------------------------------------------
 
 
@@ -606,7 +593,9 @@ def parallelize(
         for block in (*visual.blocks, *text.layers):
             block.compile()
     if synchronize_per_layer:
-        visual.block_fn = text.block_fn = synchronized(text.block_fn)
+        # A host that runs ahead of its device allocates memory for blocks whose predecessors still hold theirs.
+        for block in (*visual.blocks, *text.layers):
+            block.register_forward_pre_hook(lambda *_: kernels_npu.ops.synchronize())  # in recompute as well
 
     if state.world_size == 1 and compute_dtype == torch.float32 and not cpu_offload:
         return  # FSDP2 would only copy all parameters and gradients: a fifth of a step

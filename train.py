@@ -310,7 +310,7 @@ def build_trainable_model(args: argparse.Namespace, config: Qwen3VLConfig) -> tu
     """Build the model that the flags describe on the meta device; return it and its adapters' settings, if any."""
     model = build_model(config, freezing_predicate(args))
     settings = {
-        "rank": args.lora_rank or None, "alpha": args.lora_alpha, "dropout": args.lora_dropout,
+        "rank": args.lora_rank, "alpha": args.lora_alpha, "dropout": args.lora_dropout,
         "target_modules": args.lora_target_modules and args.lora_target_modules.split(","),
     }
     if args.lora_init:
@@ -318,10 +318,9 @@ def build_trainable_model(args: argparse.Namespace, config: Qwen3VLConfig) -> tu
             settings[key] = settings[key] or value
             if key != "target_modules" and settings[key] != value:
                 raise UsageError(f"--lora-{key} {settings[key]:g}: --lora-init has {value:g}: leave the flag out")
-    if settings["rank"] is None:
+    if not settings["rank"]:
         return model, None
-    if settings["alpha"] is None:
-        settings["alpha"] = 2.0 * settings["rank"]
+    settings["alpha"] = settings["alpha"] or 2.0 * settings["rank"]
     return model, parallel.add_adapters(model, settings)
 
 
@@ -446,16 +445,16 @@ def open_source(
 
 def check_adapters(source: AdaptedWeights, adapters: dict | None, model: Qwen3VL) -> None:
     """Raise InputError unless this run has the adapters of a checkpoint and trains the same components."""
-    different = [key for key in ("rank", "alpha", "dropout", "target_modules")
-                 if adapters is None or adapters[key] != source.settings[key]]
+    def flags(settings: dict) -> list[str]:
+        return [f"--lora-rank {settings['rank']}", f"--lora-alpha {settings['alpha']:g}",
+                f"--lora-dropout {settings['dropout']:g}",
+                f"--lora-target-modules {','.join(settings['target_modules'])}"]
 
-    def flags(settings: dict) -> str:
-        values = {key: ",".join(v) if isinstance(v := settings[key], list) else v for key in different}
-        return " ".join(f"--lora-{key.replace('_', '-')} {value}" for key, value in values.items())
-
-    if different:
-        raise InputError(f"{source.path}: has other adapters than this run: give {flags(source.settings)}, not "
-                         f"{flags(adapters) if adapters else '--lora-rank 0'}")
+    theirs, ours = flags(source.settings), flags(adapters) if adapters else ["--lora-rank 0"]
+    if theirs != ours:
+        raise InputError(f"{source.path}: has other adapters than this run: "
+                         f"give {' '.join(flag for flag in theirs if flag not in ours)}, "
+                         f"not {' '.join(flag for flag in ours if flag not in theirs)}")
     for name, p in model.named_parameters():
         if p.requires_grad != (name in source.trained.tensors):
             raise InputError(f"{source.path}: only one of its run and this one trains the {component_of(name)}: give "
@@ -534,11 +533,9 @@ def check_save_directory(save: Path, model: Qwen3VL, saves_optimizer: bool) -> N
         raise InputError(f"--save {save}: {socket.gethostname()} does not see what rank 0 wrote there, or cannot "
                          "write: give a directory that all nodes share")
     nbytes = 0
-    has_adapters = bool(parallel.named_adapters(model))
-    for p in model.parameters():
-        states = OPTIMIZER_STATES if saves_optimizer and p.requires_grad else 0
-        is_saved = p.requires_grad or not has_adapters
-        nbytes += 4 * p.numel() * (is_saved + states)
+    for tensor in convert.saved_tensors(model).values():
+        states = OPTIMIZER_STATES if saves_optimizer and tensor.requires_grad else 0
+        nbytes += 4 * tensor.numel() * (1 + states)
     free = shutil.disk_usage(save).free
     if free < nbytes:
         raise InputError(f"--save {save}: a checkpoint takes {nbytes / 1e9:.3g} GB, but {free / 1e9:.3g} GB are free: "
@@ -1075,11 +1072,9 @@ def setup_model(args: argparse.Namespace, config: Qwen3VLConfig, state: Parallel
     source = state.run_synced(lambda: open_source(
         args.init_from_hf_path, args.init, args.load, model, adapters, args.lora_init
     ))
-    starts_adapters = isinstance(source, AdaptedWeights) and not isinstance(source.trained, CheckpointWeights)
-    if starts_adapters and args.load and args.save:
-        load = Path(args.load).resolve()
-        if Path(args.save).resolve() in (load, load.parent):
-            raise UsageError("--lora-rank starts a new run on the weights of --load: give another --save than --load")
+    base = source.settings["base"] if isinstance(source, AdaptedWeights) else None
+    if base and args.save and Path(args.save).resolve() in Path(base).parents:
+        raise UsageError("--lora-rank starts a new run on the weights of --load: give another --save than --load")
     size = sum(p.numel() for p in model.parameters())
     if not args.init_model_with_meta_device:
         if size > 10e9:

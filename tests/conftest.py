@@ -13,6 +13,7 @@ from PIL import Image  # noqa: E402
 from qwen_tokenizer import build_tokenizer  # noqa: E402
 
 import common  # noqa: E402
+import kernels_npu  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -74,10 +75,11 @@ def images(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def restore_process():
-    """Undo what a training run leaves in this process (signal handlers, a process group), and end forked ranks."""
+    """Undo what a run leaves in this process (operations, signal handlers, a process group), and end forked ranks."""
     names = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = [signal.getsignal(n) for n in names]
+    before, ops = [signal.getsignal(n) for n in names], kernels_npu.ops
     yield
+    kernels_npu.ops = ops  # a dry run leaves those of a fake device
     for n, handler in zip(names, before, strict=True):
         signal.signal(n, handler)
     common.stop_requested.clear()

@@ -41,12 +41,6 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def restore_kernels():
-    yield
-    kernels_npu.select("cpu")
-
-
 def predict(capsys, *argv) -> dict:
     """Run train.py --dry-run in this process and return the JSON object that it prints last."""
     if "--fsdp-size" in argv and not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):

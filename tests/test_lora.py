@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import tiny
 import torch
 from helpers import assert_same_weights, read_metrics, run_job, train_argv, weights, without_timings, write_mixed_rows
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
@@ -61,7 +63,7 @@ def test_training_equals_peft(tmp_path, case):
     trained = convert.open_peft(tmp_path / "peft", model)
     source = convert.AdaptedWeights(convert.HuggingFaceWeights(tmp_path / "hf"), trained, settings | {"base": None})
     source.check_compatible(model)
-    tensors = convert.peft_tensors(model)
+    names = convert.peft_names(model)
     model.to_empty(device="cpu")
     convert.load_weights(model, source)
 
@@ -83,14 +85,14 @@ def test_training_equals_peft(tmp_path, case):
         loss.backward()
         expected_grads = {n.replace(".default", ""): p.grad for n, p in peft.named_parameters()}
         nonzero = 0
-        for t in tensors:
-            grad, wanted = model.get_parameter(t.name).grad, expected_grads[t.peft_name]
+        for name, peft_name in names.items():
+            grad, wanted = model.get_parameter(name).grad, expected_grads[peft_name]
             if wanted is None:  # no image
                 assert grad is None
                 continue
             nonzero += bool(wanted.any())
-            assert (t.to_peft(grad) - wanted).norm() <= 1e-4 * wanted.norm() + 1e-7, t.name
-        assert nonzero > len(tensors) // 4
+            assert (convert.to_peft(name, grad) - wanted).norm() <= 1e-4 * wanted.norm() + 1e-7, name
+        assert nonzero > len(names) // 4
         for optimizer in optimizers:
             optimizer.step()
     base = convert.HuggingFaceWeights(tmp_path / "hf").check_compatible(build_model(model.config))
@@ -174,6 +176,22 @@ def test_conversions_equal_peft(folder, tmp_path, model, flags):
     assert (unmerged - expected).abs().max() <= 1e-5 * largest
 
 
+def test_base_in_the_layout_of_transformers_5(folder, tmp_path):
+    """A base with transposed experts gives the same run and the same merged weights."""
+    base = convert.HuggingFaceWeights(folder / "moe")
+    shutil.copytree(folder / "moe", tmp_path / "transposed")
+    save_file({name: value.transpose(1, 2).contiguous() if name.endswith(convert.EXPERTS) else value
+               for name in base.tensors for value in [convert._read_full(base, name)]},
+              tmp_path / "transposed" / "model.safetensors")
+    merged = []
+    for i, hf_dir in enumerate((folder / "moe", tmp_path / "transposed")):
+        flags = argv(folder, "moe", tmp_path / f"save{i}", *ALL, *FROZEN, "--init-from-hf-path", hf_dir, iters=1)
+        convert.dcp_to_hf(run_job(flags), tmp_path / f"hf{i}", hf_dir, "float32")
+        merged.append(convert.HuggingFaceWeights(tmp_path / f"hf{i}"))
+    assert merged[0].tensors == merged[1].tensors
+    assert not [n for n in base.tensors if not torch.equal(*(convert._read_full(s, n) for s in merged))]
+
+
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 FROZEN = ["--freeze-vision-encoder", "--freeze-vision-projector"]
@@ -225,10 +243,35 @@ def test_lora_init_and_projector(folder, tmp_path):
     assert torch.equal(convert._read_full(merged, name), stored[name])
 
 
-def test_full_checkpoint_as_base(folder, tmp_path):
+@pytest.mark.parametrize(("model", "config"), [
+    ("dense", {"target_modules": r".*visual\.blocks.*\.linear_fc1"}),  # without those of the mergers
+    ("dense", {"target_modules": ["q_proj"], "layers_to_transform": [0, 2], "layers_pattern": "layers"}),
+    ("moe", {"target_modules": [], "target_parameters": [f"layers.1.mlp.experts.{w}" for w in ("gate_up_proj",
+                                                                                              "down_proj")]}),
+])
+def test_lora_init_with_adapters_in_some_layers(folder, tmp_path, model, config):
+    """Targets that no list of last names describes: PEFT loads again what came back, with equal logits."""
+    raw = json.loads((folder / model / "config.json").read_text())
+    peft = get_peft_model(tiny.hf_model(raw), LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, **config))
+    peft.save_pretrained(tmp_path / "peft")
+    save = run_job(argv(folder, model, tmp_path / "save", "--lora-init", tmp_path / "peft", *FROZEN,
+                        "--freeze-text-decoder", "--lr", 0, iters=1))
+    convert.dcp_to_peft(save, tmp_path / "copy", folder / model)
+    first, second = (convert.HuggingFaceWeights(tmp_path / d, convert.PEFT_WEIGHTS) for d in ("peft", "copy"))
+    assert first.tensors == second.tensors
+    assert not [n for n in first.tensors if not torch.equal(*(convert._read_full(s, n) for s in (first, second)))]
+    _, expected = logits(None, peft)
+    _, found = logits(None, PeftModel.from_pretrained(tiny.hf_model(raw), tmp_path / "copy"))
+    assert torch.equal(found, expected)
+
+
+def test_full_checkpoint_as_base(folder, tmp_path, capsys):
     """Adapters on a full checkpoint: its weights are the base of the run, its resume, its merge and its answers."""
     full = run_job(argv(folder, "dense", tmp_path / "full", iters=2))
     flags = [*LORA, *FROZEN]
+    for load in (full, full / "iter_0000002"):
+        assert common.run_program(train.main, argv(folder, "dense", full, *flags, "--load", load)) == 2
+        assert "starts a new run on the weights of --load: give another --save" in capsys.readouterr().err
     adapted = run_job(argv(folder, "dense", tmp_path / "lora", *flags, "--load", full, iters=2))
     assert [m["iteration"] for m in read_metrics(adapted)] == [1, 2]
     run_job(argv(folder, "dense", adapted, *flags, "--load", adapted, iters=3))
@@ -249,12 +292,12 @@ def run(folder, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    ([], "has other adapters .*give --lora-rank 4 --lora-alpha 8.0 --lora-dropout 0.0 --lora-target-modules "
+    ([], "has other adapters .*give --lora-rank 4 --lora-alpha 8 --lora-dropout 0 --lora-target-modules "
      "down_proj,.*, not --lora-rank 0"),
     (["--lora-rank", 8, "--lora-alpha", 8], "give --lora-rank 4, not --lora-rank 8"),
-    ([*LORA, "--lora-alpha", 5], "give --lora-alpha 8.0, not --lora-alpha 5.0"),
+    ([*LORA, "--lora-alpha", 5], "give --lora-alpha 8, not --lora-alpha 5"),
     ([*LORA, "--lora-target-modules", "q_proj"], "give --lora-target-modules down_proj,.*,v_proj, not --lora-target"),
-    ([*LORA, "--lora-dropout", 0.1], "give --lora-dropout 0.0, not --lora-dropout 0.1"),
+    ([*LORA, "--lora-dropout", 0.1], "give --lora-dropout 0, not --lora-dropout 0.1"),
     (LORA, "only one of its run and this one trains the vision encoder: give the same --freeze"),
 ])
 def test_load_with_other_settings_is_refused(folder, tmp_path, run, capsys, flags, message):
@@ -285,7 +328,9 @@ def test_experts_with_dropout_are_refused(folder, tmp_path, capsys):
     assert "--lora-dropout: the inputs of experts cannot be dropped" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", [{"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"q_proj": 2}}, {"r": None}])
+@pytest.mark.parametrize("change", [
+    {"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"q_proj": 2}}, {"r": None}, {"init_lora_weights": "pissa"},
+])
 def test_lora_init_other_kinds_are_refused(folder, tmp_path, run, change):
     convert.dcp_to_peft(run, tmp_path / "peft", folder / "dense")
     path = tmp_path / "peft" / "adapter_config.json"
