@@ -389,6 +389,7 @@ def parse_row(row: dict, for_generation: bool = False) -> list[Turn]:
             turn.parts = ["<tool_response>\n", *turn.parts, "\n</tool_response>"]
         if role == "tool" and turns[-1].role == "tool":
             turns[-1].parts += ["\n", *turn.parts]
+            turns[-1].loss = False if turn.loss is False else turns[-1].loss  # one turn: they are supervised together
         else:
             turns.append(turn)
     if tools := _read_objects(row.get("tools"), "'tools'"):

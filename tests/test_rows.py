@@ -560,6 +560,11 @@ def test_encode_loss_of_a_message(images, processor, no, yes):
     user, assistant = "<|im_start|>user\n", "<|im_start|>assistant\n"
     assert encode(None, no, no, None, train_on_prompt=True) == ["user\na<|im_end|>\n", assistant + d]
     assert encode(no, None, None, yes, train_on_prompt=True) == [f"{assistant}{b}{user}c<|im_end|>\n{assistant}{d}"]
+    roles = ("user", "assistant", "tool", "tool", "assistant")
+    for values in ([None, None, no, None, None], [None, None, None, no, None]):  # tool answers are one turn
+        messages = [say(role, text, loss=value) for role, text, value in zip(roles, "abcde", values, strict=True)]
+        sample = processor.encode({"messages": messages}, images, options=EncodeOptions(train_on_prompt=True))
+        assert supervised_texts(processor, sample) == [f"user\na<|im_end|>\n{assistant}{b}", f"{assistant}e<|im_end|>\n"]
     for role, i in (("user", 2), ("system", 0)):
         with pytest.raises(InputError, match=rf"'messages\[{i}\].loss' is true, but only messages of the assistant"):
             roles = ["system", "user", "assistant"] if role == "system" else ["user", "assistant", "user", "assistant"]

@@ -744,6 +744,7 @@ ERRORS = [
     (["--dataset-weights", "2,"], 2, "--dataset-weights: '' is not a number"),
     (["--dataset-weights", "0"], 2, "--dataset-weights leaves out every dataset"),
     (["--dataset-weights", "2", "--streaming"], 2, "--dataset-weights .* --streaming"),
+    (["--save", "out", "--save-hf", "x/../out"], 2, "--save-hf and --save are the same directory"),
     (["--init-from-hf-path", "nowhere"], 1, "nowhere"),
     (["--load", "nowhere"], 1, "nowhere"),
     (["--eval-dataset", "held_out.json"], 1, "held_out.json"),
