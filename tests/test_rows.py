@@ -433,6 +433,8 @@ AGENT_ROWS = [
     [say("user", "<tool_response></tool_response>"), say("assistant", "<think>a</think>b")],
     [say("user", "a"), say("assistant", "<think>\n\n</think>\n\n")],
     [say("user", "a"), say("assistant", "<think>never ends", ZOOM)],
+    [say("user", "a"), say("assistant", "<think>b</think>", ZOOM), say("tool", "c"), say("user", "<image>"),
+     say("assistant", "<think>d</think>e", ZOOM), say("tool", "f"), say("assistant", "g")],
 ]
 
 
@@ -634,6 +636,16 @@ def test_encode_truncates_tool_calls(images, processor, thinking):
             assert sample.truncated == (expected < len(full.input_ids))
 
 
+def test_encode_truncates_tool_answers_before_a_question(images, processor):
+    """The row ends with the assistant's call: the tool answer after it has lost its answer."""
+    messages = [say("user", "a"), say("assistant", "x", ZOOM), say("tool", "t " * 20), say("user", "b"),
+                say("assistant", "c")]
+    full = processor.encode({"messages": messages}, images)
+    call = processor.encode({"messages": messages[:2]}, images).input_ids.tolist()
+    sample = processor.encode({"messages": messages}, images, options=EncodeOptions(seq_length=len(full.input_ids) - 1))
+    assert sample.truncated and sample.input_ids.tolist() == call
+
+
 def test_encode_decodes_no_image_beyond_the_length(bad_media, processor):
     row = chat("x", "y", images=["rgb.png", "cut.png"])  # the second has a header
     with pytest.raises(InputError, match="tokens do not fit in a sequence length of 10"):
@@ -768,7 +780,7 @@ BAD_ROWS = [
     ({"messages": [QUESTION, ANSWER], "conversations": [7]}, "both 'messages' and 'conversations': keep one"),
     ({"messages": [{"role": "tool", "content": "x"}]}, r"messages\[0\] has the role tool where user or system is"),
     ({"messages": [QUESTION, say("observation", "x")]}, r"messages\[1\] has the role tool where assistant is expected"),
-    ({"messages": [QUESTION, ANSWER, say("tool", "x"), QUESTION]}, r"\[3\] has the role user where assistant or tool"),
+    ({"messages": [QUESTION, ANSWER, say("tool", "x"), say("system", "x")]}, r"\[3\] has the role system where assis"),
     ({"messages": [QUESTION, ANSWER, say("tool", "x")]}, "must end with a turn of the assistant: there is no answer"),
     ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "f(x)"}]},
      r"conversations\[1\].value must be a list of objects, or such a list as JSON in a string, not 'f\(x\)'"),
