@@ -1181,7 +1181,7 @@ def main(argv: list[str]) -> None:
         """Create the output directories on rank 0, and hold the lock on --save until the run ends."""
         if state.rank > 0:
             return
-        for directory in (args.profile_dir, args.tensorboard_dir):
+        for directory in (args.profile_dir, args.tensorboard_dir, args.save_hf and Path(args.save_hf).parent):
             if directory:
                 Path(directory).mkdir(parents=True, exist_ok=True)
         if args.save_hf and Path(args.save_hf).exists():

@@ -566,7 +566,8 @@ def test_encode_loss_of_a_message(images, processor, no, yes):
     for values in ([None, None, no, None, None], [None, None, None, no, None]):  # tool answers are one turn
         messages = [say(role, text, loss=value) for role, text, value in zip(roles, "abcde", values, strict=True)]
         sample = processor.encode({"messages": messages}, images, options=EncodeOptions(train_on_prompt=True))
-        assert supervised_texts(processor, sample) == [f"user\na<|im_end|>\n{assistant}{b}", f"{assistant}e<|im_end|>\n"]
+        assert supervised_texts(processor, sample) == [
+            f"user\na<|im_end|>\n{assistant}{b}", f"{assistant}e<|im_end|>\n"]
     for role, i in (("user", 2), ("system", 0)):
         with pytest.raises(InputError, match=rf"'messages\[{i}\].loss' is true, but only messages of the assistant"):
             roles = ["system", "user", "assistant"] if role == "system" else ["user", "assistant", "user", "assistant"]
