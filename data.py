@@ -252,7 +252,7 @@ def encode_options(args: argparse.Namespace) -> EncodeOptions:
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
          "function_call": "assistant", "tool": "tool", "observation": "tool"}
 NEXT_ROLES = {None: ("user", "system"), "system": ("user",), "user": ("assistant",), "assistant": ("user", "tool"),
-              "tool": ("assistant", "tool")}  # role of a message -> roles that may follow
+              "tool": ("assistant", "tool", "user")}  # role of a message -> roles that may follow
 PLACEHOLDER = re.compile("(<image>|<video>)")
 # <image 1>, <|image_1|>, <Image>, <|image_pad|>
 OTHER_PLACEHOLDER = re.compile(r"<\|?(image|video)([ _-]?\d*|_pad)\|?>", re.IGNORECASE)
@@ -348,7 +348,8 @@ def parse_row(row: dict, for_generation: bool = False) -> list[Turn]:
     answer. Raises InputError.
 
     The row's `tools` become the end of the system turn. An assistant's message may have `tool_calls`, or be a
-    `function_call` whose text is the calls as JSON. Messages with the role `tool` or `observation` may follow it.
+    `function_call` whose text is the calls as JSON. Messages with the role `tool` or `observation` may follow it,
+    and after them the user's, such as one that shows the tool's image.
     """
     if not isinstance(row, dict):
         raise InputError(f"a row must be an object with 'messages' or 'conversations', not {shorten(row)}")
@@ -382,13 +383,14 @@ def parse_row(row: dict, for_generation: bool = False) -> list[Turn]:
         if role not in expected:
             raise InputError(
                 f"{name}[{i}] has the role {role} where {' or '.join(expected)} is expected: after an optional first "
-                "system turn (or the row's key 'system'), user and assistant must alternate, or tool and assistant"
+                "system turn (or the row's key 'system'), answers of the assistant alternate with turns of user or tool"
             )
         turn = _parse_message(message, role_key, text_key, role, f"{name}[{i}]")
         if role == "tool":
             turn.parts = ["<tool_response>\n", *turn.parts, "\n</tool_response>"]
         if role == "tool" and turns[-1].role == "tool":
             turns[-1].parts += ["\n", *turn.parts]
+            turns[-1].loss = False if turn.loss is False else turns[-1].loss  # one turn: they are supervised together
         else:
             turns.append(turn)
     if tools := _read_objects(row.get("tools"), "'tools'"):
@@ -1356,7 +1358,7 @@ class Processor:
             questions, answers = ([i for i, turn in enumerate(turns) if turn.role == role]
                                   for role in ("user", "assistant"))
             if len(questions) > 1:
-                return turns[: questions[-1]]
+                return turns[: max(i for i in answers if i < questions[-1]) + 1]  # tool answers may follow it
             if len(answers) > 1:
                 return turns[: answers[-2] + 1]
         length = sum(len(turn.ids) for turn in turns)

@@ -259,6 +259,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
          "--cache-dir keeps an index, which --streaming does not use: leave one of them out"),
         (args.async_save and not args.save, "--async-save needs --save: give the directory, or leave it out"),
         (args.save_hf and not args.save, "--save-hf needs --save: give the directory, or leave it out"),
+        (args.save_hf and args.save and Path(args.save_hf).resolve() == Path(args.save).resolve(),
+         "--save-hf and --save are the same directory: give another --save-hf"),
         (args.activation_offload and args.recompute == "none",
          "--activation-offload needs recompute: give --recompute full, or leave both out"),
         (args.min_lr > args.lr, f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}: give a smaller one"),
@@ -1187,7 +1189,7 @@ def main(argv: list[str]) -> None:
         """Create the output directories on rank 0, and hold the lock on --save until the run ends."""
         if state.rank > 0:
             return
-        for directory in (args.profile_dir, args.tensorboard_dir):
+        for directory in (args.profile_dir, args.tensorboard_dir, args.save_hf and Path(args.save_hf).parent):
             if directory:
                 Path(directory).mkdir(parents=True, exist_ok=True)
         if args.save_hf and Path(args.save_hf).exists():

@@ -433,6 +433,8 @@ AGENT_ROWS = [
     [say("user", "<tool_response></tool_response>"), say("assistant", "<think>a</think>b")],
     [say("user", "a"), say("assistant", "<think>\n\n</think>\n\n")],
     [say("user", "a"), say("assistant", "<think>never ends", ZOOM)],
+    [say("user", "a"), say("assistant", "<think>b</think>", ZOOM), say("tool", "c"), say("user", "<image>"),
+     say("assistant", "<think>d</think>e", ZOOM), say("tool", "f"), say("assistant", "g")],
 ]
 
 
@@ -560,6 +562,12 @@ def test_encode_loss_of_a_message(images, processor, no, yes):
     user, assistant = "<|im_start|>user\n", "<|im_start|>assistant\n"
     assert encode(None, no, no, None, train_on_prompt=True) == ["user\na<|im_end|>\n", assistant + d]
     assert encode(no, None, None, yes, train_on_prompt=True) == [f"{assistant}{b}{user}c<|im_end|>\n{assistant}{d}"]
+    roles = ("user", "assistant", "tool", "tool", "assistant")
+    for values in ([None, None, no, None, None], [None, None, None, no, None]):  # tool answers are one turn
+        messages = [say(role, text, loss=value) for role, text, value in zip(roles, "abcde", values, strict=True)]
+        sample = processor.encode({"messages": messages}, images, options=EncodeOptions(train_on_prompt=True))
+        assert supervised_texts(processor, sample) == [
+            f"user\na<|im_end|>\n{assistant}{b}", f"{assistant}e<|im_end|>\n"]
     for role, i in (("user", 2), ("system", 0)):
         with pytest.raises(InputError, match=rf"'messages\[{i}\].loss' is true, but only messages of the assistant"):
             roles = ["system", "user", "assistant"] if role == "system" else ["user", "assistant", "user", "assistant"]
@@ -627,6 +635,16 @@ def test_encode_truncates_tool_calls(images, processor, thinking):
             assert sample.input_ids.tolist() == full.input_ids[:expected].tolist()
             assert sample.labels[:-1].tolist() == full.labels[: expected - 1].tolist()
             assert sample.truncated == (expected < len(full.input_ids))
+
+
+def test_encode_truncates_tool_answers_before_a_question(images, processor):
+    """The row ends with the assistant's call: the tool answer after it has lost its answer."""
+    messages = [say("user", "a"), say("assistant", "x", ZOOM), say("tool", "t " * 20), say("user", "b"),
+                say("assistant", "c")]
+    full = processor.encode({"messages": messages}, images)
+    call = processor.encode({"messages": messages[:2]}, images).input_ids.tolist()
+    sample = processor.encode({"messages": messages}, images, options=EncodeOptions(seq_length=len(full.input_ids) - 1))
+    assert sample.truncated and sample.input_ids.tolist() == call
 
 
 def test_encode_decodes_no_image_beyond_the_length(bad_media, processor):
@@ -763,7 +781,7 @@ BAD_ROWS = [
     ({"messages": [QUESTION, ANSWER], "conversations": [7]}, "both 'messages' and 'conversations': keep one"),
     ({"messages": [{"role": "tool", "content": "x"}]}, r"messages\[0\] has the role tool where user or system is"),
     ({"messages": [QUESTION, say("observation", "x")]}, r"messages\[1\] has the role tool where assistant is expected"),
-    ({"messages": [QUESTION, ANSWER, say("tool", "x"), QUESTION]}, r"\[3\] has the role user where assistant or tool"),
+    ({"messages": [QUESTION, ANSWER, say("tool", "x"), say("system", "x")]}, r"\[3\] has the role system where assis"),
     ({"messages": [QUESTION, ANSWER, say("tool", "x")]}, "must end with a turn of the assistant: there is no answer"),
     ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "f(x)"}]},
      r"conversations\[1\].value must be a list of objects, or such a list as JSON in a string, not 'f\(x\)'"),

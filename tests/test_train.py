@@ -469,6 +469,10 @@ def test_save_hf(folder, tmp_path, capsys):
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes(), name
     argv = train_argv(folder / "moe", folder / "text.json", tmp_path / "other", *flags, iters=1)
     assert fails(argv, capsys) == (2, f"error: --save-hf {tmp_path / 'hf'} exists: give a new directory")
+    (tmp_path / "file").touch()
+    flags = ["--save-hf", tmp_path / "file" / "hf"]
+    argv = train_argv(folder / "moe", folder / "text.json", tmp_path / "other", *flags, iters=1)
+    assert fails(argv, capsys) == (1, f"error: {tmp_path / 'file'}: File exists") and not (tmp_path / "other").exists()
 
 
 def log_lines(output: str) -> list[str]:
@@ -744,6 +748,7 @@ ERRORS = [
     (["--dataset-weights", "2,"], 2, "--dataset-weights: '' is not a number"),
     (["--dataset-weights", "0"], 2, "--dataset-weights leaves out every dataset"),
     (["--dataset-weights", "2", "--streaming"], 2, "--dataset-weights .* --streaming"),
+    (["--save", "out", "--save-hf", "x/../out"], 2, "--save-hf and --save are the same directory"),
     (["--init-from-hf-path", "nowhere"], 1, "nowhere"),
     (["--load", "nowhere"], 1, "nowhere"),
     (["--eval-dataset", "held_out.json"], 1, "held_out.json"),
