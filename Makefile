@@ -33,7 +33,7 @@ demo: .venv/.demo
 	.venv/bin/python tools/demo.py
 
 test: .venv/.test
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile
 	$(MAKE) lint
 
 lint: .venv/.test

@@ -138,7 +138,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+SLOW = {"tied", "cp 4", "ep 2"}  # the others combine their features
+
+
+@pytest.mark.parametrize("layout", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in LAYOUTS])
 def test_dry_run_equals_measured_step(folder, tmp_path, capsys, layout):
     """The contract is ten per cent. Both trackers see the same step and differ only by the batch's integers."""
     world_size, name, *flags = LAYOUTS[layout]
@@ -341,9 +344,9 @@ def test_shallow_keeps_special_layers(deep_folder):
     assert sum(r.count for r in removed) == 9 + 11 - 4 - 7
 
 
-@pytest.mark.parametrize("options", [(), ("--lora-rank", 4, "--cpu-offload", "--global-batch-size", 16)])
-def test_few_layers_equal_all_layers(deep_folder, options):
-    argv = ["--init-from-hf-path", deep_folder / "mixed", "--expert-parallel-size", 2, *options]
+def test_few_layers_equal_all_layers(deep_folder):
+    options = ["--expert-parallel-size", 2, "--lora-rank", 4, "--cpu-offload", "--global-batch-size", 16]
+    argv = ["--init-from-hf-path", deep_folder / "mixed", *options]
     assert_equal_reports(flat_report(argv, False), flat_report(argv, True))
 
 

@@ -665,8 +665,9 @@ def test_packed_bad_rows(workers, tmp_path, processor, caplog):
         take(pack(RowDataset(paths), processor, num_workers=workers), 40)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kind", [RowDataset, partial(RowStream, shuffle_buffer=50)])
+@pytest.mark.parametrize("kind, workers", [
+    (RowDataset, 0), (partial(RowStream, shuffle_buffer=50), 2), pytest.param(RowDataset, 2, marks=pytest.mark.slow),
+])
 def test_packed_resume(workers, kind, tmp_path, processor):
     paths = uneven(tmp_path)
     for rank in range(2):

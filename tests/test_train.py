@@ -271,7 +271,8 @@ def test_dataset_weights(folder, tmp_path):
 
 
 @pytest.mark.parametrize("workers, reading", [
-    (2, ""), (2, "--streaming --shuffle-buffer 4"), (2, "--packing --seq-length 160"),
+    (2, ""), (2, "--streaming --shuffle-buffer 4"),
+    pytest.param(2, "--packing --seq-length 160", marks=pytest.mark.slow),
     (2, "--packing --streaming --seq-length 160"), (0, "--packing --streaming --seq-length 160"),
 ])
 def test_resume_equals_uninterrupted_run(folder, tmp_path, workers, reading):
