@@ -479,7 +479,7 @@ class Page(HTMLParser):
             self.marked.append(text)
 
 
-def test_page_escapes_everything(tmp_path, hf):
+def test_page_escapes_markup(tmp_path, hf):
     folder = tmp_path / "<b onclick='x'>&amp;"
     folder.mkdir()
     write(folder / "rows.jsonl", [
