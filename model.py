@@ -12,7 +12,7 @@ P patches, C vision hidden size, N images and videos.
 Seams, which are callables with a default here:
 - `VisionAttention.attention`, `TextAttention.attention`: the implementation, Ulysses, the KV cache.
 - `Experts.run_experts`: expert parallelism.
-- `VisionModel.block_fn`, `TextModel.block_fn`: call a block. Recompute, offload, waiting for the device.
+- `VisionModel.block_fn`, `TextModel.block_fn`: call a block. Recompute, offload.
 - `Qwen3VL.exchange_features`: send visual features to the ranks that hold their tokens.
 - `LMHead.loss_fn`: the loss of a batch.
 Settings:

@@ -480,16 +480,15 @@ def _expert_parallel(model: Qwen3VL, state: ParallelState) -> None:
 # ---- recompute and offload -----------------------------------------------------------------------------------------
 
 
-def recompute_block(block: nn.Module, *args):
+def recompute_block(block: nn.Module, *args, has_dropout: bool = False):
     """Run a block without keeping its activations, which backward computes again: the `block_fn` seam.
 
-    The result of top-k is kept. In a second computation, rounding could send a token to other experts. Dropout draws
-    the same mask again.
+    The result of top-k is kept. In a second computation, rounding could send a token to other experts. With
+    `has_dropout`, dropout draws the same mask again.
     """
     if not torch.is_grad_enabled():
         return block(*args)
     keep_routing = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.topk.default])
-    has_dropout = any(isinstance(module, nn.Dropout) for module in block.modules())
     return checkpoint(
         block, *args, use_reentrant=False, preserve_rng_state=has_dropout, context_fn=keep_routing,
         determinism_check="none",
@@ -513,7 +512,8 @@ class Offload:
     backward the current block's and the next one needed.
     """
 
-    def __init__(self, ops: Torch):
+    def __init__(self, ops: Torch, has_dropout: bool = False):
+        self.has_dropout = has_dropout
         self.streams = torch.get_device_module(ops.device)
         self.copy_stream, self.pinned = self.streams.Stream(), ops.is_accelerator
         self.latest: _BlockInput | None = None  # in forward
@@ -522,7 +522,7 @@ class Offload:
         if not torch.is_grad_enabled():
             return block(*args)
         with saved_tensors_hooks(self._pack, self._unpack):  # a checkpoint saves nothing but its tensor arguments
-            return recompute_block(block, *args)
+            return recompute_block(block, *args, has_dropout=self.has_dropout)
 
     def _pack(self, x: Tensor) -> Tensor | _BlockInput:
         if not x.requires_grad:  # rotary tables, which all blocks share
@@ -583,10 +583,11 @@ def parallelize(
         _expert_parallel(model, state)
     if state.cp_size > 1:
         _context_parallel(model, state)
+    has_dropout = any(isinstance(module, nn.Dropout) for module in model.modules())
     if offload:
-        visual.block_fn = text.block_fn = Offload(kernels_npu.ops)
+        visual.block_fn = text.block_fn = Offload(kernels_npu.ops, has_dropout)
     elif recompute:
-        visual.block_fn = text.block_fn = recompute_block
+        visual.block_fn = text.block_fn = functools.partial(recompute_block, has_dropout=has_dropout)
     if compile:
         if recompute or offload:  # the second run of a block may be compiled differently and save other tensors
             raise UsageError("--compile does not work with recompute: give --recompute none, or leave out --compile")
