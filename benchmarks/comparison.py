@@ -136,6 +136,16 @@ def synchronized_time(device: str) -> float:
     return time.perf_counter()
 
 
+def product_rate(device: str, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of a product of [2048, 768] and [768, 2304], the limit of a step of matrix products."""
+    x, weight = torch.ones(2048, 768, device=device, dtype=dtype), torch.ones(768, 2304, device=device, dtype=dtype)
+    out, repeats = x @ weight, 10
+    began = synchronized_time(device)
+    for _ in range(repeats):
+        torch.mm(x, weight, out=out)
+    return repeats * 2 * out.numel() * len(weight) / (synchronized_time(device) - began)
+
+
 def peak_mb(device: str) -> float:
     """Return this process's peak memory in MB: the device's, or the resident memory on a CPU."""
     if device != "cpu":

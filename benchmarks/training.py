@@ -4,8 +4,9 @@
 
 A step is forward, backward, clipping and AdamW, in float32 on a CPU and in bf16 on CUDA. transformers gets rows padded
 to the longest, as its collators pad them. The losses of both sides are printed. They must agree, or the figures do not
-count. The case `memory` measures the peak memory of a step of one row of 8,192 tokens. Its vocabulary is that of the
-released models (151,936), and its model is otherwise small.
+count. The share is that of the rate of one large matrix product, measured before each step, which our step reaches
+with the FLOPs of `model.step_flops`. The case `memory` measures the peak memory of a step of one row of 8,192 tokens.
+Its vocabulary is that of the released models (151,936), and its model is otherwise small.
 """
 from __future__ import annotations
 
@@ -25,9 +26,13 @@ EQUAL = [[40, ("image", 20, 20), 114]] * 4  # 256 tokens each, with an image of 
 MIXED = [[40, ("image", 20, 26), 120], [400], [30, ("image", 14, 10), ("image", 8, 16), 60], [90],
          [25, ("image", 26, 30), 150], [140], [20, ("image", 10, 12), 35], [10, ("image", 16, 16), 200]]
 TEXT = [[400], [90], [140], [250]]
+LARGE = {"hidden_size": 768, "intermediate_size": 2304, "num_attention_heads": 12, "num_key_value_heads": 4}
+SMALL = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 2, "vocab_size": 2048}
 CASES = {
     "dense-equal": (config(False), EQUAL), "dense-mixed": (config(False), MIXED),
     "moe-equal": (config(True), EQUAL), "moe-mixed": (config(True), MIXED), "dense-text": (config(False), TEXT),
+    "dense-large": (config(False, **LARGE), [[2048]]), "moe-large": (config(True, **LARGE), [[2048]]),
+    "dense-small": (config(False, **SMALL), TEXT), "moe-small": (config(True, **SMALL), TEXT),
     "memory": (config(False, vocab_size=151936, hidden_size=256), [[8192]]),
 }
 # on CUDA: four layers with the widths of 8B, or of 30B-A3B with a quarter of its experts; the vision encoder is small
@@ -39,10 +44,19 @@ EXPERTS = {"num_experts": 32, "num_experts_per_tok": 8, "moe_intermediate_size":
 
 def ours(directory: str, rows: list, device: str, dtype: torch.dtype):
     """Measure this project's step on one rank, with PyTorch's clipping and without loader and log."""
+    from model import step_flops
+
     model = comparison.load_ours(directory, device, dtype)
     optimizer = kernels_npu.ops.adamw([{"params": list(model.parameters())}], lr=LR)
     batch = comparison.packed_batch(rows, device, dtype)
-    return lambda: step(model, optimizer, lambda: model(batch)[0], device)
+    flops = step_flops(model.config, batch.cu_seqlens, batch.grid_thw, len(batch.supervised_index))
+
+    def turn() -> tuple[float, float, float, float]:
+        rate = comparison.product_rate(device, dtype)
+        seconds, loss, peak = step(model, optimizer, lambda: model(batch)[0], device)
+        return seconds, loss, peak, flops / seconds / rate
+
+    return turn
 
 
 def transformers(directory: str, rows: list, device: str, dtype: torch.dtype):
@@ -74,12 +88,13 @@ def compare(name: str, raw: dict, rows: list, args: argparse.Namespace) -> bool:
         results = comparison.measure_in_turns(
             {"ours": ours, "transformers": transformers}, (directory, rows, args.device, dtype),
             1 if name == "memory" else args.rounds, args.threads)
-    our_times, our_losses, our_peaks = zip(*results["ours"], strict=True)
+    our_times, our_losses, our_peaks, shares = zip(*results["ours"], strict=True)
     times, losses, peaks = zip(*results["transformers"], strict=True)
     difference = np.abs(np.array(our_losses) / np.array(losses) - 1)
     print(f"{name:12} ours {np.median(our_times[1:]):6.3f} s, transformers {np.median(times[1:]):6.3f} s, ratio "
-          f"{comparison.ratio(our_times[1:], times[1:])}; peak memory {our_peaks[-1]:,.0f} and {peaks[-1]:,.0f} MB, "
-          f"ratio {our_peaks[-1] / peaks[-1]:.2f}; losses {our_losses[0]:.5f} to {our_losses[-1]:.5f}, differences "
+          f"{comparison.ratio(our_times[1:], times[1:])}; share {np.median(shares[1:]):.2f}; "
+          f"peak memory {our_peaks[-1]:,.0f} and {peaks[-1]:,.0f} MB, ratio {our_peaks[-1] / peaks[-1]:.2f}; "
+          f"losses {our_losses[0]:.5f} to {our_losses[-1]:.5f}, differences "
           f"{np.median(difference):.0e} (median) and {difference.max():.0e} (largest)", flush=True)
     # bf16 has 8 bits. Rounding may move a token to another expert, which changes a step's loss by up to 1e-3, also
     # between two runs of transformers. So the median must be small, and the largest difference moderate.
