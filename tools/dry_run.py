@@ -426,7 +426,7 @@ def trace_step(
     }
 
 
-def full_flops(config: Qwen3VLConfig, batch: data.Batch, model: Qwen3VL, removed: list[Removed]) -> float:
+def full_flops(config: Qwen3VLConfig, model: Qwen3VL, removed: list[Removed], batch: data.Batch) -> float:
     """Return the FLOPs of a batch in the full model, from its configuration and a model without the removed layers."""
     adapters = Counter(parallel.adapter_flops(model))
     for count, like, _ in removed:
@@ -460,8 +460,8 @@ def predict(args: argparse.Namespace, full_depth: bool = False) -> dict:
     settings = model_settings(args)
     configure_model(model, state, **settings | {"synchronize_per_layer": False})  # which takes no memory
     batch = fake_batch(config, args.seq_length, args.micro_batch_size)
-    set_loss_weights([batch] * accumulation, args.loss_type, model, state)
-    flops = accumulation * state.dp_size * full_flops(config, batch, model, removed)
+    flops_of = partial(full_flops, config, model, removed)
+    flops = set_loss_weights([batch] * accumulation, args.loss_type, flops_of, state).flops
     report = {
         "rank": state.rank, "world_size": state.world_size, "context_parallel_size": state.cp_size,
         "expert_parallel_size": state.ep_size, "fsdp_size": state.fsdp_size,

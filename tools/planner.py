@@ -344,7 +344,7 @@ class Planner:
                 "synchronize_per_layer": False})
             model.to(self.dtype)
             batch = fake_batch(self.config, args.seq_length, micro_batch)
-            set_loss_weights([batch], args.loss_type, model, state)
+            set_loss_weights([batch], args.loss_type, lambda _: 0.0, state)
             shape = batch.pixel_values.shape
             state.device = torch.device("meta")
             batch = parallel.local_batch(replace(batch, pixel_values=torch.zeros(()).expand(shape)), state)
@@ -432,7 +432,7 @@ class Planner:
     @functools.cache  # noqa: B019
     def flops(self, micro_batch: int) -> float:
         batch = fake_batch(self.config, self.args.seq_length, micro_batch)
-        return full_flops(self.config, batch, self.model, self.removed)
+        return full_flops(self.config, self.model, self.removed, batch)
 
     def seconds(self, layout: Layout, pieces: Pieces, s: Sharding) -> tuple[Counter[str], Counter[str]]:
         """Return the seconds of a micro-batch by part, and the seconds in which each resource is the bottleneck.
