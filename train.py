@@ -465,12 +465,13 @@ def check_adapters(source: AdaptedWeights, adapters: dict | None, model: Qwen3VL
 
 def load_initial_state(
     model: Qwen3VL, optimizer: Optimizer, source: Source | None, state: ParallelState, *, seed: int, finetune: bool,
-    load_optim: bool, load_rng: bool,
+    load_optim: bool, load_rng: bool, media_limits: dict[str, float],
 ) -> tuple[int, dict | list[dict] | None]:
     """Fill the model and, to resume a run, the optimizer and the random number generators: all loading happens here.
 
     Return (completed iterations, position in the data). If the data was packed for other ranks, the positions of all
-    those ranks are returned. `finetune` loads the weights only.
+    those ranks are returned. `finetune` loads the weights only. Log a warning if a resumed run had other
+    `media_limits`.
     """
     convert.load_weights(model, source, seed)
     if isinstance(source, AdaptedWeights):
@@ -480,6 +481,11 @@ def load_initial_state(
     trainer_state = convert.load_trainer_state(source.path, state.rank)
     if trainer_state is None:  # a converted checkpoint
         return 0, None
+    stored_limits = convert.read_settings(source.path).get("media_limits", media_limits)
+    if stored_limits != media_limits and state.rank == 0:
+        theirs, ours = (data.describe_limits(limits) or "no such flags" for limits in (stored_limits, media_limits))
+        log.warning("%s: was saved with %s, but this run has %s: the same media have other tokens now", source.path,
+                    theirs, ours)
     if load_optim:
         saved_with = trainer_state.get("optimizer")
         if saved_with not in (None, type(optimizer).__name__):
@@ -1131,7 +1137,7 @@ def setup(
     # synced, because damage may lie in one rank's slices only
     start, loader.resume_state = state.run_synced(lambda: load_initial_state(
         model, optimizer, source, state, seed=args.seed, finetune=args.finetune, load_optim=not args.no_load_optim,
-        load_rng=not args.no_load_rng,
+        load_rng=not args.no_load_rng, media_limits=data.media_limits(args),
     ))
     if start >= train_iters:
         log_rank0(f"{args.load} is at iteration {start} of {train_iters}: nothing to do")
