@@ -226,10 +226,10 @@ def make_parser() -> Parser:
         help="memory of a device; a dry run that needs more exits with status 1")
     add("--plan", action=switch, default=False, help="with --dry-run: try all layouts (context, expert and FSDP sizes, "
         "micro-batch size, recompute, offload) and list the fastest that fit the memory; with --save, write plan.json")
-    add("--assume-device", choices=("ascend-910b", "ascend-910c", "a100", "h100", "h200"), metavar="NAME",
-        help="device whose speed a dry run predicts: ascend-910b (default), ascend-910c, a100, h100 or h200")
-    add("--device-figures", metavar="NAME=X,...", help="figures that replace the assumed device's: tflops, memory_gib, "
-        "memory_gbs, link_gbs, network_gbs, devices_per_node, host_gbs")
+    add("--assume-device", metavar="NAME",
+        help="device whose speed a dry run predicts, one of the table in docs/planner.md (default: its first)")
+    add("--device-figures", metavar="NAME=X,...", help="figures that replace the assumed device's, such as "
+        "tflops=300,link_gbs=150; docs/planner.md has the others")
     return p
 
 
