@@ -799,7 +799,8 @@ def step_flops(
     Only matrix products count. Causal attention counts half, and unsupervised tokens have no logits. Backward computes
     the gradients of the weights of the `trainable` components, and those of the activations in these components and in
     the components after them. So it is twice forward if every component is trainable. `adapters` holds, for a component
-    with trainable adapters, their multiply-adds for a row of its activations: a patch, a visual token or a token.
+    with trainable adapters, their multiply-adds for a row of its activations: a patch, a visual token or a token. The
+    weights of such a component are frozen.
     """
     t, v = config.text, config.vision
     q, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
@@ -820,7 +821,9 @@ def step_flops(
         (rows[2] * (attention + dense + sparse) + num_supervised * t.hidden_size * t.vocab_size,
          t.num_hidden_layers * sum(q * (b - a) ** 2 for a, b in itertools.pairwise(cu_seqlens))),
     )
-    backward, adapters = COMPONENTS[0] in trainable, adapters or {}
+    adapters = adapters or {}
+    trainable = set(trainable) - adapters.keys()
+    backward = COMPONENTS[0] in trainable
     flops = 2 * total * v.patch_dim * v.hidden_size * (1 + backward)  # pixels have no gradient
     for component, n, (with_weights, of_activations) in zip(COMPONENTS, rows, forward, strict=True):
         backward |= component in trainable or component in adapters

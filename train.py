@@ -226,10 +226,10 @@ def make_parser() -> Parser:
         help="memory of a device; a dry run that needs more exits with status 1")
     add("--plan", action=switch, default=False, help="with --dry-run: try all layouts (context, expert and FSDP sizes, "
         "micro-batch size, recompute, offload) and list the fastest that fit the memory; with --save, write plan.json")
-    add("--assume-device", choices=("ascend-910b", "ascend-910c", "a100", "h100", "h200"), metavar="NAME",
-        help="device whose speed a dry run predicts: ascend-910b (default), ascend-910c, a100, h100 or h200")
-    add("--device-figures", metavar="NAME=X,...", help="figures that replace the assumed device's: tflops, memory_gib, "
-        "memory_gbs, link_gbs, network_gbs, devices_per_node, host_gbs")
+    add("--assume-device", metavar="NAME",
+        help="device whose speed a dry run predicts, one of the table in docs/planner.md (default: its first)")
+    add("--device-figures", metavar="NAME=X,...", help="figures that replace the assumed device's, such as "
+        "tflops=300,link_gbs=150; docs/planner.md has the others")
     return p
 
 
@@ -465,12 +465,13 @@ def check_adapters(source: AdaptedWeights, adapters: dict | None, model: Qwen3VL
 
 def load_initial_state(
     model: Qwen3VL, optimizer: Optimizer, source: Source | None, state: ParallelState, *, seed: int, finetune: bool,
-    load_optim: bool, load_rng: bool,
+    load_optim: bool, load_rng: bool, media_limits: dict[str, float],
 ) -> tuple[int, dict | list[dict] | None]:
     """Fill the model and, to resume a run, the optimizer and the random number generators: all loading happens here.
 
     Return (completed iterations, position in the data). If the data was packed for other ranks, the positions of all
-    those ranks are returned. `finetune` loads the weights only.
+    those ranks are returned. `finetune` loads the weights only. Log a warning if a resumed run had other
+    `media_limits`.
     """
     convert.load_weights(model, source, seed)
     if isinstance(source, AdaptedWeights):
@@ -480,6 +481,11 @@ def load_initial_state(
     trainer_state = convert.load_trainer_state(source.path, state.rank)
     if trainer_state is None:  # a converted checkpoint
         return 0, None
+    stored_limits = convert.read_settings(source.path).get("media_limits", media_limits)
+    if stored_limits != media_limits and state.rank == 0:
+        theirs, ours = (data.describe_limits(limits) or "no such flags" for limits in (stored_limits, media_limits))
+        log.warning("%s: was saved with %s, but this run has %s: the same media have other tokens now", source.path,
+                    theirs, ours)
     if load_optim:
         saved_with = trainer_state.get("optimizer")
         if saved_with not in (None, type(optimizer).__name__):
@@ -584,8 +590,19 @@ class StepStats(NamedTuple):
     flops: float
 
 
+def flops_counter(model: Qwen3VL) -> Callable[[data.Batch], float]:
+    """Return a function that counts a batch's floating point operations, in forward and backward.
+
+    Call this once, because the search for trainable parameters takes milliseconds in a large model.
+    """
+    trainable, adapters = trainable_components(model), parallel.adapter_flops(model)
+    return lambda batch: step_flops(model.config, batch.cu_seqlens, batch.grid_thw, len(batch.supervised_index),
+                                    trainable, adapters)
+
+
 def set_loss_weights(
-    batches: list[data.Batch], loss_type: str, model: Qwen3VL, state: ParallelState, error: Exception | None = None
+    batches: list[data.Batch], loss_type: str, flops_of: Callable[[data.Batch], float], state: ParallelState,
+    error: Exception | None = None,
 ) -> StepStats:
     """Set the weight of every token in loss = sum_i weight_i * nll_i, over all micro-batches of all ranks of one step.
 
@@ -594,11 +611,9 @@ def set_loss_weights(
     per_token   1 / (supervised tokens of the global batch)
 
     A sample without supervised tokens does not count. The weights also carry the factor that
-    `parallel._sum_gradients` explains. `error` is this rank's reason for not taking the step, such as a bad row: if any
-    rank has one, every rank raises.
+    `parallel._sum_gradients` explains. `flops_of` is the result of `flops_counter`. `error` is this rank's reason for
+    not taking the step, such as a bad row: if any rank has one, every rank raises.
     """
-    adapters = parallel.adapter_flops(model)
-    trainable = trainable_components(model) - adapters.keys()
     # supervised tokens of each sample of each micro-batch
     counts = [b.sample_ids[b.supervised_index].bincount(minlength=len(b.cu_seqlens) - 1).tolist() for b in batches]
     file_counts = [sum(each) for each in zip(*(b.rows_read + b.rows_bad for b in batches), strict=True)]
@@ -607,8 +622,7 @@ def set_loss_weights(
         len(batches),
         sum(n > 0 for sample_counts in counts for n in sample_counts),
         sum(sum(sample_counts) for sample_counts in counts),
-        sum(step_flops(model.config, b.cu_seqlens, b.grid_thw, len(b.supervised_index), trainable, adapters)
-            for b in batches),
+        sum(map(flops_of, batches)),
         sum(b.cu_seqlens[-1] for b in batches),
         sum(len(b.sources) for b in batches),
         sum(len(b.grid_thw) for b in batches),
@@ -816,14 +830,15 @@ class StepResult(NamedTuple):
 
 def train_step(
     model: Qwen3VL, optimizer: Optimizer, batches: list[data.Batch], state: ParallelState, *, loss_type: str,
-    clip_grad: float, error: Exception | None, read_flags: Callable[[], tuple[bool, ...]],
+    flops_of: Callable[[data.Batch], float], clip_grad: float, error: Exception | None,
+    read_flags: Callable[[], tuple[bool, ...]],
 ) -> StepResult:
     """Do one optimizer step with this rank's micro-batches.
 
     The ranks exchange host values twice: first the counts for the loss weights, and whether a rank has an `error`;
     then the losses, the gradient norm and the flags that `read_flags` returns on each rank.
     """
-    stats = set_loss_weights(batches, loss_type, model, state, error)
+    stats = set_loss_weights(batches, loss_type, flops_of, state, error)
     losses = []
     for batch in batches:
         state.current_sources = batch.sources
@@ -865,6 +880,7 @@ def train_loop(
     """
     bad_rows = None  # this rank's error about the latest step, which the next exchange reports to the other ranks
     nonfinite_steps = 0  # consecutive ones
+    flops_of = flops_counter(model)
     # `closing` ends the loader's worker processes, whatever happens here
     with writer, profiler as profile, contextlib.closing(iter(loader)) as stream, manual_garbage_collection():
         for iteration in iterations:
@@ -876,8 +892,8 @@ def train_loop(
             data_time = time.perf_counter() - start
             schedule(iteration - 1)
             step = train_step(
-                model, optimizer, batches, state, loss_type=loss_type, clip_grad=clip_grad, error=bad_rows or error,
-                read_flags=lambda: (*signals.poll(), writer.failed()),
+                model, optimizer, batches, state, loss_type=loss_type, flops_of=flops_of, clip_grad=clip_grad,
+                error=bad_rows or error, read_flags=lambda: (*signals.poll(), writer.failed()),
             )
             step_time = time.perf_counter() - start
             stop, save_requested, save_failed = step.flags
@@ -1121,7 +1137,7 @@ def setup(
     # synced, because damage may lie in one rank's slices only
     start, loader.resume_state = state.run_synced(lambda: load_initial_state(
         model, optimizer, source, state, seed=args.seed, finetune=args.finetune, load_optim=not args.no_load_optim,
-        load_rng=not args.no_load_rng,
+        load_rng=not args.no_load_rng, media_limits=data.media_limits(args),
     ))
     if start >= train_iters:
         log_rank0(f"{args.load} is at iteration {start} of {train_iters}: nothing to do")

@@ -2,7 +2,8 @@
 
     python benchmarks/gpu.py [--only dense,moe] [--layers 6] [--rows 8] [--steps 5]
 
-A step is `train.train_step` with FSDP2 in bf16, AdamW and float32 weights, on packed rows of 4,096 tokens with images.
+A step is `train.train_step` with FSDP2 in bf16, AdamW and float32 weights, on the batch that a dry run assumes: rows of
+4,096 tokens, the first half of them images. Below each measurement stands what `train.py --dry-run` predicts for it.
 The model has random weights and fewer layers than the published one. One GPU holds all of the optimizer's state, so
 that its share of the step is larger than in a run on many GPUs. So MFU is also given without the optimizer. On a CPU
 the same code runs with a small model and short rows, to test it: the figures mean nothing there.
@@ -10,24 +11,25 @@ the same code runs with a small model and short rows, to test it: the figures me
 from __future__ import annotations
 
 import gc
+import json
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import comparison
-import tiny
 import torch
-from comparison import synchronized_time
+from comparison import ROOT, synchronized_time
 from options import OPTIONS, model_config
 
 import kernels_npu
 import parallel
 import train
 from model import Qwen3VLConfig, RMSNorm, build_model
-
-# 4,096 tokens with two images of 928 x 704 pixels; a short row with a small image
-LONG, SHORT = [800, ("image", 44, 58), 1016, ("image", 44, 58), 1000], [40, ("image", 14, 10), 49]
+from tools.devices import DEVICES
+from tools.dry_run import fake_batch
 
 
 def build(directory: str, flags: list[str], state: parallel.ParallelState):
@@ -54,7 +56,15 @@ def optimizer_seconds(optimizer: torch.optim.Optimizer, device: str) -> float:
     return synchronized_time(device) - began
 
 
-def measure(directory: str, flags: list[str], state: parallel.ParallelState, rows: list, args) -> dict:
+def random_batch(config: Qwen3VLConfig, args):
+    """Return the batch that a dry run assumes, with random tokens and pixels: equal ones would share their experts."""
+    batch = fake_batch(config, args.seq_length, args.rows)
+    batch.input_ids = torch.randint(config.text.vocab_size, batch.input_ids.shape)
+    batch.pixel_values = torch.randn(batch.pixel_values.shape).to(kernels_npu.ops.compute_dtype)  # as the loader does
+    return batch
+
+
+def measure(directory: str, flags: list[str], state: parallel.ParallelState, args) -> dict:
     """Return medians of the steps after two warm-up steps, and the peak of the allocated memory in bytes."""
     gc.collect()  # the model before this one
     module = kernels_npu.ops.module if args.device != "cpu" else None
@@ -62,14 +72,14 @@ def measure(directory: str, flags: list[str], state: parallel.ParallelState, row
         module.empty_cache()
         module.reset_peak_memory_stats()
     model, optimizer = build(directory, flags, state)
-    batch = comparison.packed_batch(rows, "cpu", torch.float32)
+    batch = random_batch(model.config, args)
     if module:
         batch = batch.pin_memory()  # as the loader does
-    times = []
+    times, flops_of = [], train.flops_counter(model)
     for _ in range(args.steps + 2):
         began = synchronized_time(args.device)
         step = train.train_step(model, optimizer, [batch], state, loss_type="default", clip_grad=1.0, error=None,
-                                read_flags=lambda: ())
+                                flops_of=flops_of, read_flags=lambda: ())
         times.append(synchronized_time(args.device) - began)
     return {
         "seconds": statistics.median(times[2:]), "loss": step.loss, "tokens": step.stats.tokens,
@@ -78,27 +88,54 @@ def measure(directory: str, flags: list[str], state: parallel.ParallelState, row
     }
 
 
+def planned_device(name: str, peak: float | None) -> str | None:
+    """Return the planner's name of a device with this name and peak FLOP/s, or None if it has no figures of it."""
+    words = re.findall(r"\w+", name.lower())
+    return next((d for d in DEVICES if d in words and DEVICES[d].tflops * 1e12 == peak), None)
+
+
+def predict(directory: str, flags: list[str], device: str, args) -> dict:
+    """Return the report of a dry run in a process of its own, because it has its own process group and operations."""
+    command = [sys.executable, ROOT / "train.py", "--dry-run", "--world-size", 1, "--init-from-hf-path", directory,
+               "--bf16", "--seq-length", args.seq_length, "--micro-batch-size", args.rows, "--assume-device", device,
+               *flags]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(result.stderr.strip().rpartition("\n")[2])
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def compare(measured: dict, predicted: dict) -> str:
+    """Return a line with the predicted time and memory, and the measured ones as multiples of them."""
+    seconds, memory = predicted["step_time_s"], predicted["peak_bytes"]
+    return (f"predicted for {predicted['assumed_device']}: {seconds:.3f} s, peak memory {memory / 2**30:.2f} GiB; "
+            f"measured / predicted {measured['seconds'] / seconds:.2f} and {measured['memory'] / memory:.2f}")
+
+
 def main() -> None:
     parser = comparison.make_parser(__doc__, ["dense", "moe"], rounds=False)
     parser.add_argument("--layers", type=int, help="layers of the text decoder (default: 6 dense, 4 MoE; 2 on a CPU)")
-    parser.add_argument("--rows", type=int, default=8, help="packed rows in a step")
+    parser.add_argument("--rows", type=int, default=8, help="rows in a step")
+    parser.add_argument("--seq-length", type=int, help="tokens in a row (default: 4096; 128 on a CPU)")
     parser.add_argument("--steps", type=int, default=5, help="steps that are measured")
     args = parser.parse_args()
     on_cpu = args.device == "cpu"
+    args.seq_length = args.seq_length or (128 if on_cpu else 4096)
     torch.set_num_threads(args.threads)
     state = parallel.ParallelState(kernels_npu.select(args.device, torch.bfloat16))
     peak, failed = kernels_npu.ops.peak_flops(), False
-    rows = [SHORT if on_cpu else LONG] * args.rows
     machine = comparison.describe_machine(args.device, args.threads)
-    print(f"{machine}; a step of {args.rows} rows; peak {peak or 0:.3g} FLOP/s", flush=True)
+    assumed = planned_device(machine.split(",")[0], peak)
+    print(f"{machine}; a step of {args.rows} rows of {args.seq_length} tokens; peak {peak or 0:.3g} FLOP/s"
+          + ("" if assumed else "; the planner has no figures of this device"), flush=True)
     for name in args.only:
         first = None
         layers = args.layers or (2 if on_cpu else 4 if name == "moe" else 6)
         with tempfile.TemporaryDirectory() as directory:
-            tiny.hf_dir(Path(directory), model_config(name == "moe", args.device, layers))
+            (Path(directory) / "config.json").write_text(json.dumps(model_config(name == "moe", args.device, layers)))
             for title, flags in list(OPTIONS.items())[:3]:
                 try:
-                    m = measure(directory, flags, state, rows, args)
+                    m = measure(directory, flags, state, args)
                 except Exception as e:  # print the other figures
                     print(f"{name:6} {title:24} failed: {type(e).__name__}: {e}", flush=True)
                     failed = True
@@ -112,6 +149,10 @@ def main() -> None:
                       f"{m['optimizer']:.3f} s, {m['tokens'] / m['seconds']:8,.0f} tokens/s, {mfu}peak memory "
                       f"{m['memory'] / 2**30:6.2f} GiB ({m['memory'] / max(1, first['memory']):.2f}); loss "
                       f"{m['loss']:.5f}", flush=True)
+                if assumed:
+                    predicted, error = train.attempt(predict, directory, flags, assumed, args)
+                    print(f"{'':6} " + (f"no prediction: {error}" if error else compare(m, predicted)), flush=True)
+                    failed |= error is not None
     state.close()
     sys.exit(failed)
 

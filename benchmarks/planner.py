@@ -24,7 +24,7 @@ import kernels_npu
 import model
 import parallel
 import train
-from tools import planner
+from tools import devices, planner
 from tools.dry_run import fake_batch
 
 LAYOUTS = (
@@ -45,9 +45,9 @@ def device_actions() -> dict:
     a, flat = torch.randn(1024, 1024), torch.randn(1 << 24)
     gathered, small = torch.empty(2 << 22), torch.empty(2)
     return {
-        "tflops": (2 * 1024**3 / 1e12 / planner.MATMUL_EFFICIENCY, lambda: a @ a),
-        "memory_gbs": (2 * flat.nbytes / 1e9 / planner.MEMORY_EFFICIENCY, flat.neg),
-        "link_gbs": (gathered.nbytes / 2 / 1e9 / planner.LINK_EFFICIENCY,
+        "tflops": (2 * 1024**3 / 1e12 / devices.MATMUL_EFFICIENCY, lambda: a @ a),
+        "memory_gbs": (2 * flat.nbytes / 1e9 / devices.MEMORY_EFFICIENCY, flat.neg),
+        "link_gbs": (gathered.nbytes / 2 / 1e9 / devices.LINK_EFFICIENCY,
                      lambda: dist.all_gather_into_tensor(gathered, flat[: 1 << 22])),
         "latency": (0, lambda: dist.all_gather_into_tensor(small, flat[:1])),
     }
@@ -67,9 +67,10 @@ def layout_step(argv: list[str]):
     _, accumulation = train.batch_sizes(args.micro_batch_size, args.global_batch_size, state.dp_size)
     batch = fake_batch(config, args.seq_length, args.micro_batch_size)
     batch.pixel_values = torch.zeros(batch.pixel_values.shape)
+    flops_of = train.flops_counter(net)
     return lambda: train.train_step(
-        net, optimizer, [batch] * accumulation, state, loss_type=args.loss_type, clip_grad=1.0, error=None,
-        read_flags=lambda: ())
+        net, optimizer, [batch] * accumulation, state, loss_type=args.loss_type, flops_of=flops_of, clip_grad=1.0,
+        error=None, read_flags=lambda: ())
 
 
 def measure(argv: list[str]) -> None:
@@ -104,7 +105,7 @@ def main() -> None:
         figures = {name: work / seconds[name] for name, (work, _) in device_actions().items()}
         figures |= {"network_gbs": figures["link_gbs"], "devices_per_node": 2}
         del figures["latency"]
-        planner.LATENCY = seconds["latency"]
+        devices.LATENCY = seconds["latency"]
         print("device: " + ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
         given = ",".join(f"{name}={value}" for name, value in figures.items())
         rows = []

@@ -17,7 +17,7 @@ import kernels_npu
 import model
 import parallel
 import train
-from tools import planner
+from tools import devices, planner
 from tools.dry_run import MemoryTracker, fake_batch, shallow
 from tools.dry_run import predict as predict_step
 
@@ -80,7 +80,7 @@ def measure_step(argv: list[str]) -> None:
     _, accumulation = train.batch_sizes(args.micro_batch_size, args.global_batch_size, state.dp_size)
     batch = fake_batch(config, args.seq_length, args.micro_batch_size)
     batch.pixel_values = torch.zeros(batch.pixel_values.shape)
-    train.set_loss_weights([batch] * accumulation, args.loss_type, net, state)
+    train.set_loss_weights([batch] * accumulation, args.loss_type, train.flops_counter(net), state)
     batch, cpu = parallel.local_batch(batch, state), torch.device("cpu")
     for owner, name in ((parallel._BlockInput, "__init__"), (parallel.Offload, "_copy")):  # host memory
         setattr(owner, name, _disable_current_modes()(getattr(owner, name)))
@@ -265,6 +265,7 @@ def test_dry_run_fits(folder, capsys):
     (["--device-memory", "2", "--dataset", "x", "--train-iters", "1"], "--device-memory belongs to --dry-run"),
     (["--plan", "--dataset", "x", "--train-iters", "1"], "--plan belongs to --dry-run"),
     (["--dry-run", "--world-size", "8", "--device-figures", "speed=3"], "where NAME is one of tflops, memory_gib"),
+    (["--dry-run", "--world-size", "8", "--assume-device", "h300"], "give one of ascend-910b, ascend-910c, a100"),
     (["--train-iters", "1"], "--dataset"),
     (["--dataset", "x"], "--train-iters"),
     (["--dry-run", "--world-size", "8", "--context-parallel-size", "3"], "give one of 1, 2, 4, 8"),
@@ -418,8 +419,8 @@ class SwiGLU(torch.nn.Module):
 
 def test_fused_operation(monkeypatch):
     """A fused operation moves its arguments and results only, and a block that runs again counts once more."""
-    monkeypatch.setattr(planner, "MEMORY_EFFICIENCY", 1)
-    profile = planner.Profile(planner.DEVICES["h100"]._replace(memory_gbs=1))
+    monkeypatch.setattr(devices, "MEMORY_EFFICIENCY", 1)
+    profile = planner.Profile(devices.DEVICES["h100"]._replace(memory_gbs=1))
     kernels_npu.ops = planner.PlannedDevice(profile, {"swiglu"})
     x = torch.empty(10, 8, device="meta", requires_grad=True)
     with profile:
@@ -428,8 +429,8 @@ def test_fused_operation(monkeypatch):
         out.backward(torch.empty_like(out))
     assert {phase: round(1e9 * seconds) for (phase, _, _), seconds in profile.work.items()} == {
         "forward": 480 + 320, "backward": 480 + 800 + 320 + 480}  # again, backward, cos, times the gradient
-    assert planner.fused_operations("h100") == {"rms_norm", "attention_sdpa"}
-    assert planner.fused_operations("ascend-910b") == {*planner.FUSIBLE} - {"attention_flash"} | {"attention_sdpa"}
+    assert devices.fused_operations("h100") == {"rms_norm", "attention_sdpa"}
+    assert devices.fused_operations("ascend-910b") == {*devices.FUSIBLE} - {"attention_flash"} | {"attention_sdpa"}
 
 
 def test_seconds_with_adapters_and_offload(folder):
@@ -437,16 +438,18 @@ def test_seconds_with_adapters_and_offload(folder):
     argv = ["--init-from-hf-path", folder / "moe", "--recompute", "none"]
     _, one, full = evaluate(argv)
     _, two, lora = evaluate([*argv, "--lora-rank", 8, "--freeze-vision-encoder", "--freeze-vision-projector"])
-    assert two.sharding(1, 8).trainable < 0.2 * one.sharding(1, 8).trainable
-    assert two.sharding(1, 8).static < 0.3 * one.sharding(1, 8).static and lora["step_time_s"] < full["step_time_s"]
-    _, three, host = evaluate([*argv, "--cpu-offload", "--device-figures", "host_memory_gbs=1e-3"])
-    adamw = three.sharding(1, 8).trainable * planner.OPTIMIZER_BYTES / (1e6 * planner.MEMORY_EFFICIENCY)
+    gradients = [p.total(p.sharding(1, 8).gradients) for p in (one, two)]
+    shards = [p.total(p.sharding(1, 8).shard) for p in (one, two)]
+    assert gradients[1] < 0.2 * gradients[0] and lora["step_time_s"] < full["step_time_s"]
+    assert shards[1] + 2 * gradients[1] < 0.3 * (shards[0] + 2 * gradients[0])
+    _, _, host = evaluate([*argv, "--cpu-offload", "--device-figures", "host_memory_gbs=1e-3"])
+    adamw = gradients[0] * planner.OPTIMIZER_TRAFFIC / (1e6 * devices.MEMORY_EFFICIENCY)
     assert host["step_parts_s"]["host memory"] == pytest.approx(adamw) and host["bound"] == "host memory"
     _, _, copies = evaluate([*argv, "--cpu-offload", "--device-figures", "host_gbs=1e-5"])
     assert copies["bound"] == "host copies"
     # each shard goes to the device once or twice, and its gradient back
-    sent = copies["step_parts_s"]["host copies"] * 1e4 * planner.LINK_EFFICIENCY
-    assert 2 < sent / (4 * three.sharding(1, 8).trainable) < 3
+    sent = copies["step_parts_s"]["host copies"] * 1e4 * devices.LINK_EFFICIENCY
+    assert 2 < sent / gradients[0] < 3
 
 
 def test_seconds_by_hand(folder):
@@ -458,7 +461,7 @@ def test_seconds_by_hand(folder):
     assert one["bound"] == two["bound"] == "compute"
     assert one["step_time_s"] == pytest.approx(2 * two["step_time_s"], rel=1e-3)
     _, _, short = evaluate([*argv, "--seq-length", 32, "--device-figures", slow_compute])
-    assert one["mfu"] < short["mfu"] == pytest.approx(planner.MATMUL_EFFICIENCY, rel=0.05)  # attention works twice
+    assert one["mfu"] < short["mfu"] == pytest.approx(devices.MATMUL_EFFICIENCY, rel=0.05)  # attention works twice
     _, _, three = evaluate([*argv, "--device-figures", "devices_per_node=1,network_gbs=1e-3"])
     assert three["bound"] == "parameter traffic"
     _, _, four = evaluate([*argv[:2], "--activation-offload", "--device-figures", "host_gbs=1e-4"])
@@ -470,15 +473,15 @@ def test_seconds_by_hand(folder):
 
 def test_collectives_by_hand(monkeypatch):
     for name in ("LATENCY", "HOP_IN_NODE", "HOP_BETWEEN_NODES"):
-        monkeypatch.setattr(planner, name, 0)
-    monkeypatch.setattr(planner, "LINK_EFFICIENCY", 1)
-    device = planner.Device(1, 1, 1, link_gbs=1000, network_gbs=10, devices_per_node=8, host_gbs=1, host_memory_gbs=1)
-    assert planner.ring(8e9, 8, 1, device) == pytest.approx(7 / 1000)  # within a node
-    assert planner.ring(8e9, 16, 1, device) == pytest.approx(4 / 80)  # half of it crosses the 8 links of a node
-    assert planner.ring(8e9, 2, 8, device) == pytest.approx(4 / 10)  # one device per node
-    assert planner.ring(8e9, 1, 1, device) == 0
-    assert planner.all_to_all(8e9, 1, 8, device) == pytest.approx(7 / 1000)
-    assert planner.all_to_all(8e9, 1, 16, device) == pytest.approx(4 / 10)
+        monkeypatch.setattr(devices, name, 0)
+    monkeypatch.setattr(devices, "LINK_EFFICIENCY", 1)
+    device = devices.Device(1, 1, 1, link_gbs=1000, network_gbs=10, devices_per_node=8, host_gbs=1, host_memory_gbs=1)
+    assert device.ring(8e9, 8, 1) == pytest.approx(7 / 1000)  # within a node
+    assert device.ring(8e9, 16, 1) == pytest.approx(4 / 80)  # half of it crosses the 8 links of a node
+    assert device.ring(8e9, 2, 8) == pytest.approx(4 / 10)  # one device per node
+    assert device.ring(8e9, 1, 1) == 0
+    assert device.all_to_all(8e9, 1, 8) == pytest.approx(7 / 1000)
+    assert device.all_to_all(8e9, 1, 16) == pytest.approx(4 / 10)
 
 
 def test_plan(folder, tmp_path, capsys):
@@ -510,3 +513,20 @@ def test_plan_nothing_fits(folder, capsys):
             "--device-memory", "0.001"]
     assert common.run_program(train.main, argv) == 1
     assert "no layout fits" in capsys.readouterr().err
+
+
+def test_gpu_benchmark_predicts(folder, monkeypatch):
+    """benchmarks/gpu.py prints a dry run's prediction for one rank, and the measured values as multiples of it."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import gpu
+
+    size = argparse.Namespace(seq_length=64, rows=2)
+    report = gpu.predict(folder / "moe", ["--recompute", "full", "--activation-offload"], "h200", size)
+    assert (report["assumed_device"], report["world_size"], report["compute_dtype"]) == ("h200", 1, "bfloat16")
+    assert (report["micro_batch_size"], report["activation_setting"]) == (2, "recompute_offload")
+    measured = {"seconds": 2 * report["step_time_s"], "memory": report["peak_bytes"] / 2}
+    assert gpu.compare(measured, report).endswith("measured / predicted 2.00 and 0.50")
+    peaks = {"NVIDIA H200": 989e12, "NVIDIA GH200 480GB": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA L40S": 362e12}
+    assert [gpu.planned_device(name, peak) for name, peak in peaks.items()] == ["h200", None, None, None]
+    batch = gpu.random_batch(model.Qwen3VLConfig.from_json(folder / "moe"), size)
+    assert len(batch.input_ids) == 128 and batch.pixel_values.device.type == "cpu"

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -22,6 +21,7 @@ import kernels_npu
 import parallel
 import train
 from model import Qwen3VLConfig, build_model, component_of, step_flops
+from tools.dry_run import fake_batch
 
 DECODER = list(parallel.DEFAULT_TARGETS)
 VISION = ["qkv", "proj", "linear_fc1", "linear_fc2"]
@@ -373,8 +373,7 @@ def test_step_flops_equal_the_count_of_pytorch(folder, monkeypatch, targets):
     found = step_flops(model.config, batch.cu_seqlens, batch.grid_thw, len(batch.supervised_index), set(),
                        parallel.adapter_flops(model))
     assert found == pytest.approx(counter.get_total_flops() - 2 * 3 * half, rel=0.03)
-    assert train.set_loss_weights([batch], "default", model, SimpleNamespace(
-        sum_over_dp=lambda *values: [float(v) for v in values], world_size=1)).flops == found
+    assert train.flops_counter(model)(batch) == found
 
 
 def test_dry_run(folder, capsys):
@@ -388,3 +387,5 @@ def test_dry_run(folder, capsys):
     frozen = sum(p.numel() for p in model.parameters()) - trained
     assert report["parameter_bytes"] == pytest.approx(2 * frozen / 2 + 4 * trained / 2, rel=0.05)
     assert report["optimizer_bytes"] == pytest.approx(8 * trained / 2, rel=0.05)
+    batch = fake_batch(model.config, 64, 1)  # each of two ranks has one
+    assert report["flops_per_step"] == pytest.approx(2 * train.flops_counter(model)(batch))

@@ -670,11 +670,16 @@ def test_train_loop_writes_metrics_before_saving(folder, tmp_path, monkeypatch):
     assert seen == [(1, 1), (2, 2)]
 
 
-def test_save_iteration_stores_the_media_limits_that_were_given(folder, tmp_path):
+def test_save_iteration_stores_the_media_limits_that_were_given(folder, tmp_path, caplog):
     run(folder, tmp_path / "a", "--image-max-pixels", 4096, "--video-fps", 2, iters=1)
     run(folder, tmp_path / "b", iters=1)
     for save, expected in (("a", {"image_max_pixels": 4096, "video_fps": 2.0}), ("b", {})):
         assert convert.read_settings(tmp_path / save / "iter_0000001") == {"media_limits": expected}
+    run(folder, tmp_path / "b", "--load", tmp_path / "b", iters=2)
+    assert "was saved with" not in caplog.text
+    run(folder, tmp_path / "a", "--load", tmp_path / "a", "--image-max-pixels", 8192, iters=2)
+    assert ("was saved with --image-max-pixels 4096, --video-fps 2.0, but this run has --image-max-pixels 8192"
+            in caplog.text)
 
 
 def test_train_loop_saves_before_bad_eval_row(folder, tmp_path, capsys):

@@ -10,14 +10,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import weakref
 from bisect import bisect
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -36,6 +38,7 @@ from model import (
     Qwen3VL,
     Qwen3VLConfig,
     VisionBlock,
+    VisionConfig,
     plain_block,
     step_flops,
     trainable_components,
@@ -61,6 +64,9 @@ class FakeDevice(kernels_npu.Accelerator):
 
     def attention_implementation(self, implementation: str | None = None):
         return self.attention_eager if implementation == "eager" else self.attention_sdpa  # flash: same memory
+
+    def attention_sdpa(self, q, k, v, cu_seqlens, causal):
+        return kernels_npu._per_sequence(lambda *qkv: Attention.apply(*qkv, causal), q, k, v, cu_seqlens)
 
     def to_host(self, counts: torch.Tensor) -> list:
         n = counts.shape[-1]
@@ -89,6 +95,25 @@ class GroupedMatmul(torch.autograd.Function):
         for needed in ctx.needs_input_grad:
             kernels_npu.ops.work(2 * x.numel() * weight.shape[2] * needed, x, weight, grad)
         return grads
+
+
+class Attention(torch.autograd.Function):
+    """Allocate what a flash attention kernel does: q, k, v [N, H, L, d]."""
+
+    @staticmethod
+    def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+        out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        ctx.flops = 4 * q.numel() * q.shape[2] * (0.5 if causal else 1)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        kernels_npu.ops.work(ctx.flops, q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        q, k, v, out, _ = ctx.saved_tensors
+        grads = [torch.empty_like(t) for t in (q, k, v)]
+        kernels_npu.ops.work(2.5 * ctx.flops, q, k, v, out, grad, *grads)
+        return *grads, None
 
 
 class FakeParallelState(parallel.ParallelState):
@@ -242,11 +267,11 @@ def fake_batch(config: Qwen3VLConfig, seq_length: int, micro_batch_size: int) ->
     return data.collate([sample] * micro_batch_size)
 
 
-def recompute_setting(block_fn: Callable) -> str:
-    """Return which of the three settings of activations a model uses, by its `block_fn` seam."""
-    if block_fn is plain_block:
-        return "none"
-    return "recompute_offload" if isinstance(block_fn, parallel.Offload) else "recompute"
+def fake_positions(device: str, grid_thw: torch.Tensor, config: VisionConfig) -> tuple[torch.Tensor, ...]:
+    """Return the shapes of `model.patch_positions`, whose values would take a second of host time."""
+    patches = sum(map(math.prod, grid_thw.tolist()))
+    index = partial(torch.empty, dtype=torch.int64, device=device)
+    return index(patches), index(patches), index(patches, 4), torch.empty(patches, 4, device=device)
 
 
 class Removed(NamedTuple):
@@ -297,24 +322,25 @@ def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def trace_step(
     model: Qwen3VL, state: parallel.ParallelState, batch: data.Batch, accumulation: int, optimizer_flags: dict,
-    removed: list[Removed], cpu_offload: bool,
+    removed: list[Removed], setting: str, cpu_offload: bool,
 ) -> dict[str, int | str | dict]:
     """Run a step of a configured model with fake tensors and return the numbers of `dry_run`.
 
-    They include those of the `removed` layers.
+    They include those of the `removed` layers. `setting` names what the model does with activations: `none`,
+    `recompute` or `recompute_offload`.
     """
     kinds = ("parameters", "gradients", "optimizer state", "optimizer step")
     parameters, gradient, optimizer_state, optimizer_step = ["host"] * 4 if cpu_offload else kinds
     text, visual, ops = model.model.language_model, model.model.visual, kernels_npu.ops
     chosen, activations, entered, all_gathers = text.block_fn, {}, {}, {}
-    setting = recompute_setting(chosen)
     other = {"none": plain_block, "recompute": parallel.recompute_block, "recompute_offload": parallel.Offload(ops)}
     del other[setting]
     # `local_batch` needs the values of the integers, so it comes before the fake tensors. The pixels are one element,
     # expanded; below, a slice of the full batch's pixels keeps all of them alive, as on a CPU.
     full_shape = batch.pixel_values.shape
     batch = parallel.local_batch(replace(batch, pixel_values=torch.zeros(()).expand(full_shape)), state)
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake_mode, MemoryTracker(fake_mode) as memory:
+    fakes = mock.patch("model.patch_positions", partial(fake_positions, "cpu"))
+    with fakes, FakeTensorMode(allow_non_fake_inputs=True) as fake_mode, MemoryTracker(fake_mode) as memory:
         with memory.tag(parameters):
             model.to_empty(device=state.device)
         optimizer = make_optimizer(model, **optimizer_flags)
@@ -361,25 +387,29 @@ def trace_step(
             with memory.tag("backward"):
                 loss.backward()
             del loss
-        # mergers of DeepStack features beyond the text layers have no gradient
-        gradients = sum(parallel.to_local(p.grad).nbytes for p in trainable if p.grad is not None)
         (square_sum,) = state.sum(parallel.grad_square_sum(trainable, state))
         parallel.clip_gradients(trainable, square_sum**0.5, max_norm=0.5)
         memory.phase = "optimizer"
         with memory.tag(optimizer_step):
             optimizer.step()
-    shards = [parallel.to_local(p) for p in model.parameters()]
     supervised = len(batch.supervised_index)
     logits = min(model.loss_chunk_size or supervised, supervised)
     largest = max(all_gathers, key=all_gathers.get, default="none")  # a single rank may do without FSDP2
-    states = [t for state in optimizer.state.values() for t in state.values()]
-    numbers = Counter({
-        "parameters": sum(p.numel() for p in shards), "parameter_bytes": sum(p.nbytes for p in shards),
-        "gradient_bytes": gradients, "optimizer_bytes": sum(parallel.to_local(t).nbytes for t in states),
-        "all_gather_bytes": memory.traffic("all-gather") // traced * accumulation,
-        "reduced_gradient_bytes": memory.traffic("reduce-scatter") // traced * accumulation,
-        "all_to_all_bytes": memory.traffic("all-to-all") // traced * accumulation,
-    })
+    numbers: Counter[str] = Counter()
+
+    def add_numbers(module: torch.nn.Module, block: str | None, count: int) -> dict[str, list[torch.Tensor]]:
+        """Add the numbers of `count` such modules; return the tensors of one, which padding may make larger."""
+        parameters = list(module.parameters())
+        held = {"parameter_bytes": parameters, "gradient_bytes": [p.grad for p in parameters if p.grad is not None],
+                "optimizer_bytes": [t for p in parameters for t in optimizer.state.get(p, {}).values()]}
+        numbers.update({"parameters": count * sum(parallel.to_local(p).numel() for p in parameters)})
+        numbers.update({key: count * sum(parallel.to_local(t).nbytes for t in held[key]) for key in held})
+        for key, collective in (("reduced_gradient_bytes", "reduce-scatter"), ("all_to_all_bytes", "all-to-all")):
+            numbers[key] += count * memory.traffic(collective, block) // traced * accumulation
+        return held
+
+    add_numbers(model, None, 1)
+    numbers["all_gather_bytes"] = memory.traffic("all-gather") // traced * accumulation
     peaks = {moment: parts for moment, (_, parts) in memory.peaks.items()}
     for moment, parts in peaks.items():
         parts["host"] = memory.host_peaks[moment]
@@ -387,19 +417,9 @@ def trace_step(
     for count, like, after in removed:
         layer, following = model.get_submodule(like), order[order.index(like) + 1]
         kept = {name: at[following] - at[like] for name, at in entered.items()}
-        layer_parameters = list(layer.parameters())
-        layer_states = [t for p in layer_parameters for t in optimizer.state.get(p, {}).values()]
-        grads = [p.grad for p in layer_parameters if p.grad is not None]
+        held = add_numbers(layer, like, count)
         gathers = sum(all_gathers.get(f"{like}.{name}".rstrip("."), 0) for name, _ in layer.named_modules())
-        numbers.update({
-            "parameters": count * sum(parallel.to_local(p).numel() for p in layer_parameters),
-            "parameter_bytes": count * sum(parallel.to_local(p).nbytes for p in layer_parameters),
-            "gradient_bytes": count * sum(parallel.to_local(g).nbytes for g in grads),
-            "optimizer_bytes": count * sum(parallel.to_local(t).nbytes for t in layer_states),
-            "all_gather_bytes": count * accumulation * gathers * (1 + (like in memory.in_backward)),
-            "reduced_gradient_bytes": count * memory.traffic("reduce-scatter", like) // traced * accumulation,
-            "all_to_all_bytes": count * memory.traffic("all-to-all", like) // traced * accumulation,
-        })
+        numbers["all_gather_bytes"] += count * accumulation * gathers * (1 + (like in memory.in_backward))
         for name in activations:
             activations[name] += count * kept[name]["activations"]
         for (micro_batch, phase, block), parts in peaks.items():
@@ -407,9 +427,9 @@ def trace_step(
             is_behind = block in order and order.index(block) > order.index(after)
             is_kept = is_behind and phase != "optimizer"
             has_gradients = micro_batch > 0 or phase == "optimizer" or phase == "backward" and not is_behind
-            parts[parameters] += count * local_bytes(layer_parameters)
-            parts[optimizer_state] += count * local_bytes(layer_states)
-            parts[gradient] += count * local_bytes(grads) * has_gradients
+            parts[parameters] += count * local_bytes(held["parameter_bytes"])
+            parts[optimizer_state] += count * local_bytes(held["optimizer_bytes"])
+            parts[gradient] += count * local_bytes(held["gradient_bytes"]) * has_gradients
             for kind in ("activations", "host"):
                 parts[kind] += count * kept[setting][kind] * is_kept
     peak = max(peaks.values(), key=lambda parts: sum(parts.values()) - parts["host"])
@@ -426,7 +446,7 @@ def trace_step(
     }
 
 
-def full_flops(config: Qwen3VLConfig, batch: data.Batch, model: Qwen3VL, removed: list[Removed]) -> float:
+def full_flops(config: Qwen3VLConfig, model: Qwen3VL, removed: list[Removed], batch: data.Batch) -> float:
     """Return the FLOPs of a batch in the full model, from its configuration and a model without the removed layers."""
     adapters = Counter(parallel.adapter_flops(model))
     for count, like, _ in removed:
@@ -458,10 +478,11 @@ def predict(args: argparse.Namespace, full_depth: bool = False) -> dict:
     total = sum(p.numel() for p in model.parameters())
     total += sum(r.count * sum(p.numel() for p in model.get_submodule(r.like).parameters()) for r in removed)
     settings = model_settings(args)
+    setting = "recompute_offload" if settings["offload"] else "recompute" if settings["recompute"] else "none"
     configure_model(model, state, **settings | {"synchronize_per_layer": False})  # which takes no memory
     batch = fake_batch(config, args.seq_length, args.micro_batch_size)
-    set_loss_weights([batch] * accumulation, args.loss_type, model, state)
-    flops = accumulation * state.dp_size * full_flops(config, batch, model, removed)
+    flops_of = partial(full_flops, config, model, removed)
+    flops = set_loss_weights([batch] * accumulation, args.loss_type, flops_of, state).flops
     report = {
         "rank": state.rank, "world_size": state.world_size, "context_parallel_size": state.cp_size,
         "expert_parallel_size": state.ep_size, "fsdp_size": state.fsdp_size,
@@ -469,7 +490,7 @@ def predict(args: argparse.Namespace, full_depth: bool = False) -> dict:
         "seq_length": args.seq_length, "images": len(batch.grid_thw), "visual_tokens": len(batch.visual_index),
         "supervised_tokens": len(batch.supervised_index),
         "compute_dtype": str(settings["compute_dtype"]).removeprefix("torch."), "model_parameters": total,
-        **trace_step(model, state, batch, accumulation, optimizer_settings(args), removed, args.cpu_offload),
+        **trace_step(model, state, batch, accumulation, optimizer_settings(args), removed, setting, args.cpu_offload),
         "flops_per_step": flops, "flops_per_rank": flops / state.world_size,
     }
     state.close()
@@ -485,9 +506,10 @@ def dry_run(args: argparse.Namespace) -> None:
 
     if args.plan:
         return planner.plan(args)
+    one = planner.Planner(args)  # raises for an unknown device
     report = predict(args)
-    row = planner.Planner(args).evaluate(planner.layout_of(args), exact=True)
-    report |= {"assumed_device": args.assume_device or planner.DEFAULT_DEVICE}
+    row = one.evaluate(planner.layout_of(args), exact=True)
+    report |= {"assumed_device": one.device_name}
     report |= {key: value for key, value in row.items() if key not in ("flags", "memory_gib")}
     memory = args.device_memory and args.device_memory * 2**30
     report |= {"device_memory_bytes": memory, "fits": report["peak_bytes"] <= memory if memory else None}

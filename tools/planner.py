@@ -2,7 +2,7 @@
 
 A layout is evaluated from measured pieces: the blocks of the shallow model of `dry_run`, without FSDP2 and on the meta
 device, give activations, kernel times and all-to-all traffic. A formula adds what FSDP2 gathers, reduces and shards.
-docs/planner.md has the assumptions and the sources of the figures.
+docs/planner.md has the assumptions.
 """
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ from torch.utils._pytree import tree_leaves
 import kernels_npu
 import parallel
 from common import InputError, UsageError
-from model import Experts, Qwen3VLConfig, VisionConfig
+from model import Experts, Qwen3VLConfig
+from tools.devices import Device, assumed_device, fused_operations
 from tools.dry_run import (
     FakeDevice,
     FakeParallelState,
     MemoryTracker,
     fake_batch,
+    fake_positions,
     fake_process_group,
     full_flops,
     predict,
@@ -38,80 +40,13 @@ from tools.dry_run import (
 )
 from train import batch_sizes, build_trainable_model, configure_model, model_settings, set_loss_weights
 
-MATMUL_EFFICIENCY, MEMORY_EFFICIENCY, LINK_EFFICIENCY = 0.75, 0.8, 0.8  # reached shares of the data sheets' figures
-LATENCY, HOP_IN_NODE, HOP_BETWEEN_NODES = 8.4e-6, 3.4e-6, 14e-6  # seconds of a collective, and of each step of its ring
-
-
 EMBEDDING = "model.language_model.embed_tokens"
-DEFAULT_DEVICE = "ascend-910b"
 MICRO_BATCHES = (1, 2, 4, 8)
 WORK = ("compute", "memory bandwidth", "cp bytes", "cp calls", "ep bytes", "ep calls")
-OPTIMIZER_BYTES = 40  # memory traffic per parameter: AdamW moves seven float32 values, the norm and clipping three
-
-
-class Device(NamedTuple):
-    """Figures of a device: bandwidths are in one direction, in 1e9 bytes per second."""
-
-    tflops: float  # dense bf16
-    memory_gib: float
-    memory_gbs: float
-    link_gbs: float  # to the other devices of its node
-    network_gbs: float  # to other nodes
-    devices_per_node: float
-    host_gbs: float  # to the host's memory
-    host_memory_gbs: float  # of the host's memory, this device's share
-
-
-DEVICES = {
-    "ascend-910b": Device(354, 64, 1600, 196, 25, 8, 32, 93),
-    "ascend-910c": Device(354, 64, 1600, 196, 25, 16, 32, 46),
-    "a100": Device(312, 80, 2039, 300, 25, 8, 32, 51),
-    "h100": Device(989, 80, 3350, 450, 50, 8, 64, 77),
-    "h200": Device(989, 141, 4800, 450, 50, 8, 64, 77),
-}
-FUSIBLE = ("rms_norm", "rotary", "swiglu", "moe_permute", "moe_unpermute", "attention_flash")  # may be one kernel
-
-
-def assumed_device(args: argparse.Namespace) -> Device:
-    """Return the figures of --assume-device with those of --device-figures. Raises UsageError for unknown ones."""
-    device = DEVICES[args.assume_device or DEFAULT_DEVICE]
-    for pair in (args.device_figures or "").split(","):
-        name, _, value = pair.partition("=")
-        try:
-            if pair:
-                device = device._replace(**{name: float(value)})
-        except ValueError as e:
-            raise UsageError(f"--device-figures {pair}: give NAME=NUMBER, where NAME is one of "
-                             f"{', '.join(Device._fields)}") from e
-    return device
-
-
-def fused_operations(device: str | None) -> set[str]:
-    """Return the operations that `kernels_npu` runs as one kernel on a device. A dry run has sdpa for flash."""
-    kernels = kernels_npu.Cuda if device in ("a100", "h100", "h200") else kernels_npu.Npu
-    return {"attention_sdpa" if name == "attention_flash" else name for name in FUSIBLE if name in vars(kernels)}
+OPTIMIZER_TRAFFIC = 10  # times the gradients: AdamW moves seven values per parameter, the norm and clipping three
 
 
 # ---- pieces ---------------------------------------------------------------------------------------------------------
-
-
-class Attention(torch.autograd.Function):
-    """Allocate what a flash attention kernel does: q, k, v [N, H, L, d]."""
-
-    @staticmethod
-    def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
-        out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-        ctx.flops = 4 * q.numel() * q.shape[2] * (0.5 if causal else 1)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
-        kernels_npu.ops.work(ctx.flops, q, k, v, out)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        q, k, v, out, _ = ctx.saved_tensors
-        grads = [torch.empty_like(t) for t in (q, k, v)]
-        kernels_npu.ops.work(2.5 * ctx.flops, q, k, v, out, grad, *grads)
-        return *grads, None
 
 
 class BeforeBackward(torch.autograd.Function):
@@ -129,13 +64,6 @@ class BeforeBackward(torch.autograd.Function):
         return grad, *(None for _ in ctx.needs_input_grad[1:])
 
 
-def fake_positions(grid_thw: torch.Tensor, config: VisionConfig) -> tuple[torch.Tensor, ...]:
-    """Return the shapes of `model.patch_positions`, whose values need no device but a second of host time."""
-    patches = int(grid_thw.prod(1).sum())
-    index = functools.partial(torch.empty, dtype=torch.int64, device="meta")
-    return index(patches), index(patches), index(patches, 4), torch.empty(patches, 4, device="meta")
-
-
 class Profile(MemoryTracker):
     """Count the memory of tensors on the meta device, and the work of each phase and block."""
 
@@ -143,7 +71,7 @@ class Profile(MemoryTracker):
         super().__init__(None)
         self.device, self.blocks = device, {}
         self.cp_group: str | None = None  # the name of the context-parallel group
-        self.muted = False  # in a fused operation
+        self.in_kernel, self.kernel_flops = False, 0.0  # for an operation that counts as one kernel
         self.inputs: dict[str, int] = {}  # as in `Pieces`
         self.work: Counter[tuple[str, str, str]] = Counter()  # phase, block, resource -> seconds, bytes or calls
 
@@ -153,17 +81,21 @@ class Profile(MemoryTracker):
                 p.grad = None  # FSDP2 has reduced it
         super().enter(block)
 
-    def mute(self, muted: bool) -> None:
-        self.muted = muted
+    def start_kernel(self) -> None:
+        """Count only FLOPs until `end_kernel`: all operations until then are one kernel."""
+        self.in_kernel, self.kernel_flops = True, 0.0
+
+    def end_kernel(self, nbytes: int) -> None:
+        self.in_kernel = False
+        self.count_work(self.kernel_flops, nbytes)
 
     def count_work(self, flops: float, nbytes: int) -> None:
         """Add the time of a kernel, which either its FLOPs or its memory traffic limit."""
-        if self.muted:
+        if self.in_kernel:
+            self.kernel_flops += flops
             return
-        compute = flops / (self.device.tflops * 1e12 * MATMUL_EFFICIENCY)
-        memory = nbytes / (self.device.memory_gbs * 1e9 * MEMORY_EFFICIENCY)
-        resource = "compute" if compute > memory else "memory bandwidth"
-        self.work[self.phase, self.block, resource] += max(compute, memory)
+        resource, seconds = self.device.kernel(flops, nbytes)
+        self.work[self.phase, self.block, resource] += seconds
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = super().__torch_dispatch__(func, types, args, kwargs)
@@ -203,65 +135,29 @@ class PlannedDevice(FakeDevice):
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor  # `fake_positions` are there
 
-    def attention_sdpa(self, q, k, v, cu_seqlens, causal):
-        return kernels_npu._per_sequence(lambda *qkv: Attention.apply(*qkv, causal), q, k, v, cu_seqlens)
-
     def one_kernel(self, run: Callable, x: torch.Tensor, *args):
         """Run an operation of the reference, but count the traffic of its arguments and results only."""
-        profile, flops = self.profile, 0.0
-        if run.__name__ == "attention_sdpa":
-            cu_seqlens, causal = args[2:]
-            flops = 4 * x[0].numel() * sum((b - a) ** 2 for a, b in itertools.pairwise(cu_seqlens))
-            flops *= 0.5 if causal else 1
+        profile = self.profile
         tensors = [x, *(t for t in args if isinstance(t, torch.Tensor))]
         if x.requires_grad:
-            unmute = functools.partial(profile.mute, False)  # in the last node of the operation's backward
-            x = BeforeBackward.apply(x, unmute, x.new_empty(0))
-            last = x.grad_fn
-        profile.mute(True)
+            x = BeforeBackward.apply(x, lambda: profile.end_kernel(nbytes), x.new_empty(0))
+            last = x.grad_fn  # the last node of the operation's backward
+        profile.start_kernel()
         try:
             out = run(x, *args)
         finally:  # recompute ends with an exception, when backward has all that it needs
-            profile.mute(False)
+            profile.in_kernel = False
         first, *others = out if isinstance(out, tuple) else (out,)
-        profile.count_work(flops, total_bytes(first, *others, *tensors))
+        profile.end_kernel(total_bytes(first, *others, *tensors))
         if x.requires_grad:
             nbytes = total_bytes(first, *tensors, *(t for t in tensors if t.requires_grad))
 
-            def backward() -> None:  # it must keep no tensor
-                _ = last.saved_tensors  # a block that is due for recompute runs now, not while its kernels are muted
-                profile.count_work(2.5 * flops, nbytes)
-                profile.mute(True)
+            def start_backward() -> None:  # it must keep no tensor
+                _ = last.saved_tensors  # a block that is due for recompute runs now, not in the middle of the kernel
+                profile.start_kernel()
 
-            first = BeforeBackward.apply(first, backward)
+            first = BeforeBackward.apply(first, start_backward)
         return (first, *others) if others else first
-
-
-# ---- collectives ----------------------------------------------------------------------------------------------------
-
-
-def all_to_all(nbytes: float, calls: float, size: int, device: Device) -> float:
-    """Return the seconds in which each of `size` neighbours sends `nbytes` in equal parts to all, in some calls."""
-    near = min(size, device.devices_per_node)
-    links = nbytes / (1e9 * LINK_EFFICIENCY)
-    seconds = max(links * (near - 1) / size / device.link_gbs, links * (1 - near / size) / device.network_gbs)
-    return seconds + calls * (LATENCY + (HOP_BETWEEN_NODES if size > near else HOP_IN_NODE))
-
-
-def ring(nbytes: float, size: int, stride: int, device: Device) -> float:
-    """Return the seconds of an all-gather or reduce-scatter of a tensor of `nbytes` over every `stride`-th rank.
-
-    Every byte enters each node once, through the network links of all devices of the group in that node.
-    """
-    if size == 1:
-        return 0.0
-    near = min(size, max(1, device.devices_per_node // stride))
-    nodes = size / near
-    links = nbytes / (1e9 * LINK_EFFICIENCY)
-    inside = links * (size - 1) / size / device.link_gbs if near > 1 else 0.0
-    between = links * (1 - 1 / nodes) / (near * device.network_gbs)
-    hops = (size - nodes) * HOP_IN_NODE + (nodes - 1) * HOP_BETWEEN_NODES
-    return max(inside, between) + LATENCY + hops
 
 
 # ---- layouts --------------------------------------------------------------------------------------------------------
@@ -306,16 +202,15 @@ class Sharding(NamedTuple):
     outer: Counter[str]  # those that are not experts of expert parallelism: FSDP2 gathers them first
     reduced: Counter[str]  # the float32 gradients of these
     gradients: Counter[str]  # this rank's shard
-    static: float  # parameters and optimizer state
-    trainable: float  # parameters in this rank's shard
 
 
 class Planner:
     """Evaluate layouts of a model; the flags that are not part of a layout are those of `args`."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.device = args, assumed_device(args)
-        self.fused = fused_operations(args.assume_device)
+        self.args = args
+        self.device_name, self.device = assumed_device(args)
+        self.fused = fused_operations(self.device_name)
         kernels_npu.ops = FakeDevice(torch.device("cpu"))
         self.config = Qwen3VLConfig.from_json(args.init_from_hf_path)
         self.shallow, self.removed, _ = shallow(self.config)
@@ -326,6 +221,8 @@ class Planner:
         self.counts = Counter(dict.fromkeys(["", EMBEDDING, *self.order], 1))
         for r in self.removed:
             self.counts[r.like] += r.count
+        sample = fake_batch(self.config, args.seq_length, 1)
+        self.sample_flops = full_flops(self.config, self.model, self.removed, sample)
 
     @functools.cache  # noqa: B019
     def measure(self, cp: int, ep: int, micro_batch: int, recompute: bool) -> Pieces:
@@ -344,12 +241,12 @@ class Planner:
                 "synchronize_per_layer": False})
             model.to(self.dtype)
             batch = fake_batch(self.config, args.seq_length, micro_batch)
-            set_loss_weights([batch], args.loss_type, model, state)
+            set_loss_weights([batch], args.loss_type, lambda _: 0.0, state)
             shape = batch.pixel_values.shape
             state.device = torch.device("meta")
             batch = parallel.local_batch(replace(batch, pixel_values=torch.zeros(()).expand(shape)), state)
             ops.expert_rows = len(batch.input_ids) * self.config.text.num_experts_per_tok
-            with profile, mock.patch("model.patch_positions", fake_positions):
+            with profile, mock.patch("model.patch_positions", functools.partial(fake_positions, "meta")):
                 profile.blocks = {"": model.model.visual.patch_embed, **dict(model.named_modules())}
                 profile.watch(model)
                 for name in self.order[:-1]:
@@ -401,38 +298,32 @@ class Planner:
         for name, p in self.model.named_parameters():
             block = next((b for b in (EMBEDDING, *self.order) if name.startswith(b + ".")), "")
             is_expert = any(name.startswith(e + ".") for e in experts)
-            full, shard = p.numel() // ep, p.numel() // fsdp
+            full, shard = p.numel() // (ep if is_expert else 1), p.numel() // fsdp
             if not is_expert and not (p.ndim == 3 and any(size % fsdp == 0 for size in p.shape)):
                 shard = -(-p.shape[0] // fsdp) * (p.numel() // p.shape[0])  # FSDP2 pads the first dimension
                 full = shard * fsdp
-            elif not is_expert:
-                full = p.numel()
             stored = self.dtype.itemsize if has_adapters and not p.requires_grad else 4
             numbers = {"full": full, "stored": stored * shard, "trainable": full * p.requires_grad,
                        "trainable shard": shard * p.requires_grad}
             groups.setdefault((block, is_expert, ".lora." in name), Counter()).update(numbers)
-        s = Sharding(*(Counter() for _ in range(7)), 0, 0)
-        static = trainable = 0
+        s, ring = Sharding(*(Counter() for _ in Sharding._fields)), self.device.ring
         for (block, is_expert, _), n in groups.items():
             ranks, stride = (fsdp // ep, ep) if is_expert else (fsdp, 1)
-            s.gather[block] += ring(n["full"] * self.dtype.itemsize, ranks, stride, self.device)
+            s.gather[block] += ring(n["full"] * self.dtype.itemsize, ranks, stride)
             s.shard[block] += n["stored"]
             if n["trainable"]:
-                s.reduce[block] += ring(4 * n["trainable"], ranks, stride, self.device)
-                s.reduce[block] += 2 * ring(4 * n["trainable shard"], self.args.world_size // fsdp, fsdp, self.device)
+                s.reduce[block] += ring(4 * n["trainable"], ranks, stride)
+                s.reduce[block] += 2 * ring(4 * n["trainable shard"], self.args.world_size // fsdp, fsdp)
             s.gathered[block] += n["full"] * self.dtype.itemsize
             if not is_expert:
                 s.outer[block] += n["full"] * self.dtype.itemsize
                 s.reduced[block] += 4 * n["trainable"]
             s.gradients[block] += 4 * n["trainable shard"]
-            static += self.counts[block] * (n["stored"] + 8 * n["trainable shard"])
-            trainable += self.counts[block] * n["trainable shard"]
-        return s._replace(static=static, trainable=trainable)
+        return s
 
-    @functools.cache  # noqa: B019
-    def flops(self, micro_batch: int) -> float:
-        batch = fake_batch(self.config, self.args.seq_length, micro_batch)
-        return full_flops(self.config, batch, self.model, self.removed)
+    def total(self, of_blocks: Counter[str]) -> float:
+        """Add up what all blocks of the full model have."""
+        return sum(self.counts[block] * n for block, n in of_blocks.items())
 
     def seconds(self, layout: Layout, pieces: Pieces, s: Sharding) -> tuple[Counter[str], Counter[str]]:
         """Return the seconds of a micro-batch by part, and the seconds in which each resource is the bottleneck.
@@ -440,41 +331,36 @@ class Planner:
         Kernels, FSDP2's traffic and copies to the host overlap within a block; all-to-alls overlap with nothing. A part
         of a resource that overlaps with kernels is the time that kernels wait for it.
         """
-        parts: Counter[str] = Counter()
-        bottlenecks: Counter[str] = Counter()
+        parts, bottlenecks = Counter(), Counter()
         stays = {"", EMBEDDING, *self.order[-2:]}  # FSDP2 does not gather these a second time
         for block, phase in itertools.product(self.counts, ("forward", "backward")):
             work = {key: self.counts[block] * pieces.work[phase, block, key] for key in WORK}
-            kernels = work["compute"] + work["memory bandwidth"]
-            is_gathered = phase == "forward" or kernels and block not in stays
+            kernels = {resource: work[resource] for resource in ("compute", "memory bandwidth")}
+            busy = sum(kernels.values())
+            is_gathered = phase == "forward" or busy and block not in stays
             traffic = s.gather[block] * is_gathered + s.reduce[block] * (phase == "backward")
             copied = pieces.inputs[block] * layout.offload
             if self.args.cpu_offload:
                 copied += s.shard[block] * is_gathered + s.gradients[block] * (phase == "backward")
-            copies = copied / (self.device.host_gbs * 1e9 * LINK_EFFICIENCY)
-            overlapped = {"parameter traffic": traffic, "host copies": copies}
+            overlapped = {"parameter traffic": traffic, "host copies": self.device.host_copy(copied)}
             slowest = max(overlapped, key=overlapped.get)
             longest = self.counts[block] * overlapped[slowest]
-            for resource in ("compute", "memory bandwidth"):
-                parts[resource] += work[resource]
-                bottlenecks[resource] += work[resource] * (longest <= kernels)
-            parts[slowest] += max(0.0, longest - kernels)
-            bottlenecks[slowest] += longest * (longest > kernels)
-            for kind, size in (("cp", layout.cp), ("ep", layout.ep)):
-                exchange = all_to_all(work[f"{kind} bytes"], work[f"{kind} calls"], size, self.device)
-                parts["all-to-all"] += exchange
-                bottlenecks["all-to-all"] += exchange
+            exchange = sum(self.device.all_to_all(work[f"{kind} bytes"], work[f"{kind} calls"], size)
+                           for kind, size in (("cp", layout.cp), ("ep", layout.ep)))
+            parts.update(kernels | {slowest: max(0.0, longest - busy), "all-to-all": exchange})
+            bottlenecks.update(({slowest: longest} if longest > busy else kernels) | {"all-to-all": exchange})
         return parts, bottlenecks
 
     def peak(self, layout: Layout, pieces: Pieces, s: Sharding, accumulates: bool) -> float:
         """Return the bytes at the peak. The moments are the phases of each block, and the end of the step."""
         order, tied = self.order, self.config.tie_word_embeddings
+        static = self.total(s.shard) + 2 * self.total(s.gradients)  # with AdamW's state
         if self.args.world_size == 1 and self.dtype == torch.float32 and not self.args.cpu_offload:  # without FSDP2
             s = s._replace(gathered=Counter(), outer=Counter(), reduced=Counter())
         always = s.gathered[""] + s.gathered[EMBEDDING] * tied
         if self.args.cpu_offload:  # gradients leave the device at once
-            s = s._replace(gradients=Counter())
-        all_gradients = sum(self.counts[b] * s.gradients[b] for b in self.counts)
+            static, s = 0, s._replace(gradients=Counter())
+        all_gradients = self.total(s.gradients)
         moments = [all_gradients, all_gradients + s.gathered[EMBEDDING] + s.reduced[EMBEDDING]]
         positions = [(order.index(r.after), r) for r in self.removed]
         for (phase, block), peak in pieces.peaks.items():
@@ -498,7 +384,7 @@ class Planner:
                 elif phase == "backward":
                     gradients += r.count * s.gradients[r.like]
             moments.append(peak + buffers + kept + (all_gradients if accumulates else gradients))
-        return s.static * (not self.args.cpu_offload) + max(moments)
+        return static + max(moments)
 
     def evaluate(self, layout: Layout, exact: bool = False) -> dict:
         """Return a layout's row of plan.json. `exact` measures the layout's own pieces."""
@@ -507,19 +393,16 @@ class Planner:
         pieces = (self.measure if exact else self.pieces)(layout.cp, layout.ep, layout.micro_batch, layout.recompute)
         s = self.sharding(layout.ep, layout.fsdp)
         parts, bottlenecks = self.seconds(layout, pieces, s)
-        resource, bandwidth = "memory bandwidth", self.device.memory_gbs
-        if self.args.cpu_offload:
-            resource, bandwidth = "host memory", self.device.host_memory_gbs
+        resource, adamw = self.device.elementwise(OPTIMIZER_TRAFFIC * self.total(s.gradients), self.args.cpu_offload)
         for seconds in (parts, bottlenecks):
-            seconds[resource] += s.trainable * OPTIMIZER_BYTES / (bandwidth * 1e9 * MEMORY_EFFICIENCY) / accumulation
+            seconds[resource] += adamw / accumulation
         step = accumulation * sum(parts.values())
-        flops = size / layout.micro_batch * self.flops(layout.micro_batch)
         return {
             "flags": layout.flags(world),
             "memory_gib": self.peak(layout, pieces, s, accumulation > 1) / 2**30,
             "step_time_s": step,
             "tokens_per_s_per_device": size * self.args.seq_length / step / world,
-            "mfu": flops / (step * world * self.device.tflops * 1e12),
+            "mfu": size * self.sample_flops / (step * world * self.device.tflops * 1e12),
             "bound": max(bottlenecks, key=bottlenecks.get),
             "step_parts_s": {part: accumulation * n for part, n in parts.items()},
         }
@@ -558,11 +441,8 @@ def rank_layouts(planner: Planner, memory_gib: float) -> list[tuple[Layout, dict
     rows, too_large = [], set()
     for layout in planner.layouts():  # by micro-batch size: a larger one needs more memory
         key = layout._replace(micro_batch=0)
-        static = planner.sharding(layout.ep, layout.fsdp).static * (not planner.args.cpu_offload)
-        if key in too_large or static > memory_gib * 2**30:
-            continue
-        row = planner.evaluate(layout)
-        if row["memory_gib"] <= memory_gib:
+        row = None if key in too_large else planner.evaluate(layout)
+        if row and row["memory_gib"] <= memory_gib:
             rows.append((layout, row))
         else:
             too_large.add(key)
@@ -583,7 +463,7 @@ def plan(args: argparse.Namespace) -> None:
         raise InputError(f"--device-memory {memory:g}: no layout fits: give a larger --world-size, or a smaller "
                          "--seq-length or --loss-chunk-size")
     print(f"{len(ranked)} layouts fit {memory:g} GiB; the fastest on {args.world_size} x "
-          f"{args.assume_device or DEFAULT_DEVICE} (docs/planner.md has the assumptions):")
+          f"{planner.device_name} (docs/planner.md has the assumptions):")
     print(f"{'CP':>3} {'EP':>3} {'FSDP':>5} {'batch':>5}  {'activations':12} {'memory':>10} {'step':>9} "
           f"{'tokens/s':>8} {'MFU':>5}  bound")
     for layout, row in ranked[:10]:
