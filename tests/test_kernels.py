@@ -7,11 +7,13 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 
 import kernels_npu
 from common import UsageError
 from kernels_npu import Cpu, Torch, ops
+from model import Qwen3VL
 from tools import check_kernels
 
 
@@ -27,6 +29,29 @@ def test_grouped_matmul_equals_a_product_per_row(counts):
     grads = (torch.autograd.grad(out, (x, weight), dy) for out in (y, expected))
     for a, b in zip(*grads, strict=True):
         assert torch.allclose(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 16), (2, 4, 8), (300, 16)])
+def test_rms_norm_of_a_cpu_equals_the_plain_one_without_gradients(shape, dtype):
+    x, weight = (300 * torch.randn(shape)).to(dtype), torch.rand(shape[-1]).to(dtype)
+    with torch.no_grad():
+        y, expected = (device.rms_norm(x, weight, 1e-6) for device in (Cpu(torch.device("cpu")), Torch(x.device)))
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("by_columns", [True, False])
+def test_prepare_for_decoding_keeps_weights(monkeypatch, tmp_path, by_columns):
+    """The layout follows the measurement. No value changes, and a tied embedding keeps its rows."""
+    monkeypatch.setattr(kernels_npu, "_is_faster_by_columns", lambda weight: by_columns)
+    for tied in (False, True):
+        ours = Qwen3VL(tiny.our_config(tiny.config_dict(tied=tied), tmp_path))
+        before = {name: p.clone() for name, p in ours.named_parameters()}
+        Cpu(torch.device("cpu")).prepare_for_decoding(ours)
+        assert all(torch.equal(p, before[name]) for name, p in ours.named_parameters())
+        assert ours.model.language_model.layers[0].self_attn.q_proj.weight.is_contiguous() != by_columns
+        assert ours.lm_head.weight.is_contiguous() == (tied or not by_columns)
 
 
 @pytest.mark.parametrize("name, peak", [
