@@ -150,6 +150,15 @@ class Torch:
             return F.grouped_mm(x, weight, offs=counts.cumsum(0).int())
         return self.grouped_matmul_loop(x, weight, counts)
 
+    def experts(self, x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        """Apply each token's SwiGLU experts and sum their weighted outputs.
+
+        x [T,D], expert_ids and weights [T,k], gate_up [E,D,2I], down [E,I,D] -> [T,D].
+        """
+        rows, slot_to_row, counts = self.moe_permute(x, expert_ids, gate_up.shape[0])
+        rows = self.grouped_matmul(self.swiglu(self.grouped_matmul(rows, gate_up, counts)), down, counts)
+        return self.moe_unpermute(rows, slot_to_row, weights)
+
     def grouped_matmul_loop(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         """Compute `grouped_matmul` with one product per group."""
         # The backward of unbind stacks once; that of indexing would add E zero-filled [E,K,M] tensors.
@@ -215,19 +224,27 @@ class Cpu(Torch):
         groups = zip(x.split([count for _, count in active]), active, strict=True)
         return torch.cat([rows @ weight[expert] for rows, (expert, _) in groups])
 
+    def experts(self, x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or len(x) != 1:
+            return super().experts(x, expert_ids, weights, gate_up, down)
+        chosen = expert_ids[0].tolist()  # one token needs no permutation
+        rows = self.swiglu(torch.cat([x @ gate_up[expert] for expert in chosen])).split(1)
+        rows = torch.cat([row @ down[expert] for row, expert in zip(rows, chosen, strict=True)])
+        return weights.to(rows.dtype) @ rows
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if torch.is_grad_enabled() or len(x) > 256:
+        if torch.is_grad_enabled() or x.numel() > 2**16:
             return super().rms_norm(x, weight, eps)
         return weight * F.rms_norm(x, weight.shape, eps=eps)  # fewer calls from Python, but one more copy
 
     @torch.no_grad()
     def prepare_for_decoding(self, model: nn.Module) -> None:
-        if not _is_faster_by_columns(model.lm_head.weight):
+        head = model.lm_head.weight
+        if head.dtype != torch.float32 or not _is_faster_by_columns(head):
             return
-        tied = model.lm_head.weight is model.model.language_model.embed_tokens.weight
+        tied = head is model.model.language_model.embed_tokens.weight
         for module in model.modules():
-            is_float32 = isinstance(module, nn.Linear) and module.weight.dtype == torch.float32
-            if is_float32 and not (module is model.lm_head and tied):  # an embedding is read row by row
+            if isinstance(module, nn.Linear) and not (module is model.lm_head and tied):  # it is read row by row
                 module.weight.data = module.weight.T.contiguous().T
 
 
@@ -236,7 +253,7 @@ def _is_faster_by_columns(weight: Tensor) -> bool:
 
     Columns must win clearly for both, so that noise does not change the choice, which changes results by rounding.
     """
-    by_row = weight[:4096].float()
+    by_row = weight[:4096]
     layouts = by_row, by_row.T.contiguous().T
 
     def seconds(x: Tensor, weight: Tensor) -> float:
@@ -246,7 +263,8 @@ def _is_faster_by_columns(weight: Tensor) -> bool:
 
     for count in (1, 16):
         x = by_row.new_ones(count, by_row.shape[1])
-        rows, columns = (min(times) for times in zip(*([seconds(x, w) for w in layouts] for _ in range(10))))
+        turns = [[seconds(x, layout) for layout in layouts] for _ in range(10)]
+        rows, columns = map(min, zip(*turns, strict=True))
         if columns > 0.95 * rows:
             return False
     return True

@@ -405,14 +405,8 @@ class TextMLP(nn.Module):
 
 
 def run_experts(x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Apply each token's SwiGLU experts and sum their weighted outputs: the default of the `run_experts` seam.
-
-    x [T, D], expert_ids and weights [T, k], gate_up [E, D, 2I], down [E, I, D] -> [T, D].
-    """
-    ops = kernels_npu.ops
-    rows, slot_to_row, counts = ops.moe_permute(x, expert_ids, gate_up.shape[0])
-    rows = ops.grouped_matmul(ops.swiglu(ops.grouped_matmul(rows, gate_up, counts)), down, counts)
-    return ops.moe_unpermute(rows, slot_to_row, weights)
+    """Call the current device's experts (see `kernels_npu.Torch.experts`): the default of the `run_experts` seam."""
+    return kernels_npu.ops.experts(x, expert_ids, weights, gate_up, down)
 
 
 class Experts(nn.Module):

@@ -31,6 +31,17 @@ def test_grouped_matmul_equals_a_product_per_row(counts):
         assert torch.allclose(a, b)
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_experts_of_a_cpu_equal_the_plain_ones_without_gradients(tokens):
+    gate_up, down = torch.randn(6, 8, 10), torch.randn(6, 5, 8)
+    x, weights = torch.randn(tokens, 8), torch.rand(tokens, 2)
+    expert_ids = torch.stack([torch.randperm(6)[:2] for _ in range(tokens)])
+    with torch.no_grad():
+        y, expected = (device(torch.device("cpu")).experts(x, expert_ids, weights, gate_up, down)
+                       for device in (Cpu, Torch))
+    torch.testing.assert_close(y, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 16), (2, 4, 8), (300, 16)])
 def test_rms_norm_of_a_cpu_equals_the_plain_one_without_gradients(shape, dtype):
