@@ -232,11 +232,11 @@ class Generator:
                 if has_penalty:
                     logits = penalise(logits, used, repetition_penalty, presence_penalty)
                 if temperature == 0:
-                    token_ids = logits.max(-1).indices  # faster than argmax on a CPU
+                    token_ids = kernels_npu.ops.argmax(logits)
                 else:
                     uniform = torch.tensor([1 - random[s].random() for s in alive], device=logits.device)
                     token_ids = sample(logits, uniform, temperature, top_k, top_p)
-                if not logits.gather(1, token_ids[:, None]).isfinite().all():  # max returns a NaN if there is one
+                if not logits.gather(1, token_ids[:, None]).isfinite().all():  # argmax returns a NaN if there is one
                     raise InputError("the logits are not finite: check the weights, or give another --dtype")
                 still_alive = []
                 for b, token in enumerate(token_ids.tolist()):

@@ -430,14 +430,18 @@ class SparseMLP(nn.Module):
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(config)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the experts' outputs [T, D] for x [T, D], and the router statistics [2, E].
 
-        The statistics of an expert are the number of tokens assigned to it and the sum of its probabilities.
+        The statistics of an expert are the number of tokens assigned to it and the sum of its probabilities. In
+        inference mode they are None.
         """
         probs, weights, expert_ids = kernels_npu.ops.moe_route(self.gate(x), self.top_k)
+        out = self.experts(x, expert_ids, weights)
+        if torch.is_inference_mode_enabled():
+            return out, None
         assigned = torch.zeros_like(probs).scatter_(1, expert_ids, 1.0).sum(0)
-        return self.experts(x, expert_ids, weights), torch.stack((assigned, probs.sum(0)))
+        return out, torch.stack((assigned, probs.sum(0)))
 
 
 class DecoderLayer(nn.Module):
@@ -449,7 +453,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: list[int]) -> tuple[Tensor, Tensor | None]:
-        """Return the hidden states [T, D] for x [T, D], and the router statistics of a `SparseMLP`, else None."""
+        """Return the hidden states [T, D] for x [T, D], and the router statistics of a `SparseMLP` or None."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens)
         out, router_stats = self.mlp(self.post_attention_layernorm(x))
         return x + out, router_stats

@@ -43,6 +43,13 @@ def test_experts_of_a_cpu_equal_the_plain_ones_without_gradients(tokens):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_argmax_of_a_cpu_equals_the_plain_one(dtype):
+    """The first of equal values counts, and a NaN is above all values."""
+    logits = torch.tensor([[0, 3, 3], [-1, torch.nan, 5], [-7, -torch.inf, -8]], dtype=dtype)
+    assert [device(logits.device).argmax(logits).tolist() for device in (Cpu, Torch)] == 2 * [[1, 1, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 16), (2, 4, 8), (300, 16)])
 def test_rms_norm_of_a_cpu_equals_the_plain_one_without_gradients(shape, dtype):
     x, weight = (300 * torch.randn(shape)).to(dtype), torch.rand(shape[-1]).to(dtype)
