@@ -49,16 +49,6 @@ def test_argmax_of_a_cpu_equals_the_plain_one(dtype):
     assert [device(logits.device).argmax(logits).tolist() for device in (Cpu, Torch)] == 2 * [[1, 1, 0]]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(3, 16), (2, 4, 8), (300, 16)])
-def test_rms_norm_of_a_cpu_equals_the_plain_one_without_gradients(shape, dtype):
-    x, weight = (300 * torch.randn(shape)).to(dtype), torch.rand(shape[-1]).to(dtype)
-    with torch.no_grad():
-        y, expected = (device.rms_norm(x, weight, 1e-6) for device in (Cpu(torch.device("cpu")), Torch(x.device)))
-    assert y.dtype == dtype
-    torch.testing.assert_close(y, expected)
-
-
 @pytest.mark.parametrize("by_columns", [True, False])
 def test_prepare_for_decoding_keeps_weights(monkeypatch, tmp_path, by_columns):
     """The layout follows the measurement. No value changes, and a tied embedding keeps its rows."""
@@ -70,6 +60,17 @@ def test_prepare_for_decoding_keeps_weights(monkeypatch, tmp_path, by_columns):
         assert all(torch.equal(p, before[name]) for name, p in ours.named_parameters())
         assert ours.model.language_model.layers[0].self_attn.q_proj.weight.is_contiguous() != by_columns
         assert ours.lm_head.weight.is_contiguous() == (tied or not by_columns)
+
+
+@pytest.mark.parametrize("slow, expected", [
+    (lambda rows, by_row: by_row, True), (lambda rows, by_row: not by_row, False),
+    (lambda rows, by_row: by_row == (rows == 1), False)])
+def test_is_faster_by_columns_measures_one_row_and_many(monkeypatch, slow, expected):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(kernels_npu.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(torch.nn.functional, "linear",
+                        lambda x, weight: slow(len(x), weight.is_contiguous()) and next(clock))
+    assert kernels_npu._is_faster_by_columns(torch.randn(8, 4)) == expected
 
 
 @pytest.mark.parametrize("name, peak", [
