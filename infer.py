@@ -82,7 +82,10 @@ class KVCache:
         self.regroup()
 
     def regroup(self) -> None:
-        """Divide the sequences into groups of similar lengths: (sequences, first column, mask [B, 1, 1, L] or None)."""
+        """Divide the sequences into groups of similar lengths: their slice, first column, and mask or None.
+
+        A mask [B, 1, 1, L] begins in the group's first column, so that its memory stays aligned for fused attention.
+        """
         lengths = [self.length - start for start in self.starts]
         firsts = [0]
         for b, n in enumerate(lengths):
@@ -92,9 +95,10 @@ class KVCache:
         for first, end in itertools.pairwise([*firsts, len(lengths)]):
             column, mask = self.starts[first], None
             if self.starts[end - 1] > column:
-                mask = self.decoder.norm.weight.new_zeros(end - first, 1, 1, self.capacity)
-                for row, start in zip(mask, self.starts[first:end], strict=True):
-                    row[..., :start] = float("-inf")
+                starts = torch.tensor(self.starts[first:end], device=self.positions.device)
+                columns = torch.arange(column, self.capacity, device=starts.device)
+                mask = self.decoder.norm.weight.new_zeros(len(starts), 1, 1, len(columns))
+                mask.masked_fill_((columns < starts[:, None])[:, None, None], float("-inf"))
             self.groups.append((slice(first, end), column, mask))
 
     def prefill(
@@ -118,7 +122,7 @@ class KVCache:
         q = q.unflatten(1, (k.shape[1], -1))
         out = []
         for rows, column, mask in self.groups:
-            mask = mask if mask is None else mask[..., column : self.length]
+            mask = mask if mask is None else mask[..., : self.length - column]
             out.append(F.scaled_dot_product_attention(
                 q[rows], keys[rows, :, column:], values[rows, :, column:], attn_mask=mask))
         return (torch.cat(out) if len(out) > 1 else out[0]).flatten(1, 2)
