@@ -40,7 +40,8 @@ class KVCache:
     """Hold the keys and values [B, K, L, d] of every text layer. A `with` block replaces the layers' `attention` seam.
 
     All sequences end in the same column, and shorter sequences begin later. So the next tokens of all sequences fill
-    one column, and one mask hides the columns before each sequence's start.
+    one column, and a mask hides the columns before each sequence's start. The longest sequences come first. Attention
+    takes one call for each group of similar lengths, so that a long sequence does not slow down short ones.
     """
 
     def __init__(self, decoder: TextModel, cu_seqlens: list[int], position_ids: Tensor, reserve: int):
@@ -48,10 +49,11 @@ class KVCache:
         self.decoder, self.layers = decoder, [layer.self_attn for layer in decoder.layers]
         lengths = [end - start for start, end in itertools.pairwise(cu_seqlens)]
         self.length = max(lengths)  # columns in use
-        self.starts = torch.tensor([self.length - n for n in lengths], device=position_ids.device)
+        self.order = sorted(range(len(lengths)), key=lambda b: -lengths[b])  # the prompt of each sequence
+        self.starts = [self.length - lengths[b] for b in self.order]
         # a new token's position is one above the largest so far, the same on all three axes
         largest = [p.max() for p in position_ids.split(lengths, dim=1)]
-        self.positions = torch.stack(largest) + 1  # [B], the next token's
+        self.positions = torch.stack(largest)[self.order] + 1  # [B], the next token's
         self.keys: list[Tensor] = [position_ids.new_empty(0)] * len(self.layers)
         self.values = list(self.keys)
         self.resize(self.length + reserve)
@@ -73,12 +75,31 @@ class KVCache:
             for i, old in enumerate(buffers):
                 if old.numel():  # empty before the prompts have passed
                     buffers[i] = F.pad(old, (0, 0, 0, capacity - old.shape[2]))
-        columns = torch.arange(capacity, device=self.starts.device)
-        weight = self.decoder.norm.weight
-        self.mask = weight.new_zeros(len(self.starts), 1, 1, capacity)
-        self.mask.masked_fill_((columns < self.starts[:, None])[:, None, None], float("-inf"))
+        columns = torch.arange(capacity, device=self.positions.device)
         # a position is never above its column, as an image adds no more to the positions than it has tokens
-        self.tables = [t.to(weight.dtype) for t in self.decoder.rotary_tables(columns.expand(3, -1))]
+        dtype = self.decoder.norm.weight.dtype
+        self.tables = [t.to(dtype) for t in self.decoder.rotary_tables(columns.expand(3, -1))]
+        self.regroup()
+
+    def regroup(self) -> None:
+        """Divide the sequences into groups of similar lengths: their slice, first column, and mask or None.
+
+        A mask [B, 1, 1, L] begins in the group's first column, so that its memory stays aligned for fused attention.
+        """
+        lengths = [self.length - start for start in self.starts]
+        firsts = [0]
+        for b, n in enumerate(lengths):
+            if lengths[firsts[-1]] > 2 * n + 256:  # for less, a second call takes longer than the columns
+                firsts.append(b)
+        self.groups: list[tuple[slice, int, Tensor | None]] = []
+        for first, end in itertools.pairwise([*firsts, len(lengths)]):
+            column, mask = self.starts[first], None
+            if self.starts[end - 1] > column:
+                starts = torch.tensor(self.starts[first:end], device=self.positions.device)
+                columns = torch.arange(column, self.capacity, device=starts.device)
+                mask = self.decoder.norm.weight.new_zeros(len(starts), 1, 1, len(columns))
+                mask.masked_fill_((columns < starts[:, None])[:, None, None], float("-inf"))
+            self.groups.append((slice(first, end), column, mask))
 
     def prefill(
         self, i: int, attention: Callable, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], causal: bool
@@ -87,8 +108,9 @@ class KVCache:
         for buffers, new in ((self.keys, k), (self.values, v)):
             # zeros, because a masked weight of 0 times a NaN in uninitialised memory is NaN
             buffers[i] = new.new_zeros(len(self.starts), new.shape[1], self.capacity, new.shape[2])
-            for b, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
-                buffers[i][b, :, self.length - (end - start) : self.length] = new[start:end].transpose(0, 1)
+            for b, prompt in enumerate(self.order):
+                start, end = cu_seqlens[prompt : prompt + 2]
+                buffers[i][b, :, self.starts[b] : self.length] = new[start:end].transpose(0, 1)
         self.layers[i].attention = functools.partial(self.decode, i)
         return attention(q, k, v, cu_seqlens, causal=causal)
 
@@ -98,8 +120,12 @@ class KVCache:
         keys[:, :, -1], values[:, :, -1] = k, v
         # Query heads that share a key-value head become its queries, so that no key or value is repeated.
         q = q.unflatten(1, (k.shape[1], -1))
-        mask = self.mask[..., : self.length] if len(q) > 1 else None
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).flatten(1, 2)
+        out = []
+        for rows, column, mask in self.groups:
+            mask = mask if mask is None else mask[..., : self.length - column]
+            out.append(F.scaled_dot_product_attention(
+                q[rows], keys[rows, :, column:], values[rows, :, column:], attn_mask=mask))
+        return (torch.cat(out) if len(out) > 1 else out[0]).flatten(1, 2)
 
     def step(self, token_ids: Tensor) -> Tensor:
         """Append a token to each sequence: token_ids [B] -> hidden states [B, D] after the last norm."""
@@ -114,16 +140,16 @@ class KVCache:
         return self.decoder.norm(x)
 
     def select(self, sequences: list[int]) -> None:
-        """Keep these sequences; drop the others and the columns that only they used."""
-        index = torch.tensor(sequences, device=self.starts.device)
-        self.starts, self.positions = self.starts[index], self.positions[index]
-        unused = int(self.starts.min())
-        self.starts -= unused
+        """Keep these sequences, in rising order; drop the others and the columns that only they used."""
+        index = torch.tensor(sequences, device=self.positions.device)
+        self.positions = self.positions[index]
+        unused = self.starts[sequences[0]]
+        self.starts = [self.starts[b] - unused for b in sequences]
         self.length -= unused
         for buffers in (self.keys, self.values):
             buffers[:] = [old[index, :, unused:] for old in buffers]
         self.capacity -= unused
-        self.mask = self.mask[index, ..., unused:]
+        self.regroup()
 
 
 # type of the flag, default of the flag, and transformers' default for a generation_config.json that does not have it
@@ -195,20 +221,22 @@ class Generator:
         decoder, count = self.model.model.language_model, len(batch.cu_seqlens) - 1
         answers: list[list[int]] = [[] for _ in range(count)]
         random = [np.random.default_rng([seed, first_row + b]) for b in range(count)]
-        alive = list(range(count))
         has_penalty = repetition_penalty != 1 or presence_penalty != 0
         if has_penalty:
             used = batch.input_ids.new_zeros(count, self.model.lm_head.out_features, dtype=torch.int8)
             used[batch.sample_ids, batch.input_ids] = PROMPT
         with KVCache(decoder, batch.cu_seqlens, batch.position_ids, reserve=min(max_new_tokens, 256)) as cache:
             x, _ = self.model.hidden_states(batch)
-            x = x[[end - 1 for end in batch.cu_seqlens[1:]]]
+            alive = list(cache.order)
+            x = x[[batch.cu_seqlens[b + 1] - 1 for b in alive]]
+            if has_penalty:
+                used = used[alive]
             for remaining in reversed(range(max_new_tokens)):
                 logits = self.model.lm_head(x)
                 if has_penalty:
                     logits = penalise(logits, used, repetition_penalty, presence_penalty)
                 if temperature == 0:
-                    token_ids = logits.argmax(-1)
+                    token_ids = kernels_npu.ops.argmax(logits)
                 else:
                     uniform = torch.tensor([1 - random[s].random() for s in alive], device=logits.device)
                     token_ids = sample(logits, uniform, temperature, top_k, top_p)

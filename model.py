@@ -405,14 +405,8 @@ class TextMLP(nn.Module):
 
 
 def run_experts(x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Apply each token's SwiGLU experts and sum their weighted outputs: the default of the `run_experts` seam.
-
-    x [T, D], expert_ids and weights [T, k], gate_up [E, D, 2I], down [E, I, D] -> [T, D].
-    """
-    ops = kernels_npu.ops
-    rows, slot_to_row, counts = ops.moe_permute(x, expert_ids, gate_up.shape[0])
-    rows = ops.grouped_matmul(ops.swiglu(ops.grouped_matmul(rows, gate_up, counts)), down, counts)
-    return ops.moe_unpermute(rows, slot_to_row, weights)
+    """Call the current device's experts (see `kernels_npu.Torch.experts`): the default of the `run_experts` seam."""
+    return kernels_npu.ops.experts(x, expert_ids, weights, gate_up, down)
 
 
 class Experts(nn.Module):
@@ -436,14 +430,18 @@ class SparseMLP(nn.Module):
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(config)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the experts' outputs [T, D] for x [T, D], and the router statistics [2, E].
 
-        The statistics of an expert are the number of tokens assigned to it and the sum of its probabilities.
+        The statistics of an expert are the number of tokens assigned to it and the sum of its probabilities. In
+        inference mode they are None.
         """
         probs, weights, expert_ids = kernels_npu.ops.moe_route(self.gate(x), self.top_k)
+        out = self.experts(x, expert_ids, weights)
+        if torch.is_inference_mode_enabled():
+            return out, None
         assigned = torch.zeros_like(probs).scatter_(1, expert_ids, 1.0).sum(0)
-        return self.experts(x, expert_ids, weights), torch.stack((assigned, probs.sum(0)))
+        return out, torch.stack((assigned, probs.sum(0)))
 
 
 class DecoderLayer(nn.Module):
@@ -455,7 +453,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: list[int]) -> tuple[Tensor, Tensor | None]:
-        """Return the hidden states [T, D] for x [T, D], and the router statistics of a `SparseMLP`, else None."""
+        """Return the hidden states [T, D] for x [T, D], and the router statistics of a `SparseMLP` or None."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens)
         out, router_stats = self.mlp(self.post_attention_layernorm(x))
         return x + out, router_stats

@@ -88,8 +88,10 @@ def test_generate_has_the_logits_of_an_uncached_forward(pair):
     lengths = [len(a) for a in answers]
     assert 0 < lengths[0] < 20 and max(lengths) == 300
 
+    longest_first = sorted(range(3), key=lambda b: -len(samples[b].input_ids))
     for b, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
-        cached = torch.stack([step[sum(n >= i for n in lengths[:b])]  # its row among the alive sequences
+        before = [lengths[other] for other in longest_first[: longest_first.index(b)]]
+        cached = torch.stack([step[sum(n >= i for n in before)]  # its row among the alive sequences
                               for i, step in enumerate(logits) if i < len(answer)])
         full = tiny.batch_from_hf(hf, [sample])
         full.input_ids = torch.cat((full.input_ids, torch.tensor(answer)))
@@ -99,6 +101,25 @@ def test_generate_has_the_logits_of_an_uncached_forward(pair):
         with torch.no_grad():
             uncached = ours.lm_head(ours.hidden_states(full)[0])[-len(answer) - 1 : -1]
         assert (cached - uncached).abs().max() <= 2e-5 * uncached.abs().max()
+
+
+def test_generate_groups_sequences_of_similar_length(pair, monkeypatch):
+    """Two long prompts among short ones share no attention call with them, and no answer changes."""
+    hf, ours = pair
+    samples = [tiny.row(parts, seed) for seed, parts in enumerate(([17], [700], [30, ("image", 4, 6)], [690]))]
+    calls, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def record(q, k, v, attn_mask=None, **options):
+        calls.append((len(q), k.shape[2], attn_mask is not None))
+        return attend(q, k, v, attn_mask=attn_mask, **options)
+
+    batch, generator = tiny.batch_from_hf(hf, samples), infer.Generator(ours, NEVER)
+    with monkeypatch.context() as m:
+        m.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+        answers = generator.generate(batch, max_new_tokens=4)
+    assert answers == [hf_answer(hf, tiny.hf_inputs(s), 4) for s in samples]
+    short = len(samples[2].input_ids)
+    assert calls[-2:] == [(2, 703, True), (2, short + 3, True)]
 
 
 def test_generate_restores_the_attention_seam(pair):

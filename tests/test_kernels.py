@@ -7,11 +7,13 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 
 import kernels_npu
 from common import UsageError
 from kernels_npu import Cpu, Torch, ops
+from model import Qwen3VL
 from tools import check_kernels
 
 
@@ -27,6 +29,48 @@ def test_grouped_matmul_equals_a_product_per_row(counts):
     grads = (torch.autograd.grad(out, (x, weight), dy) for out in (y, expected))
     for a, b in zip(*grads, strict=True):
         assert torch.allclose(a, b)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_experts_of_a_cpu_equal_the_plain_ones_without_gradients(tokens):
+    gate_up, down = torch.randn(6, 8, 10), torch.randn(6, 5, 8)
+    x, weights = torch.randn(tokens, 8), torch.rand(tokens, 2)
+    expert_ids = torch.stack([torch.randperm(6)[:2] for _ in range(tokens)])
+    with torch.no_grad():
+        y, expected = (device(torch.device("cpu")).experts(x, expert_ids, weights, gate_up, down)
+                       for device in (Cpu, Torch))
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_argmax_of_a_cpu_equals_the_plain_one(dtype):
+    """The first of equal values counts, and a NaN is above all values."""
+    logits = torch.tensor([[0, 3, 3], [-1, torch.nan, 5], [-7, -torch.inf, -8]], dtype=dtype)
+    assert [device(logits.device).argmax(logits).tolist() for device in (Cpu, Torch)] == 2 * [[1, 1, 0]]
+
+
+@pytest.mark.parametrize("by_columns", [True, False])
+def test_prepare_for_decoding_keeps_weights(monkeypatch, tmp_path, by_columns):
+    """The layout follows the measurement. No value changes, and a tied embedding keeps its rows."""
+    monkeypatch.setattr(kernels_npu, "_is_faster_by_columns", lambda weight: by_columns)
+    for tied in (False, True):
+        ours = Qwen3VL(tiny.our_config(tiny.config_dict(tied=tied), tmp_path))
+        before = {name: p.clone() for name, p in ours.named_parameters()}
+        Cpu(torch.device("cpu")).prepare_for_decoding(ours)
+        assert all(torch.equal(p, before[name]) for name, p in ours.named_parameters())
+        assert ours.model.language_model.layers[0].self_attn.q_proj.weight.is_contiguous() != by_columns
+        assert ours.lm_head.weight.is_contiguous() == (tied or not by_columns)
+
+
+@pytest.mark.parametrize("slow, expected", [
+    (lambda rows, by_row: by_row, True), (lambda rows, by_row: not by_row, False),
+    (lambda rows, by_row: by_row == (rows == 1), False)])
+def test_is_faster_by_columns_measures_one_row_and_many(monkeypatch, slow, expected):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(kernels_npu.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(torch.nn.functional, "linear",
+                        lambda x, weight: slow(len(x), weight.is_contiguous()) and next(clock))
+    assert kernels_npu._is_faster_by_columns(torch.randn(8, 4)) == expected
 
 
 @pytest.mark.parametrize("name, peak", [

@@ -25,6 +25,7 @@ from model import (
     LMHead,
     Qwen3VL,
     Qwen3VLConfig,
+    SparseMLP,
     build_model,
     chunked_cross_entropy,
     component_of,
@@ -167,6 +168,20 @@ def test_forward_with_router_auxiliary_loss_equals_transformers(pair):
     ours.router_aux_loss_coef = 0.0
     assert aux.item() == pytest.approx(out.aux_loss.item(), rel=1e-5)
     assert_gradients_equal(hf, ours)
+
+
+def test_sparse_mlp_has_router_statistics_outside_inference_mode_only(tmp_path):
+    config = tiny.our_config(tiny.config_dict(moe=True), tmp_path).text
+    torch.manual_seed(0)
+    mlp, x = SparseMLP(config), torch.randn(5, config.hidden_size)
+    for p in mlp.parameters():
+        p.data.normal_(std=0.1)
+    out, stats = mlp(x)
+    assert stats[0].sum() == 5 * config.num_experts_per_tok and abs(stats[1].sum() - 5) < 1e-5
+    with torch.inference_mode():
+        fast, none = mlp(x)
+    assert none is None
+    torch.testing.assert_close(fast, out)
 
 
 def test_load_balancing_loss_with_even_routing_is_k():

@@ -98,9 +98,7 @@ def mixture(tokens: int, experts: int, top_k: int, hidden: int, width: int, used
     expert_ids = random_expert_ids(tokens, used or experts, top_k)
 
     def call(ops: Torch, x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        rows, slot_to_row, counts = ops.moe_permute(x, expert_ids.to(x.device), experts)
-        rows = ops.swiglu(ops.grouped_matmul(rows, gate_up, counts))
-        return ops.moe_unpermute(ops.grouped_matmul(rows, down, counts), slot_to_row, weights)
+        return ops.experts(x, expert_ids.to(x.device), weights, gate_up, down)
 
     gate_up = torch.randn(experts, hidden, 2 * width) / hidden**0.5
     down = torch.randn(experts, width, hidden) / width**0.5
