@@ -65,11 +65,11 @@ def measure(directory: str, flags: list[str], state: parallel.ParallelState, row
     batch = comparison.packed_batch(rows, "cpu", torch.float32)
     if module:
         batch = batch.pin_memory()  # as the loader does
-    times = []
+    times, flops_of = [], train.flops_counter(model)
     for _ in range(args.steps + 2):
         began = synchronized_time(args.device)
-        step = train.train_step(model, optimizer, [batch], state, loss_type="default", clip_grad=1.0, error=None,
-                                read_flags=lambda: ())
+        step = train.train_step(model, optimizer, [batch.measure()], [batch], state, loss_type="default", clip_grad=1.0,
+                                flops_of=flops_of, error=None, read_flags=lambda: ())
         times.append(synchronized_time(args.device) - began)
     return {
         "seconds": statistics.median(times[2:]), "loss": step.loss, "tokens": step.stats.tokens,

@@ -67,9 +67,10 @@ def layout_step(argv: list[str]):
     _, accumulation = train.batch_sizes(args.micro_batch_size, args.global_batch_size, state.dp_size)
     batch = fake_batch(config, args.seq_length, args.micro_batch_size)
     batch.pixel_values = torch.zeros(batch.pixel_values.shape)
+    flops_of = train.flops_counter(net)
     return lambda: train.train_step(
-        net, optimizer, [batch] * accumulation, state, loss_type=args.loss_type, clip_grad=1.0, error=None,
-        read_flags=lambda: ())
+        net, optimizer, [batch.measure()] * accumulation, [batch] * accumulation, state, loss_type=args.loss_type,
+        flops_of=flops_of, clip_grad=1.0, error=None, read_flags=lambda: ())
 
 
 def measure(argv: list[str]) -> None:

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -373,8 +372,7 @@ def test_step_flops_equal_the_count_of_pytorch(folder, monkeypatch, targets):
     found = step_flops(model.config, batch.cu_seqlens, batch.grid_thw, len(batch.supervised_index), set(),
                        parallel.adapter_flops(model))
     assert found == pytest.approx(counter.get_total_flops() - 2 * 3 * half, rel=0.03)
-    assert train.set_loss_weights([batch], "default", model, SimpleNamespace(
-        sum_over_dp=lambda *values: [float(v) for v in values], world_size=1)).flops == found
+    assert train.flops_counter(model)(batch) == found
 
 
 def test_dry_run(folder, capsys):

@@ -460,7 +460,7 @@ def predict(args: argparse.Namespace, full_depth: bool = False) -> dict:
     settings = model_settings(args)
     configure_model(model, state, **settings | {"synchronize_per_layer": False})  # which takes no memory
     batch = fake_batch(config, args.seq_length, args.micro_batch_size)
-    set_loss_weights([batch] * accumulation, args.loss_type, model, state)
+    set_loss_weights(batch, args.loss_type, 1, 1, state)  # traced values have no effect
     flops = accumulation * state.dp_size * full_flops(config, batch, model, removed)
     report = {
         "rank": state.rank, "world_size": state.world_size, "context_parallel_size": state.cp_size,
