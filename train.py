@@ -861,8 +861,8 @@ def train_step(
     flags, sums = sums[: len(flags)], [value / state.cp_size for value in sums[len(flags) :]]  # as in sum_over_dp
     used_divisor, stats = sums[0], StepStats.from_sums(*sums[1:])
 
-    # A row that turned out bad when its pixels were decoded was counted in `divisor`. The auxiliary loss does not depend
-    # on `divisor`, but its gradient can no longer be separated and is corrected with the rest.
+    # `divisor` counted rows that turned out bad when their pixels were decoded. The auxiliary loss does not depend on
+    # it, but the gradient of that loss can no longer be separated and is corrected with the rest.
     correction = divisor / used_divisor if used_divisor else 1.0
     loss, grad_norm = loss * correction, math.sqrt(square_sum) * correction
     if not stats.media:  # all of the step's images turned out bad
@@ -1023,8 +1023,8 @@ class Feed:
             yield self._fetch(next, self.batches) or self._empty_batch()
 
     def _empty_batch(self) -> data.Batch:
-        if self.cp_size > 1 and not isinstance(self.error, InputError):
-            raise self.error  # only here: the ranks that share the micro-batch have a full one, and do not match
+        if self.cp_size > 1 and not isinstance(self.error, InputError):  # a bad row is one on all ranks that share it
+            raise self.error  # those ranks have the full micro-batch: collectives with an empty one would not match
         return data.collate([], rows_read=self.no_rows, rows_bad=self.no_rows)
 
     def _fetch(self, action: Callable, *args) -> Any:

@@ -47,6 +47,7 @@ import convert
 import data
 import kernels_npu
 import train
+from common import InputError
 from model import COMPONENTS, Qwen3VL, component_of, weighted_cross_entropy
 
 MODELS = {"dense": tiny.config_dict(), "moe": tiny.config_dict(moe=True), "tied": tiny.config_dict(tied=True)}
@@ -702,6 +703,24 @@ def test_train_skips_and_counts_bad_rows(folder, tmp_path, caplog):
     metrics = run(folder, tmp_path, "--on-bad-sample", "skip", "--global-batch-size", 2, dataset="dirty.json", iters=2)
     assert [m["skipped_samples"] for m in metrics] == [1, 0]
     assert "missing.png" in caplog.text
+
+
+@pytest.mark.parametrize(("error", "cp_size"), [
+    (InputError("bad row"), 1), (InputError("bad row"), 2), (MemoryError(), 1), (MemoryError(), 2)])
+def test_feed_after_an_error(error, cp_size):
+    """The rest of the step is empty, unless other ranks share the micro-batches and do not have the error."""
+    full = data.collate([], rows_read=[1, 0], rows_bad=[1, 0])
+    stages = iter([full.measure()] * 3), Mock(__next__=Mock(side_effect=[full, error]))
+    feed = train.Feed(Mock(stages=lambda: stages, dataset=Mock(paths=["a", "b"])), cp_size)
+    assert len(feed.measure(3)) == 3
+    batches = feed.load(3)
+    assert next(batches) is full and feed.error is None
+    if cp_size == 2 and isinstance(error, MemoryError):
+        with pytest.raises(MemoryError):
+            next(batches)
+    else:
+        assert [batch.rows_read for batch in batches] == [[0, 0], [0, 0]]
+        assert feed.error is error and feed.measure(3) == []
 
 
 @pytest.mark.parametrize("loss_type", ["default", "per_sample", "per_token"])
