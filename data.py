@@ -35,7 +35,7 @@ import re
 import sys
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,6 +120,11 @@ class Batch:
     local_visual_tokens: slice = _declare("host", default_factory=lambda: slice(None))  # whose patches are here
     feature_splits: tuple[list[int], list[int]] | None = _declare("host", default=None)  # sizes to send, to receive
 
+    def measure(self) -> Measurement:
+        """Return the micro-batch's size."""
+        supervised = self.sample_ids[self.supervised_index].bincount(minlength=len(self.cu_seqlens) - 1).tolist()
+        return Measurement(self.sources, supervised, self.cu_seqlens[-1], len(self.grid_thw), self.resume_state)
+
     def _convert(self, convert: Callable[[Tensor], Tensor]) -> Batch:
         """Return a copy with `convert` applied to the tensors that belong on the device."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["kind"] in ON_DEVICE}
@@ -132,6 +137,20 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Return a copy in pinned memory (DataLoader calls this)."""
         return self._convert(Tensor.pin_memory)
+
+
+class Measurement(NamedTuple):
+    """The size of a micro-batch, which texts and headers tell before pixels are decoded."""
+
+    sources: list[str]  # of the samples
+    supervised: list[int]  # supervised tokens of each sample; an empty batch has one sample without any
+    length: int  # tokens
+    media: int  # images and videos
+    resume_state: dict  # the position in the stream after this micro-batch
+    # Set by the Loader:
+    spans: Sequence[Span] = ()  # of the rows
+    failures: Sequence[str] = ()  # the errors of bad rows
+    batch: Batch | None = None  # the complete micro-batch, if it has no pixels
 
 
 def collate(samples: list[Sample], **stream_fields) -> Batch:
@@ -1266,7 +1285,8 @@ class Processor:
         return patches.reshape(t * h * w, -1)
 
     def encode(
-        self, row: dict, media_dir: str | Path, source: str = "", options: EncodeOptions = ENCODE_DEFAULTS
+        self, row: dict, media_dir: str | Path, source: str = "", options: EncodeOptions = ENCODE_DEFAULTS,
+        decode: bool = True,
     ) -> Sample:
         """Encode a row of either format as token ids, labels, positions and patches.
 
@@ -1277,8 +1297,12 @@ class Processor:
         exchange that is too long loses its last tool answers and the answers to them, then the end of its only answer.
         The rest equals the start of the full sample. With `for_generation` a final answer is dropped and the sample
         ends as the chat template's generation prompt does. Raises InputError, whose message begins with `source`.
+
+        Without `decode` the sample has no patches, and its grids and positions may be those before rotation. Then only
+        the headers of images and the packets of video files are read; animations are decoded for their times. Errors
+        that only decoding finds are not raised.
         """
-        turns, truncated = self._encode_row(row, media_dir, source, options, decode=True)
+        turns, truncated = self._encode_row(row, media_dir, source, options, decode)
         ids = np.array([token for turn in turns for token in turn.ids], np.int64)
         starts = np.cumsum([0] + [len(turn.ids) for turn in turns]).tolist()
         spans = [(turn_start + start, rows, columns)
@@ -1297,7 +1321,7 @@ class Processor:
         labels = np.full(len(ids), IGNORE, np.int64)
         labels[:-1] = np.where(supervised[1:], ids[1:], IGNORE)
 
-        pixels = [patches for turn in turns for patches in turn.pixels]
+        pixels = [patches for turn in turns for patches in turn.pixels if decode]
         pixels = pixels or [np.empty((0, 3 * self.temporal_patch_size * self.patch_size**2), np.float32)]
         return Sample(
             input_ids=torch.from_numpy(ids),
@@ -1309,17 +1333,6 @@ class Processor:
             source=source,
             truncated=truncated,
         )
-
-    def count_tokens(
-        self, row: dict, media_dir: str | Path, source: str = "", options: EncodeOptions = ENCODE_DEFAULTS
-    ) -> int:
-        """Return how many tokens `encode` makes of a row, without decoding its media.
-
-        It reads only the headers of images and the packets of video files; animations are decoded for their times.
-        Raises the InputErrors of `encode` that this can find.
-        """
-        turns, _ = self._encode_row(row, media_dir, source, options, decode=False)
-        return sum(len(turn.ids) for turn in turns)
 
     def _encode_row(
         self, row: dict, media_dir: str | Path, source: str, options: EncodeOptions, decode: bool
@@ -1936,6 +1949,9 @@ class Loader:
     The main process decides the order: it iterates `dataset.stream`, assigns rows to data-parallel ranks, and sends the
     rows' locations to stateless workers. Each Batch carries the position after it, `resume_state`.
 
+    Iterating gives the batches. `stages` gives each micro-batch twice. First comes a Measurement, then the Batch, whose
+    pixels are decoded when it is asked for, or by workers a few micro-batches ahead.
+
     The stream is cut into micro-batches of `micro_batch_size` rows, which go to the ranks in turn. So a global batch
     has the same rows in every layout. With `packing`, single rows go to the ranks in turn, and a micro-batch has
     `micro_batch_size` packed rows of up to `seq_length` tokens each (see `_packed_rows`).
@@ -1962,20 +1978,42 @@ class Loader:
     _logged: set[str] = field(default_factory=set, init=False)  # errors of skipped rows
 
     def __iter__(self) -> Iterator[Batch]:
+        return self.stages()[1]
+
+    def stages(self) -> tuple[Iterator[Measurement], Iterator[Batch]]:
+        """Return two iterators over the same micro-batches, measured and loaded. Both raise or log bad rows."""
         states = self.resume_state if isinstance(self.resume_state, list) else [self.resume_state or {}]
         if "rank_layout" in states[0] and not self.packing:
             raise InputError("the checkpoint's data was packed: give --packing, or --finetune to restart the data")
         self._first_epoch = states[0].get("epoch", 0)
         self._rows_read, self._rows_bad = np.zeros((2, len(self.dataset.paths)), np.int64)
-        items = self._packed(states) if self.packing else self._micro_batches(states[0])
-        for batch, failures in self._in_workers(self._load, items, self.num_workers, self.pin_memory):
-            for message in failures:
-                if self.on_bad_sample == "error":
-                    raise InputError(message)
-                if message not in self._logged:
-                    logger.warning("skipped: %s", message)
-                    self._logged.add(message)
+        measured = self._packed(states) if self.packing else self._in_workers(
+            self._measure, self._micro_batches(states[0]))
+        measured, to_load, waiting = itertools.tee(measured, 3)
+        return self._measured(measured), self._loaded(to_load, waiting)
+
+    def _measured(self, measured: Iterator[Measurement]) -> Iterator[Measurement]:
+        for measurement in measured:
+            self._report(measurement.failures)
+            yield measurement
+
+    def _loaded(self, to_load: Iterator[Measurement], waiting: Iterator[Measurement]) -> Iterator[Batch]:
+        """Yield the batches of `waiting`. Workers take their items from `to_load`, which runs ahead."""
+        loaded = self._in_workers(self._load, ((m.spans, m.resume_state) if m.batch is None else None for m in to_load))
+        for measurement in waiting:
+            batch, failures = next(loaded) or (measurement.batch, measurement.failures)
+            self._report(failures)
             yield batch
+            del batch  # frees its pixels before the next ones are decoded
+
+    def _report(self, failures: list[str]) -> None:
+        """Raise the first error of bad rows, or log those that are not logged yet."""
+        for message in failures:
+            if self.on_bad_sample == "error":
+                raise InputError(message)
+            if message not in self._logged:
+                logger.warning("skipped: %s", message)
+                self._logged.add(message)
 
     def check_bad_row_rate(self, rows_read: list[int], rows_bad: list[int], epoch: int) -> None:
         """Raise InputError if more than a tenth of a dataset's rows are bad.
@@ -2004,24 +2042,26 @@ class Loader:
         if not self.packing:
             return rows
         measured = itertools.islice(self.dataset.stream({}, self.seed), min(rows, 1000))
-        lengths = [self._measure(item)[2] for item in measured]
+        lengths = [self._measure(([span], state)).length for span, state in measured]
         return rows * sum(lengths) / len(lengths) / self.options.seq_length
 
-    def _in_workers(self, function: Callable, items: Iterator, workers: int, pin_memory: bool = False) -> Iterator:
-        """Return an iterator over `function(item)` of each item, in order, computed in worker processes."""
-        if workers:  # forked workers crash when they destroy an earlier run's process groups, whose threads they lack
-            gc.collect()
-        return iter(DataLoader(
-            _FunctionDataset(function), batch_size=None, sampler=items, num_workers=workers, pin_memory=pin_memory,
-            worker_init_fn=leave_process_group,
+    def _in_workers(self, function: Callable, items: Iterator) -> Iterator:
+        """Yield `function(item)` for each item, in order, computed in worker processes of its own."""
+        if self.num_workers:
+            gc.collect()  # workers crash when they destroy an earlier run's process groups, whose threads a fork lacks
+        yield from DataLoader(
+            _FunctionDataset(function), batch_size=None, sampler=items, num_workers=self.num_workers,
+            pin_memory=self.pin_memory, worker_init_fn=leave_process_group,
             generator=torch.Generator(),  # the global one belongs to the training, whose random state is resumed
-        ))
+        )
 
-    def _load(self, item: tuple[list[Span], dict]) -> tuple[Batch, list[str]]:
-        """Make a micro-batch of the rows at some locations. A worker runs this.
+    def _load(self, item: tuple[list[Span], dict] | None, decode: bool = True) -> tuple[Batch, list[str]] | None:
+        """Make a micro-batch of the rows at some locations, with or without pixels. A worker runs this.
 
         The errors of bad rows are returned, not raised, because torch would hide them in a worker's traceback.
         """
+        if item is None:  # the measurement has the batch
+            return None
         spans, state = item
         samples, failures = [], []
         rows_read, rows_bad = [0] * len(self.dataset.paths), [0] * len(self.dataset.paths)
@@ -2029,12 +2069,25 @@ class Loader:
             rows_read[span.file] += 1
             try:
                 row, source, media_dir = self.dataset.read(span)
-                samples += [self.processor.encode(part, media_dir, source, self.options) for part in split_row(row)]
+                samples += [self.processor.encode(part, media_dir, source, self.options, decode)
+                            for part in split_row(row)]
             except InputError as error:
                 rows_bad[span.file] += 1
                 failures.append(str(error))
         batch = collate(samples, resume_state=state, rows_read=rows_read, rows_bad=rows_bad)
         return replace(batch, pixel_values=batch.pixel_values.to(self.pixel_dtype)), failures
+
+    def _measure(self, item: tuple[list[Span], dict]) -> Measurement:
+        """Measure the rows at some locations. A worker runs this.
+
+        A bad row counts as one token, so that it is still packed and reported. If it ends the run, it counts as a full
+        row, so that it is reported soon.
+        """
+        batch, failures = self._load(item, decode=False)
+        measurement = batch.measure()._replace(spans=item[0], failures=failures)
+        if failures and self.on_bad_sample == "error":
+            return measurement._replace(length=self.options.seq_length)
+        return measurement if self.packing or measurement.media else measurement._replace(batch=batch)
 
     def _micro_batches(self, state: dict) -> Iterator[tuple[list[Span], dict]]:
         """Yield this rank's rows of each micro-batch, and the position after the rows of all ranks."""
@@ -2043,52 +2096,44 @@ class Loader:
         while step := list(itertools.islice(rows, self.micro_batch_size * self.dp_size)):
             yield [span for span, _ in step[first : first + self.micro_batch_size]], step[-1][1]
 
-    def _packed(self, states: list[dict]) -> Iterator[tuple[list[Span], dict]]:
-        """Yield the rows of each micro-batch of packed rows, and the position after them."""
+    def _packed(self, states: list[dict]) -> Iterator[Measurement]:
+        """Yield each micro-batch of packed rows, and the position after them."""
         packed_rows = self._packed_rows(states)
         while step := list(itertools.islice(packed_rows, self.micro_batch_size)):
-            yield [span for spans, _ in step for span in spans], step[-1][1]
+            rows = [row for packed_row, _ in step for row in packed_row]
+            yield Measurement(
+                sources=[source for row in rows for source in row.sources],
+                supervised=[n for row in rows for n in row.supervised],
+                length=sum(row.length for row in rows),
+                media=sum(row.media for row in rows),
+                resume_state=step[-1][1],
+                spans=[span for row in rows for span in row.spans],
+                failures=[failure for row in rows for failure in row.failures],
+            )
 
-    def _packed_rows(self, states: list[dict]) -> Iterator[tuple[list[Span], dict]]:
+    def _packed_rows(self, states: list[dict]) -> Iterator[tuple[list[Measurement], dict]]:
         """Yield the samples of each packed row (see `pack_row`), and the position after them.
 
-        A packed row never mixes two epochs. A worker measures the samples' lengths ahead, if there are workers. The
-        position includes the samples in the buffer.
+        A packed row never mixes two epochs. The position includes the samples in the buffer.
         """
         undelivered, state = self._undelivered_rows(states)
         rows_of_this_rank = (
-            (span, next_state) for span, next_state in self.dataset.stream(state, self.seed)
+            ([span], next_state) for span, next_state in self.dataset.stream(state, self.seed)
             if (next_state["consumed"] - 1) % self.dp_size == self.dp_rank
         )
-        rows = itertools.chain(((span, state) for span in undelivered), rows_of_this_rank)
-        buffer: list[tuple[Span, int]] = []  # samples that are not packed yet, and their lengths
+        rows = itertools.chain((([span], state) for span in undelivered), rows_of_this_rank)
+        buffer: list[Measurement] = []  # samples that are not packed yet
         seq_length = self.options.seq_length
-        measured = self._in_workers(self._measure, rows, min(1, self.num_workers))
-        for count, (span, next_state, length) in enumerate(measured):
+        for count, row in enumerate(self._in_workers(self._measure, rows)):
             # Everything that was buffered at the checkpoint must be back in the buffer before packing starts. Only then
             # does a resumed run pack exactly as the interrupted one would have.
-            is_new = count >= len(undelivered)
+            is_new, next_state = count >= len(undelivered), row.resume_state
             while is_new and buffer and (next_state["epoch"] != state["epoch"] or ready_to_pack(buffer, seq_length)):
-                row, buffer = pack_row(buffer, seq_length)
-                position = {"rank_layout": [self.dp_rank, self.dp_size], "buffer": [list(span) for span, _ in buffer]}
-                yield [span for span, _ in row], state | position
-            buffer.append((span, length))
+                chosen, buffer = pack_row(buffer, seq_length)
+                spans = [list(span) for waiting in buffer for span in waiting.spans]
+                yield chosen, state | {"rank_layout": [self.dp_rank, self.dp_size], "buffer": spans}
+            buffer.append(row)
             state = next_state
-
-    def _measure(self, item: tuple[Span, dict]) -> tuple[Span, dict, int]:
-        """Return a row's location, the position after it (both as given), and its number of tokens.
-
-        A bad row counts as one token, so that it is still packed and reported. If it ends the run, it counts as a full
-        row, so that it is reported soon.
-        """
-        span, state = item
-        try:
-            row, source, media_dir = self.dataset.read(span)
-            parts = split_row(row)
-            length = sum(self.processor.count_tokens(part, media_dir, source, self.options) for part in parts)
-        except InputError:
-            length = self.options.seq_length if self.on_bad_sample == "error" else 1
-        return span, state, length
 
     def _undelivered_rows(self, states: list[dict]) -> tuple[list[Span], dict]:
         """Return the rows before the checkpoint that this rank still has to pack, and the position to continue from.
@@ -2114,26 +2159,26 @@ class Loader:
         return spans[self.dp_rank :: self.dp_size], newest
 
 
-def ready_to_pack(buffer: list[tuple[Span, int]], seq_length: int) -> bool:
+def ready_to_pack(buffer: list[Measurement], seq_length: int) -> bool:
     """Return whether enough samples are buffered to fill a row well.
 
     The conditions are a multiple of PACKING_WINDOW samples and tokens for two rows.
     """
-    return len(buffer) % PACKING_WINDOW == 0 and sum(length for _, length in buffer) >= 2 * seq_length
+    return len(buffer) % PACKING_WINDOW == 0 and sum(row.length for row in buffer) >= 2 * seq_length
 
 
-def pack_row(buffer: list[tuple[Span, int]], seq_length: int) -> tuple[list, list]:
+def pack_row(buffer: list[Measurement], seq_length: int) -> tuple[list[Measurement], list[Measurement]]:
     """Choose samples for one packed row of `seq_length` tokens. Returns (chosen, remaining), in the buffer's order.
 
     The oldest sample comes first, then repeatedly the longest that still fits.
     """
     chosen = {0}
-    remaining = seq_length - buffer[0][1]
-    for i in sorted(range(1, len(buffer)), key=lambda i: -buffer[i][1]):
-        if buffer[i][1] <= remaining:
-            remaining -= buffer[i][1]
+    remaining = seq_length - buffer[0].length
+    for i in sorted(range(1, len(buffer)), key=lambda i: -buffer[i].length):
+        if buffer[i].length <= remaining:
+            remaining -= buffer[i].length
             chosen.add(i)
-    return [buffer[i] for i in sorted(chosen)], [pair for i, pair in enumerate(buffer) if i not in chosen]
+    return [buffer[i] for i in sorted(chosen)], [row for i, row in enumerate(buffer) if i not in chosen]
 
 
 class _FunctionDataset:

@@ -746,8 +746,13 @@ def grad_square_sum(parameters: list[nn.Parameter], state: ParallelState) -> Ten
 
 
 @torch.no_grad()
-def clip_gradients(parameters: list[nn.Parameter], norm: float, max_norm: float) -> None:
-    """Scale the gradients, whose total 2-norm is `norm`, down to `max_norm` (0: never)."""
+def clip_gradients(parameters: list[nn.Parameter], norm: float, max_norm: float, factor: float = 1.0) -> None:
+    """Multiply the gradients by `factor`, and scale them down to `max_norm` (0: never).
+
+    `norm` is their total 2-norm after the multiplication.
+    """
     grads = [to_local(p.grad) for p in parameters if p.grad is not None]
-    if grads and 0 < max_norm < norm:
-        torch._foreach_mul_(grads, max_norm / (norm + 1e-6))
+    if 0 < max_norm < norm:
+        factor *= max_norm / (norm + 1e-6)
+    if grads and factor != 1:
+        torch._foreach_mul_(grads, factor)

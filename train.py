@@ -22,7 +22,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -113,7 +113,8 @@ def make_parser() -> Parser:
     add("--shuffle-buffer", type=positive_int, metavar="N",
         help="number of consecutive rows to shuffle among themselves with --streaming (default: 1000)")
     add("--num-workers", type=number(int, 0, 1024), default=2, metavar="N",
-        help="number of data loader processes per rank; 0 loads in the training process")
+        help="number of data loader processes per rank, and of further ones that only read texts and headers; 0 loads "
+        "in the training process")
     add("--shuffle", action=switch, default=True, help="shuffle the rows anew in each epoch")
     data.add_media_flags(group)
     data.add_row_flags(group)
@@ -580,6 +581,7 @@ def save_iteration(
 class StepStats(NamedTuple):
     """Counts of one step's batches, summed over all ranks."""
 
+    flops: float
     tokens: int
     samples: int
     supervised_tokens: int
@@ -587,7 +589,30 @@ class StepStats(NamedTuple):
     truncated: int  # samples cut to the sequence length
     rows_read: list[int]  # for each file of the dataset
     rows_bad: list[int]  # for each file, how many of them were left out
-    flops: float
+
+    @classmethod
+    def from_sums(cls, flops: float, *sums: float) -> StepStats:
+        """Take the sums of `count_batch` over micro-batches and ranks."""
+        counts = [int(value) for value in sums]
+        files = len(counts[5:]) // 2
+        return cls(flops, *counts[:5], rows_read=counts[5 : 5 + files], rows_bad=counts[5 + files :])
+
+
+def count_batch(batch: data.Batch, flops_of: Callable[[data.Batch], float]) -> list[float]:
+    """Return a micro-batch's part of each number of StepStats, in the same order."""
+    m = batch.measure()
+    return [flops_of(batch), m.length, len(m.sources), sum(m.supervised), m.media, batch.truncated,
+            *batch.rows_read, *batch.rows_bad]
+
+
+def loss_divisor(loss_type: str, supervised: list[int]) -> int:
+    """Return a micro-batch's part of the number that `set_loss_weights` divides all weights of a step by.
+
+    `supervised` has the supervised tokens of each sample. A sample without any does not count.
+    """
+    if loss_type == "default":
+        return 1
+    return sum(supervised) if loss_type == "per_token" else sum(n > 0 for n in supervised)
 
 
 def flops_counter(model: Qwen3VL) -> Callable[[data.Batch], float]:
@@ -601,53 +626,27 @@ def flops_counter(model: Qwen3VL) -> Callable[[data.Batch], float]:
 
 
 def set_loss_weights(
-    batches: list[data.Batch], loss_type: str, flops_of: Callable[[data.Batch], float], state: ParallelState,
-    error: Exception | None = None,
-) -> StepStats:
+    batch: data.Batch, loss_type: str, micro_batches: float, divisor: float, state: ParallelState
+) -> None:
     """Set the weight of every token in loss = sum_i weight_i * nll_i, over all micro-batches of all ranks of one step.
 
     default     1 / (micro-batches x supervised tokens of its micro-batch)
     per_sample  1 / (samples x supervised tokens of its sample)
     per_token   1 / (supervised tokens of the global batch)
 
-    A sample without supervised tokens does not count. The weights also carry the factor that
-    `parallel._sum_gradients` explains. `flops_of` is the result of `flops_counter`. `error` is this rank's reason for
-    not taking the step, such as a bad row: if any rank has one, every rank raises.
+    `divisor` is the sum of `loss_divisor` over the micro-batches of all ranks. The weights also carry the factor that
+    `parallel._sum_gradients` explains.
     """
-    # supervised tokens of each sample of each micro-batch
-    counts = [b.sample_ids[b.supervised_index].bincount(minlength=len(b.cu_seqlens) - 1).tolist() for b in batches]
-    file_counts = [sum(each) for each in zip(*(b.rows_read + b.rows_bad for b in batches), strict=True)]
-    failed, micro_batches, supervised_samples, supervised_tokens, flops, *others = state.sum_over_dp(
-        error is not None,
-        len(batches),
-        sum(n > 0 for sample_counts in counts for n in sample_counts),
-        sum(sum(sample_counts) for sample_counts in counts),
-        sum(map(flops_of, batches)),
-        sum(b.cu_seqlens[-1] for b in batches),
-        sum(len(b.sources) for b in batches),
-        sum(len(b.grid_thw) for b in batches),
-        sum(b.truncated for b in batches),
-        *file_counts,
-    )
-    if failed:
-        raise_together(error, state)
-    tokens, samples, media, truncated, *file_counts = map(int, others)
-    files = len(file_counts) // 2
-    scale = float(state.world_size)
-    for batch, sample_counts in zip(batches, counts, strict=True):
-        if loss_type == "default":
-            denominators = [micro_batches * sum(sample_counts)] * len(sample_counts)
-        elif loss_type == "per_sample":
-            denominators = [supervised_samples * n for n in sample_counts]
-        else:
-            denominators = [supervised_tokens] * len(sample_counts)
-        weights = torch.tensor([scale / max(1, n) for n in denominators], dtype=torch.float32)
-        batch.loss_weights = weights[batch.sample_ids]
-        batch.aux_weight = scale / micro_batches
-    return StepStats(
-        tokens=tokens, samples=samples, supervised_tokens=int(supervised_tokens), media=media, truncated=truncated,
-        rows_read=file_counts[:files], rows_bad=file_counts[files:], flops=flops,
-    )
+    counts, scale = batch.measure().supervised, float(state.world_size)
+    if loss_type == "default":
+        denominators = [divisor * sum(counts)] * len(counts)
+    elif loss_type == "per_sample":
+        denominators = [divisor * n for n in counts]
+    else:
+        denominators = [divisor] * len(counts)
+    weights = torch.tensor([scale / max(1, n) for n in denominators], dtype=torch.float32)
+    batch.loss_weights = weights[batch.sample_ids]
+    batch.aux_weight = scale / micro_batches
 
 
 # ---- logging --------------------------------------------------------------------------------------------------------
@@ -829,39 +828,63 @@ class StepResult(NamedTuple):
 
 
 def train_step(
-    model: Qwen3VL, optimizer: Optimizer, batches: list[data.Batch], state: ParallelState, *, loss_type: str,
-    flops_of: Callable[[data.Batch], float], clip_grad: float, error: Exception | None,
-    read_flags: Callable[[], tuple[bool, ...]],
+    model: Qwen3VL, optimizer: Optimizer, measured: list[data.Measurement], batches: Iterable[data.Batch],
+    state: ParallelState, *, loss_type: str, flops_of: Callable[[data.Batch], float], clip_grad: float,
+    error: Exception | None, read_flags: Callable[[], tuple[bool, ...]],
 ) -> StepResult:
-    """Do one optimizer step with this rank's micro-batches.
+    """Do one optimizer step with this rank's micro-batches, which are measured before the first is loaded.
 
-    The ranks exchange host values twice: first the counts for the loss weights, and whether a rank has an `error`;
-    then the losses, the gradient norm and the flags that `read_flags` returns on each rank.
+    The ranks exchange host values twice: first the counts for the loss weights, and whether a rank has an `error`, such
+    as a bad row; then what was used, the losses, the gradient norm and the flags that `read_flags` returns on each
+    rank. If any rank has an `error`, every rank raises. `flops_of` is the result of `flops_counter`.
     """
-    stats = set_loss_weights(batches, loss_type, flops_of, state, error)
-    losses = []
+    failed, micro_batches, divisor, media = state.sum_over_dp(
+        error is not None, len(measured), sum(loss_divisor(loss_type, m.supervised) for m in measured),
+        sum(m.media for m in measured),
+    )
+    if failed:
+        raise_together(error, state)
+    losses, used = [], []
     for batch in batches:
+        set_loss_weights(batch, loss_type, micro_batches, divisor, state)
+        used.append([loss_divisor(loss_type, batch.measure().supervised), *count_batch(batch, flops_of)])
         state.current_sources = batch.sources
         loss, aux_loss = model(parallel.local_batch(batch, state))
         if loss.requires_grad:  # false for a batch of text alone when the text decoder is frozen
             loss.backward()
         losses.append(torch.stack((loss.detach(), aux_loss)))
-    if not stats.media:  # zero gradients of the dummy image would let the optimizer decay and move the vision encoder
-        for p in model.model.visual.parameters():
-            p.grad = None
+        del batch  # frees its pixels before the next ones are decoded
+    if not media:  # before the norm, as zeros would change its rounding
+        clear_gradients(model.model.visual)
 
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     loss, aux_loss = torch.stack(losses).sum(0) / state.world_size  # the loss weights carry this factor
     square_sum = parallel.grad_square_sum(trainable, state)
-    loss, aux_loss, square_sum, *flags = state.sum(loss, aux_loss, square_sum, *read_flags())
-    grad_norm = math.sqrt(square_sum)
+    flags = read_flags()
+    loss, aux_loss, square_sum, *sums = state.sum(
+        loss, aux_loss, square_sum, *flags, *map(sum, zip(*used, strict=True)))
+    flags, sums = sums[: len(flags)], [value / state.cp_size for value in sums[len(flags) :]]  # as in sum_over_dp
+    used_divisor, stats = sums[0], StepStats.from_sums(*sums[1:])
+
+    # `divisor` counted rows that turned out bad when their pixels were decoded. The auxiliary loss does not depend on
+    # it, but the gradient of that loss can no longer be separated and is corrected with the rest.
+    correction = divisor / used_divisor if used_divisor else 1.0
+    loss, grad_norm = loss * correction, math.sqrt(square_sum) * correction
+    if not stats.media:  # all of the step's images turned out bad
+        clear_gradients(model.model.visual)
 
     is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
     if is_finite:
-        parallel.clip_gradients(trainable, grad_norm, clip_grad)
+        parallel.clip_gradients(trainable, grad_norm, clip_grad, correction)
         optimizer.step()
     optimizer.zero_grad()
     return StepResult(stats, loss, aux_loss, grad_norm, is_finite, [count > 0 for count in flags])
+
+
+def clear_gradients(visual: torch.nn.Module) -> None:
+    """Remove the zero gradients of a dummy image: they would let the optimizer decay and move the vision encoder."""
+    for p in visual.parameters():
+        p.grad = None
 
 
 def train_loop(
@@ -881,30 +904,32 @@ def train_loop(
     bad_rows = None  # this rank's error about the latest step, which the next exchange reports to the other ranks
     nonfinite_steps = 0  # consecutive ones
     flops_of = flops_counter(model)
+    feed = Feed(loader, state.cp_size)
     # `closing` ends the loader's worker processes, whatever happens here
-    with writer, profiler as profile, contextlib.closing(iter(loader)) as stream, manual_garbage_collection():
+    with writer, profiler as profile, contextlib.closing(feed), manual_garbage_collection():
         for iteration in iterations:
             if iteration % GARBAGE_INTERVAL == 0:
                 gc.collect()
             start = time.perf_counter()
-            batches: list[data.Batch] = []  # frees the last step's pixels before the next ones arrive
-            batches, error = fetch_batches(stream, accumulation, len(loader.dataset.paths))
-            data_time = time.perf_counter() - start
+            measured = feed.measure(accumulation)
             schedule(iteration - 1)
             step = train_step(
-                model, optimizer, batches, state, loss_type=loss_type, flops_of=flops_of, clip_grad=clip_grad,
-                error=bad_rows or error, read_flags=lambda: (*signals.poll(), writer.failed()),
+                model, optimizer, measured, feed.load(accumulation), state, loss_type=loss_type, flops_of=flops_of,
+                clip_grad=clip_grad, error=bad_rows or feed.error,
+                read_flags=lambda: (*signals.poll(), writer.failed(), feed.error is not None),
             )
             step_time = time.perf_counter() - start
-            stop, save_requested, save_failed = step.flags
-            stats, resume_state = step.stats, batches[-1].resume_state
+            stop, save_requested, save_failed, load_failed = step.flags
+            if load_failed:
+                raise_together(feed.error, state)
+            stats, resume_state = step.stats, measured[-1].resume_state
             if iteration == iterations.start and state.rank == 0:
                 log.info("first step done %.1f s after the start", time.monotonic() - start_time)
             if save_failed:
                 writer.wait()  # raises on every rank
             nonfinite_steps = 0 if step.is_finite else nonfinite_steps + 1
             if nonfinite_steps:
-                report_nonfinite_step(iteration, step, batches, nonfinite_steps)
+                report_nonfinite_step(iteration, step, measured, nonfinite_steps)
             _, bad_rows = attempt(loader.check_bad_row_rate, stats.rows_read, stats.rows_bad, resume_state["epoch"])
             rows_read = Counter()
             for path, rows in zip(loader.dataset.paths, stats.rows_read, strict=True):
@@ -915,7 +940,7 @@ def train_loop(
                 resume_state["consumed"], iteration=iteration, loss=step.loss,
                 aux_loss=step.aux_loss if model.config.text.num_experts else None, grad_norm=step.grad_norm,
                 lr=optimizer.param_groups[-1]["lr"], samples=stats.samples, tokens=stats.tokens,
-                supervised_tokens=stats.supervised_tokens, step_time_s=step_time, data_time_s=data_time,
+                supervised_tokens=stats.supervised_tokens, step_time_s=step_time, data_time_s=feed.seconds,
                 model_flops=stats.flops, skipped_samples=sum(stats.rows_bad), truncated_samples=stats.truncated,
                 skipped_iterations=int(not step.is_finite), rows_read=rows_read,
             )
@@ -981,20 +1006,50 @@ def raise_together(error: Exception | None, state: ParallelState) -> None:
     state.run_synced(raise_error)
 
 
-def fetch_batches(stream: Iterator, count: int, num_files: int) -> tuple[list[data.Batch], Exception | None]:
-    """Return (the next micro-batches, None), or (an empty micro-batch, the error).
+class Feed:
+    """Fetch the measurements of a step's micro-batches, then the micro-batches one at a time.
 
-    The empty one lets this rank join the exchange of `set_loss_weights`, which reports the error to the other ranks.
+    `seconds` is the time that the step has waited for them, and `error` the first exception. After an error the step's
+    other micro-batches are empty. So this rank joins all collectives up to the exchange that reports the error.
     """
-    batches, error = attempt(lambda: [next(stream) for _ in range(count)])
-    if error is not None:
-        batches = [data.collate([], rows_read=[0] * num_files, rows_bad=[0] * num_files)]
-    return batches, error
+
+    def __init__(self, loader: data.Loader, cp_size: int):
+        self.measured, self.batches = loader.stages()
+        self.no_rows = [0] * len(loader.dataset.paths)
+        self.cp_size, self.seconds = cp_size, 0.0
+        self.error: Exception | None = None
+
+    def measure(self, count: int) -> list[data.Measurement]:
+        self.seconds = 0.0
+        return self._fetch(lambda: [next(self.measured) for _ in range(count)]) or []
+
+    def load(self, count: int) -> Iterator[data.Batch]:
+        for _ in range(count):
+            yield self._fetch(next, self.batches) or self._empty_batch()
+
+    def _empty_batch(self) -> data.Batch:
+        if self.cp_size > 1 and not isinstance(self.error, InputError):  # a bad row is one on all ranks that share it
+            raise self.error  # those ranks have the full micro-batch: collectives with an empty one would not match
+        return data.collate([], rows_read=self.no_rows, rows_bad=self.no_rows)
+
+    def _fetch(self, action: Callable, *args) -> Any:
+        start, result = time.perf_counter(), None
+        if self.error is None:
+            result, self.error = attempt(action, *args)
+        self.seconds += time.perf_counter() - start
+        return result
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self.measured.close()
+        self.batches.close()
 
 
-def report_nonfinite_step(iteration: int, step: StepResult, batches: list[data.Batch], in_a_row: int) -> None:
+def report_nonfinite_step(
+    iteration: int, step: StepResult, measured: list[data.Measurement], in_a_row: int
+) -> None:
     """Log a step that was not applied; raise InputError for the tenth in a row."""
-    sources = "; ".join(source for batch in batches for source in batch.sources[:8])
+    sources = "; ".join(source for m in measured for source in m.sources[:8])
     message = (f"iteration {iteration}: loss {step.loss}, gradient norm {step.grad_norm}, not applied; this rank's "
                f"rows: {sources}")
     log.warning(message)

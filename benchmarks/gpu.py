@@ -78,8 +78,8 @@ def measure(directory: str, flags: list[str], state: parallel.ParallelState, arg
     times, flops_of = [], train.flops_counter(model)
     for _ in range(args.steps + 2):
         began = synchronized_time(args.device)
-        step = train.train_step(model, optimizer, [batch], state, loss_type="default", clip_grad=1.0, error=None,
-                                flops_of=flops_of, read_flags=lambda: ())
+        step = train.train_step(model, optimizer, [batch.measure()], [batch], state, loss_type="default", clip_grad=1.0,
+                                flops_of=flops_of, error=None, read_flags=lambda: ())
         times.append(synchronized_time(args.device) - began)
     return {
         "seconds": statistics.median(times[2:]), "loss": step.loss, "tokens": step.stats.tokens,

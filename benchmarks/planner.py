@@ -69,8 +69,8 @@ def layout_step(argv: list[str]):
     batch.pixel_values = torch.zeros(batch.pixel_values.shape)
     flops_of = train.flops_counter(net)
     return lambda: train.train_step(
-        net, optimizer, [batch] * accumulation, state, loss_type=args.loss_type, flops_of=flops_of, clip_grad=1.0,
-        error=None, read_flags=lambda: ())
+        net, optimizer, [batch.measure()] * accumulation, [batch] * accumulation, state, loss_type=args.loss_type,
+        flops_of=flops_of, clip_grad=1.0, error=None, read_flags=lambda: ())
 
 
 def measure(argv: list[str]) -> None:

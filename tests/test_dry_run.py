@@ -80,7 +80,7 @@ def measure_step(argv: list[str]) -> None:
     _, accumulation = train.batch_sizes(args.micro_batch_size, args.global_batch_size, state.dp_size)
     batch = fake_batch(config, args.seq_length, args.micro_batch_size)
     batch.pixel_values = torch.zeros(batch.pixel_values.shape)
-    train.set_loss_weights([batch] * accumulation, args.loss_type, train.flops_counter(net), state)
+    train.set_loss_weights(batch, args.loss_type, accumulation, accumulation, state)
     batch, cpu = parallel.local_batch(batch, state), torch.device("cpu")
     for owner, name in ((parallel._BlockInput, "__init__"), (parallel.Offload, "_copy")):  # host memory
         setattr(owner, name, _disable_current_modes()(getattr(owner, name)))

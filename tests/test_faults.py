@@ -41,9 +41,11 @@ from helpers import (
     train_argv,
     without_timings,
 )
+from PIL import Image
 
 import common
 import convert
+import data
 import kernels_npu
 import parallel
 import train
@@ -669,13 +671,50 @@ def test_train_out_of_memory_on_one_rank(folder, tmp_path):
     count_fault("out of memory on one of 2 ranks")
 
 
-def test_train_killed_worker(folder, tmp_path):
+def out_of_memory_in_third_step(argv: list[str]) -> None:
+    """Run train.py; rank 1 runs out of memory when it loads the second micro-batch of its third step."""
+    load, count = data.Loader._load, itertools.count(1)
+
+    def hooked(self, item, decode=True):
+        if decode and next(count) == 6 and this_rank() == 1:
+            raise MemoryError("Unable to allocate 8 MB")
+        return load(self, item, decode)
+
+    data.Loader._load = hooked
+    train.main(argv)
+
+
+@pytest.mark.parametrize(("main", "workers", "message"), [
+    (train.main, 0, r"rows\.json row 12 \(id row-11\): images\[0\]: .*cut\.jpg cannot be read as .* truncated"),
+    (train.main, 2, r"rows\.json row 12 \(id row-11\): images\[0\]: .*cut\.jpg cannot be read as .* truncated"),
+    (out_of_memory_in_third_step, 0, "rank 1: out of memory .*8 MB"),
+], ids=["truncated image", "truncated image, workers", "out of memory"])
+def test_train_loading_fails_within_a_step(folder, tmp_path, main, workers, message):
+    """The other rank has begun the step: both end at its end, which is not applied, with one line."""
+    rows = json.loads((folder / "rows.json").read_text())
+    Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / "cut.jpg")
+    os.truncate(tmp_path / "cut.jpg", 2000)
+    if main is train.main:
+        rows[11]["images"] = ["cut.jpg"]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    argv = fault_argv(folder, tmp_path / "save", "--save-interval", 1, "--no-shuffle", "--dataset",
+                      tmp_path / "rows.json", "--num-workers", workers)
+    start = time.monotonic()
+    job = Job(argv, 2, main)
+    assert set(job.wait(40)) <= {1, -signal.SIGTERM} and time.monotonic() - start < 35, job.output()
+    assert_one_error(job, message)
+    assert verified_iterations(tmp_path / "save") == [1, 2] and len(read_metrics(tmp_path / "save")) == 2
+    count_fault("a micro-batch that cannot be loaded, 2 ranks")
+
+
+@pytest.mark.parametrize("worker", [0, -1], ids=["measures", "loads"])
+def test_train_killed_worker(folder, tmp_path, worker):
     """A data loader's worker that is killed ends all ranks with one line."""
     job = Job(fault_argv(folder, tmp_path / "save", "--num-workers", 2, iters=100000), 2)
     job.wait_for_iteration(2)
     pid = job.ranks[1].pid
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    os.kill(int(children[0]), signal.SIGKILL)
+    os.kill(int(children[worker]), signal.SIGKILL)
     assert set(job.wait(30)) <= {1, -signal.SIGTERM}, job.output()
     assert_one_error(job, r"rank 1: DataLoader worker.*(is killed by signal|exited unexpectedly).*--num-workers")
     count_fault("kill -9 of a data loader's worker")

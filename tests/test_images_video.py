@@ -108,11 +108,19 @@ def part_row(part: dict, text: str = "?", **media) -> dict:
 
 
 def encode_part(processor, folder: Path, part: dict, **media):
-    """Encode a row with one content part; `count_tokens` must agree on the length."""
+    """Encode a row with one content part, with and without decoding."""
     row = part_row(part, **media)
     sample = processor.encode(row, media_dir=folder)
-    assert processor.count_tokens(row, media_dir=folder) == len(sample.input_ids)
+    assert_same_but_pixels(processor.encode(row, media_dir=folder, decode=False), sample)
     return sample
+
+
+def assert_same_but_pixels(measured: data.Sample, sample: data.Sample) -> None:
+    """Compare a sample that was not decoded, whose images and videos may not be upright."""
+    assert measured.pixel_values.shape == (0, 1536)
+    for name in ("input_ids", "labels", "visual_index"):
+        assert torch.equal(getattr(measured, name), getattr(sample, name)), name
+    assert torch.equal(measured.grid_thw.prod(1), sample.grid_thw.prod(1)) and measured.truncated == sample.truncated
 
 
 def test_image_part_sources(processor, images):
@@ -142,7 +150,7 @@ def test_image_part_sources(processor, images):
         sample = processor.encode(row, media_dir=images, options=EncodeOptions(confine_paths=True))
         assert torch.equal(sample.input_ids, expected.input_ids), row
         assert torch.equal(sample.pixel_values, expected.pixel_values), row
-        assert processor.count_tokens(row, media_dir=images) == len(expected.input_ids)
+        assert_same_but_pixels(processor.encode(row, media_dir=images, decode=False), expected)
     frames = encode_part(processor, images, {"type": "video", "video": [url, f"file://{path}"]})
     assert frames.grid_thw.tolist() == [[1, 2, 4]]
     elsewhere = Path(data.__file__).parent
@@ -176,9 +184,9 @@ def test_image_part_sources(processor, images):
     ({"type": "video", "video": "animated.webp", "sample_fps": 4}, "'sample_fps' is the rate of a list of frames"),
 ])
 def test_bad_part(part, message, processor, images):
-    for encode in (processor.encode, processor.count_tokens):
+    for decode in (True, False):
         with pytest.raises(InputError, match=rf"messages\[0\].content\[0\].*{message}") as caught:
-            encode(part_row(part), media_dir=images)
+            processor.encode(part_row(part), media_dir=images, decode=decode)
         assert "\n" not in str(caught.value)
 
 
@@ -680,13 +688,13 @@ COUNTED = [
 
 
 @pytest.mark.parametrize(("options", "row"), COUNTED)
-def test_count_tokens_decodes_nothing(options, row, images, processor, tmp_path, monkeypatch):
-    """The count equals the length of `encode`, without decoding an image or video frame (animations are decoded)."""
+def test_encode_without_decoding(options, row, images, processor, tmp_path, monkeypatch):
+    """The sample has its tokens and labels, and no image or video frame is decoded (animations are)."""
     if any(name in json.dumps(row) for name in ("clip", "uneven")):
         write_video(tmp_path / "clip.mp4", 40, 15)
         write_video(tmp_path / "uneven.mkv", len(UNEVEN), 25, pts=UNEVEN)
         images = tmp_path
-    expected = len(processor.encode(row, images, options=EncodeOptions(**options)).input_ids)
+    expected = processor.encode(row, images, options=EncodeOptions(**options))
     if "webp" not in json.dumps(row):
         monkeypatch.setattr(ImageFile.ImageFile, "load", None)
         monkeypatch.setattr(Processor, "_patchify", None)
@@ -700,7 +708,7 @@ def test_count_tokens_decodes_nothing(options, row, images, processor, tmp_path,
 
         open_ = av.open
         monkeypatch.setattr(av, "open", open_for_packets)
-    assert processor.count_tokens(row, images, options=EncodeOptions(**options)) == expected
+    assert_same_but_pixels(processor.encode(row, images, options=EncodeOptions(**options), decode=False), expected)
 
 
 # ---- transformers 4.57, with torchvision -----------------------------------------------------------------------------
@@ -800,7 +808,7 @@ def test_videos_equal_transformers_4(qwen_dir, tmp_path):
         text = "Compare <video>" + "<image> and <video>" * len(images)
         row = chat(text, "An answer.", "Why?", "So.", videos=videos, images=images)
         samples.append(processor.encode(row, media_dir=tmp_path))
-        assert processor.count_tokens(row, media_dir=tmp_path) == len(samples[-1].input_ids)
+        assert_same_but_pixels(processor.encode(row, media_dir=tmp_path, decode=False), samples[-1])
         parts = [part for part in data.PLACEHOLDER.split(text) if part]
         content = [{"type": p[1:-1]} if p in ("<image>", "<video>") else {"type": "text", "text": p} for p in parts]
         clips = []

@@ -473,8 +473,8 @@ def test_workers_leave_the_process_group(files, processor):
     """Ctrl-C and torchrun's SIGTERM go to a process group. The workers must outlive the current step."""
     stream = iter(make_loader(RowDataset(files), processor, num_workers=1))
     next(stream)
-    (worker,) = multiprocessing.active_children()
-    assert os.getpgid(worker.pid) == worker.pid != os.getpgrp()
+    workers = multiprocessing.active_children()  # one measures, one loads
+    assert len(workers) == 2 and all(os.getpgid(worker.pid) == worker.pid != os.getpgrp() for worker in workers)
     stream.close()
     assert not multiprocessing.active_children()
 
@@ -488,6 +488,46 @@ def test_loader_pin_memory(files, processor, monkeypatch):
     assert data_loader.call_args.kwargs["pin_memory"]
     monkeypatch.setattr(data.Batch, "pin_memory", lambda batch: "pinned")
     assert list(pin_memory((batch, ["a failure"]))) == ["pinned", ["a failure"]]  # torch 2.7.1 returns a list
+    (measurement,) = itertools.islice(make_loader(RowDataset(files), processor).stages()[0], 1)
+    assert pin_memory(measurement) == measurement._replace(batch="pinned")
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stages(workers, packing, processor, images, tmp_path, monkeypatch):
+    """Measurements equal the batches, and no pixel is decoded before the main process asks for its micro-batch."""
+    rows = [chat("<image>" * (i % 2) + f"q{i}", "a " * i, id=i, images=["small.png"] * (i % 2)) for i in range(12)]
+    dataset = RowDataset([write(tmp_path / "rows.json", rows)], dataset_dir=images)
+    settings = {"num_workers": workers, "micro_batch_size": 2, "packing": packing,
+                "options": EncodeOptions(seq_length=256)}
+    patchify = Mock(wraps=data.Processor._patchify)
+    monkeypatch.setattr(data.Processor, "_patchify", lambda *args: patchify(*args))
+    encode = Mock(wraps=data.Processor.encode)
+    monkeypatch.setattr(data.Processor, "encode", lambda *args: encode(*args))
+    measured, loaded = make_loader(dataset, processor, **settings).stages()
+    ahead = list(itertools.islice(measured, 3))
+    encode_count = encode.call_count
+    assert not patchify.called and (workers or encode_count >= 6)
+    batches = []
+    for measurement in ahead:
+        images_before = patchify.call_count
+        batch = next(loaded)
+        batches.append(batch)
+        assert measurement[:5] == batch.measure()[:5]
+        assert len(batch.pixel_values) == batch.grid_thw.prod(1).sum()
+        assert workers or patchify.call_count - images_before == len(batch.grid_thw)
+    assert sum(len(batch.grid_thw) for batch in batches) > 0
+    assert_same_batches(batches, take(make_loader(dataset, processor, **settings), 3))
+    measured.close()
+    loaded.close()
+    assert not multiprocessing.active_children()
+
+
+def test_stages_tokenize_text_once(files, processor, monkeypatch):
+    encode = Mock(wraps=data.Processor.encode)
+    monkeypatch.setattr(data.Processor, "encode", lambda *args: encode(*args))
+    take(make_loader(RowDataset(files), processor), 10)
+    assert encode.call_count == 10
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -549,6 +589,24 @@ def test_bad_rows(workers, tmp_path, processor, caplog):
     assert "row 10 (id 9): 'messages' must be" in caplog.messages[1]
     with pytest.raises(InputError, match=r"^[^\n]*a.json row 6 \(id 5\): images\[0\]: [^\n]*$"):
         take(make_loader(dataset, processor, **settings), 8)
+
+
+def test_bad_row_that_only_decoding_finds(tmp_path, processor, caplog):
+    """The measurement counts it, the batch leaves it out; to end the run at it, loading raises."""
+    Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / "intact.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "intact.png").read_bytes()[:200])
+    rows = [chat("<image>q", "a", id=name, images=[f"{name}.png"]) for name in ("intact", "cut")]
+    dataset = RowDataset([write(tmp_path / "rows.json", rows)])
+    settings = {"seed": None, "micro_batch_size": 2}
+    measured, loaded = make_loader(dataset, processor, on_bad_sample="skip", **settings).stages()
+    measurement, batch = next(measured), next(loaded)
+    assert not measurement.failures and len(measurement.supervised) == measurement.media == 2
+    assert ids([batch]) == [["intact"]] and (batch.rows_read, batch.rows_bad) == ([2], [1])
+    assert "row 2 (id cut): images[0]: " in caplog.text
+    measured, loaded = make_loader(dataset, processor, **settings).stages()
+    next(measured)
+    with pytest.raises(InputError, match=r"row 2 \(id cut\): images\[0\]: "):
+        next(loaded)
 
 
 def test_bad_row_alone_in_its_batch(tmp_path, processor):

@@ -481,8 +481,8 @@ def predict(args: argparse.Namespace, full_depth: bool = False) -> dict:
     setting = "recompute_offload" if settings["offload"] else "recompute" if settings["recompute"] else "none"
     configure_model(model, state, **settings | {"synchronize_per_layer": False})  # which takes no memory
     batch = fake_batch(config, args.seq_length, args.micro_batch_size)
-    flops_of = partial(full_flops, config, model, removed)
-    flops = set_loss_weights([batch] * accumulation, args.loss_type, flops_of, state).flops
+    set_loss_weights(batch, args.loss_type, 1, 1, state)  # traced values have no effect
+    flops = accumulation * state.dp_size * full_flops(config, model, removed, batch)
     report = {
         "rank": state.rank, "world_size": state.world_size, "context_parallel_size": state.cp_size,
         "expert_parallel_size": state.ep_size, "fsdp_size": state.fsdp_size,

@@ -241,7 +241,7 @@ class Planner:
                 "synchronize_per_layer": False})
             model.to(self.dtype)
             batch = fake_batch(self.config, args.seq_length, micro_batch)
-            set_loss_weights([batch], args.loss_type, lambda _: 0.0, state)
+            set_loss_weights(batch, args.loss_type, 1, 1, state)
             shape = batch.pixel_values.shape
             state.device = torch.device("meta")
             batch = parallel.local_batch(replace(batch, pixel_values=torch.zeros(()).expand(shape)), state)
