@@ -28,10 +28,12 @@ MIXED = [[40, ("image", 20, 26), 120], [400], [30, ("image", 14, 10), ("image", 
 TEXT = [[400], [90], [140], [250]]
 LARGE = {"hidden_size": 768, "intermediate_size": 2304, "num_attention_heads": 12, "num_key_value_heads": 4}
 SMALL = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 2, "vocab_size": 2048}
+LARGE_MOE = config(True, **LARGE)
+LARGE_MOE["text_config"]["moe_intermediate_size"] = 576  # gate_up_proj must not be square
 CASES = {
     "dense-equal": (config(False), EQUAL), "dense-mixed": (config(False), MIXED),
     "moe-equal": (config(True), EQUAL), "moe-mixed": (config(True), MIXED), "dense-text": (config(False), TEXT),
-    "dense-large": (config(False, **LARGE), [[2048]]), "moe-large": (config(True, **LARGE), [[2048]]),
+    "dense-large": (config(False, **LARGE), [[2048]]), "moe-large": (LARGE_MOE, [[2048]]),
     "dense-small": (config(False, **SMALL), TEXT), "moe-small": (config(True, **SMALL), TEXT),
     "memory": (config(False, vocab_size=151936, hidden_size=256), [[8192]]),
 }
