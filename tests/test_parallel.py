@@ -483,7 +483,7 @@ def load_and_measure(argv: list[str]) -> None:
         os._exit(0)
 
     thread = threading.Thread(target=lambda: sample(anonymous_memory()), daemon=True)
-    torch.nn.Module.to_empty, data.Loader.__iter__ = begin, report
+    torch.nn.Module.to_empty, data.Loader.stages = begin, report
     train.main(argv)
 
 
