@@ -221,6 +221,9 @@ class Torch:
 class Cpu(Torch):
     """CPUs, with faster decoding of a few tokens at a time."""
 
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        return _CpuSwiglu.apply(gate_up)
+
     def grouped_matmul(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         if torch.is_grad_enabled() or not 0 < len(x) < len(weight):
             return super().grouped_matmul(x, weight, counts)
@@ -249,6 +252,27 @@ class Cpu(Torch):
         for module in model.modules():
             if isinstance(module, nn.Linear) and not (module is model.lm_head and tied):  # it is read row by row
                 module.weight.data = module.weight.T.contiguous().T
+
+
+class _CpuSwiglu(torch.autograd.Function):
+    """Compute `Torch.swiglu` with less new memory: a CPU clears each of its pages, which takes longer than the sums."""
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        grad_gate_up = torch.empty_like(gate_up)
+        (gate, up), (grad_gate, grad_up) = (t.chunk(2, dim=-1) for t in (gate_up, grad_gate_up))
+        torch.mul(grad, up, out=grad_gate)
+        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
+        torch.mul(grad, F.silu(gate), out=grad_up)
+        return grad_gate_up
 
 
 def _is_faster_by_columns(weight: Tensor) -> bool:
