@@ -559,6 +559,43 @@ class Offload:
             kept.copied = self.copy_stream.record_event()
 
 
+# ---- torch.compile --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Untraced:
+    """Hold an argument that `torch.compile` passes on without a look, so that it compiles once for all its values."""
+
+    value: object
+
+
+def _compile_blocks(model: Qwen3VL) -> None:
+    """Compile each block. Attention and experts run uncompiled in the middle of the block.
+
+    Their sizes change with each micro-batch, and `torch.compile` cannot trace all of their operations: NPU kernels,
+    exchanges between ranks, float32's `grouped_mm`. A block compiled for each list of sequence lengths would reach
+    PyTorch's limit of compilations after eight micro-batches, and run uncompiled from then on.
+    """
+    for module in model.modules():
+        if hasattr(module, "attention"):
+            module.attention = torch.compiler.disable(functools.partial(_unwrap_lengths, module.attention))
+        if hasattr(module, "run_experts"):
+            module.run_experts = torch.compiler.disable(module.run_experts)
+    visual, text = model.model.visual, model.model.language_model
+    for block in (*visual.blocks, *text.layers):
+        block.compile()
+    visual.block_fn = text.block_fn = _compiled_block
+
+
+def _unwrap_lengths(attention: Callable, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: _Untraced, causal: bool):
+    return attention(q, k, v, cu_seqlens.value, causal)
+
+
+def _compiled_block(block: nn.Module, x: Tensor, *args):
+    """Run a compiled block, or an uncompiled merger: the `block_fn` seam."""
+    return block(x, *(_Untraced(a) if isinstance(a, list) else a for a in args))
+
+
 # ---- FSDP2 ---------------------------------------------------------------------------------------------------------
 
 
@@ -591,8 +628,7 @@ def parallelize(
     if compile:
         if recompute or offload:  # the second run of a block may be compiled differently and save other tensors
             raise UsageError("--compile does not work with recompute: give --recompute none, or leave out --compile")
-        for block in (*visual.blocks, *text.layers):
-            block.compile()
+        _compile_blocks(model)
     if synchronize_per_layer:
         # A host that runs ahead of its device allocates memory for blocks whose predecessors still hold theirs.
         for block in (*visual.blocks, *text.layers):

@@ -296,6 +296,28 @@ def test_starved_experts_get_no_token(folder, one_rank):
             assert assigned[:, 4:].sum() == 0 and assigned.sum() == 3 * 3 * len(sample.input_ids)
 
 
+def compiled(argv: list[str]) -> None:
+    """Run train.py; blocks are traced, but run PyTorch's kernels, as Inductor needs g++. New lengths compile once."""
+    compile_module = torch.nn.Module.compile
+    torch._dynamo.config.recompile_limit = 6  # PyTorch has 8
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch.nn.Module.compile = functools.partialmethod(compile_module, backend="aot_eager")
+    train.main(argv)
+
+
+@pytest.mark.parametrize("case", params({
+    ("dense", "kinds", *EVAL): [(1, ["--compile"])],
+    ("moe", "kinds", *AUX, *LORA_EXPERTS): [(1, ["--compile"])],
+    ("moe", "kinds", *AUX): [(4, [*EP2, *CP2, "--compile"])],
+}))
+def test_compile_equals_eager(folder, tmp_path, one_rank, case):
+    (model, rows, *flags), world_size, many = case
+    flags = [folder / flag if flag == "text.json" else flag for flag in flags]
+    one = one_rank(model, rows, *flags)
+    argv = layout_argv(folder, model, rows, tmp_path / "many", *flags, *many)
+    assert_same_training(one, run_layout(world_size, argv, compiled))
+
+
 def test_torchrun_all_axes(folder, tmp_path, one_rank):
     """The command line as a user runs it: experts, context and FSDP on four ranks."""
     result = torchrun(4, *layout_argv(folder, "moe", "kinds", tmp_path / "many", *AUX, *EP2, *CP2, *OFFLOAD))
