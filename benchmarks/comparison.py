@@ -9,7 +9,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -150,7 +149,8 @@ def peak_mb(device: str) -> float:
     """Return this process's peak memory in MB: the device's, or the resident memory on a CPU."""
     if device != "cpu":
         return torch.get_device_module(device).max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))  # getrusage counts the parent's peak, too
+    return int(status["VmHWM"].split()[0]) / 1024
 
 
 def _serve(make: Callable, arguments: tuple, threads: int, pipe) -> None:
