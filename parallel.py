@@ -576,19 +576,22 @@ def _compile_blocks(model: Qwen3VL) -> None:
     exchanges between ranks, float32's `grouped_mm`. A block compiled for each list of sequence lengths would reach
     PyTorch's limit of compilations after eight micro-batches, and run uncompiled from then on.
     """
+    class Uncompiled:  # objects, because torch 2.7.1 compiles again for each disabled function
+        def __init__(self, function: Callable):
+            self.function = function
+
+        @torch.compiler.disable
+        def __call__(self, *args, **kwargs):
+            return self.function(*(a.value if isinstance(a, _Untraced) else a for a in args), **kwargs)
+
     for module in model.modules():
-        if hasattr(module, "attention"):
-            module.attention = torch.compiler.disable(functools.partial(_unwrap_lengths, module.attention))
-        if hasattr(module, "run_experts"):
-            module.run_experts = torch.compiler.disable(module.run_experts)
+        for name in ("attention", "run_experts"):
+            if hasattr(module, name):
+                setattr(module, name, Uncompiled(getattr(module, name)))
     visual, text = model.model.visual, model.model.language_model
     for block in (*visual.blocks, *text.layers):
         block.compile()
     visual.block_fn = text.block_fn = _compiled_block
-
-
-def _unwrap_lengths(attention: Callable, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: _Untraced, causal: bool):
-    return attention(q, k, v, cu_seqlens.value, causal)
 
 
 def _compiled_block(block: nn.Module, x: Tensor, *args):
