@@ -357,9 +357,6 @@ def test_few_layers_equal_all_layers(deep_folder):
 
 
 @pytest.mark.parametrize("text, vision, options", [
-    # no DeepStack features: the gradients of the embedding join those of layer 0, which represents no other layer
-    ({"mlp_only_layers": [10], "decoder_sparse_step": 1}, {"deepstack_visual_indexes": []},
-     ("--freeze-vision-encoder", "--freeze-vision-projector", "--activation-offload", "--global-batch-size", 24)),
     # features of the first block: a merger keeps the input of the second one
     ({}, {"deepstack_visual_indexes": [0, 1, 8]}, ("--freeze-vision-encoder", "--recompute", "none")),
     # two sparse layers are never neighbours
