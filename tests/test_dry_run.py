@@ -265,6 +265,11 @@ def test_dry_run_fits(folder, capsys):
     (["--device-memory", "2", "--dataset", "x", "--train-iters", "1"], "--device-memory belongs to --dry-run"),
     (["--plan", "--dataset", "x", "--train-iters", "1"], "--plan belongs to --dry-run"),
     (["--dry-run", "--world-size", "8", "--device-figures", "speed=3"], "where NAME is one of tflops, memory_gib"),
+    (["--dry-run", "--world-size", "8", "--device-figures", "tflops=0"], "--device-figures tflops=0: give NAME=NUMBER"),
+    (["--dry-run", "--world-size", "8", "--device-figures", "tflops=nan"], "--device-figures tflops=nan: give"),
+    (["--dry-run", "--plan", "--world-size", "8", "--compile"], "a dry run cannot trace compiled blocks"),
+    (["--dry-run", "--plan", "--world-size", "8", "--freeze-vision-encoder", "--freeze-vision-projector",
+      "--freeze-text-decoder"], "every component is frozen"),
     (["--dry-run", "--world-size", "8", "--assume-device", "h300"], "give one of ascend-910b, ascend-910c, a100"),
     (["--train-iters", "1"], "--dataset"),
     (["--dataset", "x"], "--train-iters"),
@@ -339,16 +344,48 @@ def test_shallow_keeps_special_layers(deep_folder):
     config, removed, indexes = shallow(model.Qwen3VLConfig.from_json(deep_folder / "mixed"))
     assert [indexes[f"model.visual.blocks.{i}"] for i in range(config.vision.depth)] == [0, 2, 5, 8]
     assert config.vision.deepstack_visual_indexes == [1, 2]
-    # layers 0 and 1 receive features; 2 and 8 are the first and last dense ones between, 3 and 9 of the others
-    assert [indexes[f"model.language_model.layers.{i}"] for i in range(7)] == [0, 1, 2, 3, 8, 9, 10]
-    assert [config.text.is_moe_layer(i) for i in range(7)] == [False, True, False, True, False, True, False]
-    assert sum(r.count for r in removed) == 9 + 11 - 4 - 7
+    # layers 0 and 1 receive features; 2, 6 and 8 are the first and last dense ones between, 3, 7 and 9 of the others
+    assert [indexes[f"model.language_model.layers.{i}"] for i in range(9)] == [0, 1, 2, 3, 6, 7, 8, 9, 10]
+    assert [config.text.is_moe_layer(i) for i in range(9)] == [False, True] * 4 + [False]
+    assert sum(r.count for r in removed) == 9 + 11 - 4 - 9
 
 
 def test_few_layers_equal_all_layers(deep_folder):
     options = ["--expert-parallel-size", 2, "--lora-rank", 4, "--cpu-offload", "--global-batch-size", 16]
     argv = ["--init-from-hf-path", deep_folder / "mixed", *options]
     assert_equal_reports(flat_report(argv, False), flat_report(argv, True))
+
+
+@pytest.mark.parametrize("text, vision, options", [
+    # features of the first block: a merger keeps the input of the second one
+    ({}, {"deepstack_visual_indexes": [0, 1, 8]}, ("--freeze-vision-encoder", "--recompute", "none")),
+    # two sparse layers are never neighbours
+    ({"num_hidden_layers": 17, "num_experts_per_tok": 2, "decoder_sparse_step": 3, "mlp_only_layers": [0, 5, 16]},
+     {"depth": 14, "deepstack_visual_indexes": [3, 4, 11, 12]},
+     ("--expert-parallel-size", 2, "--context-parallel-size", 2, "--global-batch-size", 16)),
+])
+def test_few_layers_equal_all_layers_of_odd_models(tmp_path, text, vision, options):
+    raw = deep_config(moe=True)
+    raw["text_config"] |= text
+    raw["vision_config"] |= vision
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    argv = ["--init-from-hf-path", tmp_path, *options]
+    assert_equal_reports(flat_report(argv, False), flat_report(argv, True))
+
+
+@pytest.mark.parametrize("options", [("--global-batch-size", 16), ("--cpu-offload",)])
+def test_replicas_keep_reduced_gradients(tmp_path, options):
+    """FSDP2 keeps a tensor that it all-reduces until the end of backward, beside the gradient that it is added to."""
+    raw = deep_config()
+    raw["text_config"] |= {"intermediate_size": 20_000}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    argv = ["--init-from-hf-path", tmp_path, "--fsdp-size", 2, "--seq-length", 32, *options]
+    few, full = (flat_report(argv, full_depth) for full_depth in (False, True))
+    assert_equal_reports(few, full)
+    assert full["peak_parts.backward"] > 0.9 * full["gradient_bytes"]
+    row = evaluate([*argv, "--seq-length", 601])[2]
+    peak = flat_report([*argv, "--seq-length", 601], False)["peak_bytes"]
+    assert row["memory_gib"] * 2**30 == pytest.approx(peak, rel=0.03)
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ docs/planner.md has the sources and the assumptions.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 from typing import NamedTuple
 
 import kernels_npu
@@ -83,12 +85,14 @@ def assumed_device(args: argparse.Namespace) -> tuple[str, Device]:
         raise UsageError(f"--assume-device {name}: give one of {', '.join(DEVICES)}")
     device = DEVICES[name]
     for pair in filter(None, (args.device_figures or "").split(",")):
-        figure, _, value = pair.partition("=")
-        try:
-            device = device._replace(**{figure: float(value)})
-        except ValueError as e:
-            raise UsageError(f"--device-figures {pair}: give NAME=NUMBER, where NAME is one of "
-                             f"{', '.join(Device._fields)}") from e
+        figure, _, text = pair.strip().partition("=")
+        with contextlib.suppress(ValueError):
+            value = float(text)
+            if figure in Device._fields and 0 < value < math.inf:
+                device = device._replace(**{figure: value})
+                continue
+        raise UsageError(f"--device-figures {pair}: give NAME=NUMBER above 0, where NAME is one of "
+                         f"{', '.join(Device._fields)}")
     return name, device
 
 

@@ -286,32 +286,43 @@ def shallow(config: Qwen3VLConfig) -> tuple[Qwen3VLConfig, list[Removed], dict[s
     """Return a configuration with few layers, what it leaves out, and the full model's index of each kept layer.
 
     Layers with a special role stay: the first and the last ones, those that make or receive DeepStack features, and in
-    between the first and the last one of each kind.
+    between the first and the last one of each kind. All text layers stay if these have other neighbours than before.
     """
     text, vision, removed, indexes = config.text, config.vision, Counter(), {}
 
-    def keep(prefix: str, kinds: list[bool], special: set[int], first: int) -> list[int]:
-        """Record the removed layers. A kept layer from `first` on represents those of its kind."""
+    def keep(prefix: str, kinds: list[bool], special: set[int], after: int) -> list[int]:
+        """Record the removed layers. A kept layer behind `after` represents those of its kind."""
         kept = sorted(special & set(range(len(kinds))))
         indexes.update((f"{prefix}.{j}", i) for j, i in enumerate(kept))
         for i in set(range(len(kinds))) - set(kept):
-            like = next(j for j, k in enumerate(kept) if k >= first and kinds[k] == kinds[i])
+            like = next(j for j, k in enumerate(kept) if k > after and kinds[k] == kinds[i])
             removed[f"{prefix}.{like}", f"{prefix}.{bisect(kept, i) - 1}"] += 1
         return kept
 
     features = vision.deepstack_visual_indexes
-    blocks = keep("model.visual.blocks", [True] * vision.depth, {0, vision.depth - 1, *(features or [1])}, first=1)
+    plain = next((i for i in range(vision.depth) if i not in features), 0)  # the block after it has a plain input
+    special = {0, vision.depth - 1, plain, *(features or [1])}
+    blocks = keep("model.visual.blocks", [True] * vision.depth, special, after=plain)
     kinds = [text.is_moe_layer(i) for i in range(text.num_hidden_layers)]
-    special = {*range(len(features)), len(kinds) - 1}
+    start = max(1, len(features))  # the embedding's gradients join those of layer 0
+    special = {*range(min(start, len(kinds))), len(kinds) - 1}
     for kind in set(kinds):
-        middle = [i for i in range(len(features), len(kinds) - 1) if kinds[i] == kind]
-        special.update(middle[:1] + middle[-1:])
-    layers = keep("model.language_model.layers", kinds, special, first=len(features))
+        middle = [i for i in range(start, len(kinds) - 1) if kinds[i] == kind]
+        special.update(middle[:1] + middle[-len(set(kinds)) :])  # a late one needs a neighbour of its kind
+    kept_kinds = [kinds[i] for i in sorted(special)]
+    if neighbours(kept_kinds) != neighbours(kinds):
+        special.update(range(len(kinds)))
+    layers = keep("model.language_model.layers", kinds, special, after=start - 1)
     dense = [j for j, i in enumerate(layers) if not kinds[i]]
     text = replace(text, num_hidden_layers=len(layers), decoder_sparse_step=1, mlp_only_layers=dense)
     vision = replace(vision, depth=len(blocks), deepstack_visual_indexes=[blocks.index(i) for i in features])
     removed = [Removed(n, *names) for names, n in removed.items()]
     return replace(config, text=text, vision=vision), removed, indexes
+
+
+def neighbours(kinds: list[bool]) -> set[tuple[bool, ...]]:
+    """Return the kinds of all three successive layers: a layer's buffers depend on both neighbours."""
+    return {tuple(kinds[i : i + 3]) for i in range(len(kinds))}
 
 
 def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -350,8 +361,15 @@ def trace_step(
                 p.grad = torch.zeros_like(p)
             optimizer.step()
             optimizer.zero_grad()
+
+        def count_gradient(p: torch.Tensor) -> None:
+            if cpu_offload and memory.micro_batch == 0:  # FSDP2's copy to the host, which does nothing on a CPU
+                with memory.tag(gradient):
+                    p.grad._local_tensor = parallel.to_local(p.grad).clone()
+            memory.count(parallel.to_local(p.grad), gradient)
+
         for p in trainable:
-            p.register_post_accumulate_grad_hook(lambda p: memory.count(parallel.to_local(p.grad), gradient))
+            p.register_post_accumulate_grad_hook(count_gradient)
         for name, module in model.named_modules():
             if isinstance(module, parallel.FSDPModule):
                 memory.reset()
@@ -429,7 +447,11 @@ def trace_step(
             has_gradients = micro_batch > 0 or phase == "optimizer" or phase == "backward" and not is_behind
             parts[parameters] += count * local_bytes(held["parameter_bytes"])
             parts[optimizer_state] += count * local_bytes(held["optimizer_bytes"])
-            parts[gradient] += count * local_bytes(held["gradient_bytes"]) * has_gradients
+            gradients = count * local_bytes(held["gradient_bytes"])
+            parts[gradient] += gradients * has_gradients
+            # FSDP2 keeps what it all-reduces over the replicas until backward ends. The first gradient is that tensor.
+            if state.dp_replicate > 1 and phase == "backward" and not is_behind and (micro_batch > 0 or cpu_offload):
+                parts["backward"] += gradients
             for kind in ("activations", "host"):
                 parts[kind] += count * kept[setting][kind] * is_kept
     peak = max(peaks.values(), key=lambda parts: sum(parts.values()) - parts["host"])
@@ -437,7 +459,7 @@ def trace_step(
         **numbers, "host_bytes": max(parts["host"] for parts in peaks.values()),
         "logits_bytes": logits * model.config.text.vocab_size * 4,
         "activation_setting": setting, "activation_bytes": activations,
-        "backward_bytes": memory.most["backward"], "loss_bytes": memory.most["loss"],
+        "loss_bytes": memory.most["loss"],
         "largest_all_gather": largest, "largest_all_gather_bytes": all_gathers.get(largest, 0),
         "gathered_bytes": memory.most["gathered parameters"],
         "reduce_scatter_bytes": memory.most["reduce-scatter buffers"],
@@ -465,8 +487,6 @@ def fake_process_group(rank: int, world_size: int) -> None:
 
 def predict(args: argparse.Namespace, full_depth: bool = False) -> dict:
     """Return what a step with these flags needs on a rank of --world-size. `full_depth` traces every layer."""
-    if args.compile:
-        raise UsageError("--compile: a dry run cannot trace compiled blocks: leave it out")
     config = Qwen3VLConfig.from_json(args.init_from_hf_path)
     shallow_config, removed, indexes = (config, [], {}) if full_depth else shallow(config)
     # Of the ranks that share a row, the last one has the most text and so the most logits.
@@ -504,6 +524,8 @@ def dry_run(args: argparse.Namespace) -> None:
     """
     from tools import planner  # which imports this file
 
+    if args.compile:
+        raise UsageError("--compile: a dry run cannot trace compiled blocks: leave it out")
     if args.plan:
         return planner.plan(args)
     one = planner.Planner(args)  # raises for an unknown device

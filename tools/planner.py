@@ -38,7 +38,15 @@ from tools.dry_run import (
     predict,
     shallow,
 )
-from train import batch_sizes, build_trainable_model, configure_model, model_settings, set_loss_weights
+from train import (
+    batch_sizes,
+    build_trainable_model,
+    configure_model,
+    make_optimizer,
+    model_settings,
+    optimizer_settings,
+    set_loss_weights,
+)
 
 EMBEDDING = "model.language_model.embed_tokens"
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -215,6 +223,7 @@ class Planner:
         self.config = Qwen3VLConfig.from_json(args.init_from_hf_path)
         self.shallow, self.removed, _ = shallow(self.config)
         self.model, _ = build_trainable_model(args, self.shallow)
+        make_optimizer(self.model, **optimizer_settings(args))  # raises if every component is frozen
         self.dtype = model_settings(args)["compute_dtype"]
         names = {module: name for name, module in self.model.named_modules()}
         self.order = [*(names[block] for block in parallel.blocks(self.model)), "lm_head"]
@@ -358,10 +367,16 @@ class Planner:
         if self.args.world_size == 1 and self.dtype == torch.float32 and not self.args.cpu_offload:  # without FSDP2
             s = s._replace(gathered=Counter(), outer=Counter(), reduced=Counter())
         always = s.gathered[""] + s.gathered[EMBEDDING] * tied
+        # FSDP2 keeps what it all-reduces over the replicas until backward ends. The first gradient is that tensor.
+        has_copies = layout.fsdp < self.args.world_size and (accumulates or self.args.cpu_offload)
+        copies = s.gradients if has_copies else Counter()
         if self.args.cpu_offload:  # gradients leave the device at once
             static, s = 0, s._replace(gradients=Counter())
         all_gradients = self.total(s.gradients)
-        moments = [all_gradients, all_gradients + s.gathered[EMBEDDING] + s.reduced[EMBEDDING]]
+        moments = [
+            all_gradients,
+            all_gradients + s.gathered[EMBEDDING] + s.reduced[EMBEDDING] + self.total(copies),
+        ]
         positions = [(order.index(r.after), r) for r in self.removed]
         for (phase, block), peak in pieces.peaks.items():
             i = order.index(block) if block else -1
@@ -377,13 +392,15 @@ class Planner:
                 buffers += s.outer[previous] * (i > 0)
                 buffers += s.reduced[EMBEDDING if tied and following == order[-1] else following]
             kept = -sum(pieces.inputs[b] for b in order[: max(0, i - 1)]) * layout.offload
-            gradients = sum(s.gradients[b] for b in order[i + 1 :]) if phase == "backward" else 0
+            gradients, kept_copies = (sum(of[b] for b in order[i + 1 :]) if phase == "backward" else 0
+                                      for of in (s.gradients, copies))
             for position, r in positions:
                 if i > position:
                     kept += r.count * pieces.kept[r.like] * (not layout.offload)
                 elif phase == "backward":
                     gradients += r.count * s.gradients[r.like]
-            moments.append(peak + buffers + kept + (all_gradients if accumulates else gradients))
+                    kept_copies += r.count * copies[r.like]
+            moments.append(peak + buffers + kept + kept_copies + (all_gradients if accumulates else gradients))
         return static + max(moments)
 
     def evaluate(self, layout: Layout, exact: bool = False) -> dict:
