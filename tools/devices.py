@@ -5,7 +5,6 @@ docs/planner.md has the sources and the assumptions.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 from typing import NamedTuple
 
@@ -86,13 +85,14 @@ def assumed_device(args: argparse.Namespace) -> tuple[str, Device]:
     device = DEVICES[name]
     for pair in filter(None, (args.device_figures or "").split(",")):
         figure, _, text = pair.strip().partition("=")
-        with contextlib.suppress(ValueError):
+        try:
             value = float(text)
-            if figure in Device._fields and 0 < value < math.inf:
-                device = device._replace(**{figure: value})
-                continue
-        raise UsageError(f"--device-figures {pair}: give NAME=NUMBER above 0, where NAME is one of "
-                         f"{', '.join(Device._fields)}")
+        except ValueError:
+            value = math.nan
+        if figure not in Device._fields or not 0 < value < math.inf:
+            raise UsageError(f"--device-figures {pair}: give NAME=NUMBER above 0, where NAME is one of "
+                             f"{', '.join(Device._fields)}")
+        device = device._replace(**{figure: value})
     return name, device
 
 
