@@ -235,13 +235,12 @@ class Generator:
                 logits = self.model.lm_head(x)
                 if has_penalty:
                     logits = penalise(logits, used, repetition_penalty, presence_penalty)
-                if temperature == 0:
-                    token_ids = kernels_npu.ops.argmax(logits)
-                else:
+                token_ids = kernels_npu.ops.argmax(logits)  # a NaN if there is one
+                if not logits.gather(1, token_ids[:, None]).isfinite().all():
+                    raise InputError("the logits are not finite: check the weights, or give another --dtype")
+                if temperature > 0:
                     uniform = torch.tensor([1 - random[s].random() for s in alive], device=logits.device)
                     token_ids = sample(logits, uniform, temperature, top_k, top_p)
-                if not logits.gather(1, token_ids[:, None]).isfinite().all():  # argmax returns a NaN if there is one
-                    raise InputError("the logits are not finite: check the weights, or give another --dtype")
                 still_alive = []
                 for b, token in enumerate(token_ids.tolist()):
                     if token not in self.end_token_ids:

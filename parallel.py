@@ -213,10 +213,11 @@ class Adapter(nn.Module):
         """Take x [N, in] and the weight's product with it [N, out]; counts [E] are each expert's consecutive rows."""
         a, b = to_local(self.A), to_local(self.B)
         if counts is None:
-            product = F.linear(F.linear(self.dropout(x), a), b)
+            product = F.linear(self.scale * F.linear(self.dropout(x), a), b)
         else:
-            product = kernels_npu.ops.grouped_matmul(kernels_npu.ops.grouped_matmul(x, a, counts), b, counts)
-        return torch.add(out, product, alpha=self.scale)
+            ops = kernels_npu.ops
+            product = ops.grouped_matmul(self.scale * ops.grouped_matmul(x, a, counts), b, counts)
+        return out + product  # torch.add(alpha=...) is wrong with --compile: Inductor's addmm ignores alpha
 
     def draw(self, leaf: str, block: Tensor, generator: torch.Generator) -> None:
         """Draw initial values as PEFT does, for `Qwen3VL.init_weights`: A is Kaiming uniform, B is zero."""

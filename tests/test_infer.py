@@ -613,6 +613,19 @@ def test_generate_with_weights_that_are_not_finite_raises(pair):
         infer.Generator(ours, NEVER).generate(make_batch(hf, ["text"])[1])
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_generate_with_one_logit_that_is_not_finite_raises(pair, temperature, value):
+    """Sampling must not turn the NaN probabilities into token 0."""
+    hf, ours = pair
+    handle = ours.lm_head.register_forward_hook(lambda module, args, out: out.index_fill(1, torch.tensor([7]), value))
+    try:
+        with pytest.raises(InputError, match="the logits are not finite"):
+            infer.Generator(ours, NEVER).generate(make_batch(hf, ["text"])[1], temperature=temperature)
+    finally:
+        handle.remove()
+
+
 def test_program_in_an_ascii_locale(world, tmp_path):
     """Read the flags from a file."""
     (tmp_path / "flags").write_text(f"# a comment\n--model {world.model}\n--prompt 'What is it?'  # the question\n"

@@ -48,6 +48,15 @@ def hf_loss(logits, labels):
     return torch.nn.functional.cross_entropy(logits.float(), labels, ignore_index=-100)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs g++")
+def test_adapter_compiled_by_inductor_keeps_its_scale():
+    adapter = parallel.Adapter("weight", (2, 8), (12, 2), scale=3.0).to_empty(device="cpu")
+    for p in adapter.parameters():
+        torch.nn.init.normal_(p)
+    out, x = torch.randn(5, 12), torch.randn(5, 8)
+    torch.testing.assert_close(torch.compile(adapter)(out, x), out + 3 * (x @ adapter.A.T @ adapter.B.T))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_training_equals_peft(tmp_path, case):
     """Six AdamW steps from PEFT's own adapters: equal losses and gradients."""
