@@ -1987,10 +1987,19 @@ class Loader:
             raise InputError("the checkpoint's data was packed: give --packing, or --finetune to restart the data")
         self._first_epoch = states[0].get("epoch", 0)
         self._rows_read, self._rows_bad = np.zeros((2, len(self.dataset.paths)), np.int64)
-        measured = self._packed(states) if self.packing else self._in_workers(
-            self._measure, self._micro_batches(states[0]))
+        measured = self._packed(states) if self.packing else map(
+            self._copy_batch, self._in_workers(self._measure, self._micro_batches(states[0])))
         measured, to_load, waiting = itertools.tee(measured, 3)
         return self._measured(measured), self._loaded(to_load, waiting)
+
+    def _copy_batch(self, measurement: Measurement) -> Measurement:
+        """Copy a batch from shared memory, where each tensor needs an open file, as it may wait for a full step.
+
+        Pinned memory is a copy already.
+        """
+        if measurement.batch is None or not self.num_workers or self.pin_memory:
+            return measurement
+        return measurement._replace(batch=measurement.batch._convert(Tensor.clone))
 
     def _measured(self, measured: Iterator[Measurement]) -> Iterator[Measurement]:
         for measurement in measured:

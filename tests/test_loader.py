@@ -523,6 +523,18 @@ def test_stages(workers, packing, processor, images, tmp_path, monkeypatch):
     assert not multiprocessing.active_children()
 
 
+def test_stages_hold_few_open_files(files, processor):
+    """Micro-batches of text that wait for their step take no file descriptors, of which a process often has 1024."""
+    measured, loaded = make_loader(RowDataset(files), processor, num_workers=1).stages()
+    next(measured)
+    before = len(os.listdir("/proc/self/fd"))
+    waiting = list(itertools.islice(measured, 50))
+    assert all(measurement.batch for measurement in waiting)
+    assert len(os.listdir("/proc/self/fd")) < before + 50
+    measured.close()
+    loaded.close()
+
+
 def test_stages_tokenize_text_once(files, processor, monkeypatch):
     encode = Mock(wraps=data.Processor.encode)
     monkeypatch.setattr(data.Processor, "encode", lambda *args: encode(*args))
