@@ -869,7 +869,8 @@ def train_step(
     # `divisor` counted rows that turned out bad when their pixels were decoded. The auxiliary loss does not depend on
     # it, but the gradient of that loss can no longer be separated and is corrected with the rest.
     correction = divisor / used_divisor if used_divisor else 1.0
-    loss, grad_norm = loss * correction, math.sqrt(square_sum) * correction
+    auxiliary = model.router_aux_loss_coef * aux_loss
+    loss, grad_norm = (loss - auxiliary) * correction + auxiliary, math.sqrt(square_sum) * correction
     if not stats.media:  # all of the step's images turned out bad
         clear_gradients(model.model.visual)
 

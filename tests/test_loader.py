@@ -524,7 +524,7 @@ def test_stages(workers, packing, processor, images, tmp_path, monkeypatch):
 
 
 def test_stages_hold_few_open_files(files, processor):
-    """Micro-batches of text that wait for their step take no file descriptors, and a process may often have only 1024."""
+    """Micro-batches of text that wait for their step take no file descriptors: a process may have 1024."""
     measured, loaded = make_loader(RowDataset(files), processor, num_workers=1).stages()
     next(measured)
     before = len(os.listdir("/proc/self/fd"))

@@ -737,14 +737,8 @@ def test_train_skips_rows_that_only_decoding_finds(folder, tmp_path, loss_type, 
     AdamW divides by its large epsilon, so that rounding does not grow where gradients cancel (the bias of keys). A step
     that is not corrected differs by a third.
     """
-    rows = [json.loads(line) for line in (folder / "mixed.jsonl").read_text().splitlines()]
-    images, text = [row for row in rows if "images" in row], [row for row in rows if "images" not in row]
-    (folder / "cut.jpg").write_bytes(jpeg()[:-1000])
     metrics = {}
-    for name in ("cut.jpg", "absent.jpg"):
-        bad = images[0] | {"images": [name] * len(images[0]["images"])}
-        path = folder / f"{name}.json"
-        path.write_text(json.dumps([*images[1:5], *text[:2], bad, text[2], *images[5:9]]))
+    for name, path in late_bad_rows(folder).items():
         flags = ["--on-bad-sample", "skip", "--global-batch-size", 4, "--loss-type", loss_type, "--weight-decay", 0.1,
                  "--lr-decay-style", "constant", "--clip-grad", 2.0, "--adam-eps", 1e-3]
         save = run_job(train_argv(folder / "dense", path, tmp_path / name, *flags, iters=3), world_size)
@@ -759,6 +753,30 @@ def test_train_skips_rows_that_only_decoding_finds(folder, tmp_path, loss_type, 
     found, expected = weights(tmp_path / "cut.jpg"), weights(tmp_path / "absent.jpg")
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_train_late_bad_row_keeps_the_auxiliary_loss(folder, tmp_path):
+    """The logged loss of the second step is that without the bad row, as its weights are: to 1e-6, see above."""
+    losses = []
+    for name, path in late_bad_rows(folder).items():
+        flags = ["--on-bad-sample", "skip", "--global-batch-size", 4, "--loss-type", "per_token",
+                 "--router-aux-loss-coef", 0.1]
+        save = run_job(train_argv(folder / "moe", path, tmp_path / name, *flags, iters=2))
+        losses.append([(m["loss"], m["aux_loss"]) for m in read_metrics(save)])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
+
+
+def late_bad_rows(folder: Path) -> dict[str, Path]:
+    """Write two datasets of twelve rows, whose seventh has a bad image: truncated, which decoding finds, or absent."""
+    rows = [json.loads(line) for line in (folder / "mixed.jsonl").read_text().splitlines()]
+    images, text = [row for row in rows if "images" in row], [row for row in rows if "images" not in row]
+    (folder / "cut.jpg").write_bytes(jpeg()[:-1000])
+    paths = {}
+    for name in ("cut.jpg", "absent.jpg"):
+        bad = images[0] | {"images": [name] * len(images[0]["images"])}
+        paths[name] = folder / f"{name}.json"
+        paths[name].write_text(json.dumps([*images[1:5], *text[:2], bad, text[2], *images[5:9]]))
+    return paths
 
 
 def jpeg() -> bytes:
