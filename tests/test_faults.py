@@ -347,11 +347,11 @@ def test_background_save_copies_state(tmp_path, monkeypatch, process_group):
         moments = [t for state in optimizer.state.values() for t in state.values()]
         return [t.detach().clone() for t in (*model.parameters(), *moments)]
 
-    mkdir, may_write, held = Path.mkdir, threading.Event(), []
+    mkdir, is_waiting, may_write = Path.mkdir, threading.Event(), threading.Event()
 
     def hold(*args, **kwargs) -> None:
         if threading.current_thread() is not threading.main_thread():
-            held.append(not may_write.is_set())
+            is_waiting.set()
             may_write.wait(30)
         mkdir(*args, **kwargs)
 
@@ -364,8 +364,8 @@ def test_background_save_copies_state(tmp_path, monkeypatch, process_group):
             writer.save(tmp_path, iteration, model, optimizer, state, None)
             step()
             data_position["waiting"].append(iteration + 1)
+            assert is_waiting.wait(30)
             may_write.set()
-    assert held[0]
     for iteration, values in enumerate(expected, 1):
         again = torch.nn.Linear(4, 4)
         resumed = torch.optim.AdamW(again.parameters())

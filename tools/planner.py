@@ -382,8 +382,8 @@ class Planner:
             i = order.index(block) if block else -1
             previous, following = order[max(0, i - 1)], order[min(i + 1, len(order) - 1)]
             buffers = always + s.gathered[block]
-            if phase == "forward" and block == order[-1]:  # no later gather frees the buffer of the last one, if tied
-                buffers += s.gathered[previous] * (1 + tied)
+            if phase == "forward" and block == order[-1]:  # no later gather frees the buffer of the last one
+                buffers += s.gathered[previous] + s.gathered[previous if tied else block]
             elif phase == "forward":
                 buffers += s.gathered[following]
             elif block == order[-1]:
