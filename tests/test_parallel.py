@@ -247,11 +247,16 @@ def params(cases: dict, **kwargs) -> list:
 
 @pytest.mark.parametrize("case", [*params(CASES), *params(ONE_AT_A_TIME, marks=pytest.mark.slow)])
 def test_train_layouts_equal_one_rank(folder, tmp_path, one_rank, case):
+    assert_equals_one_rank(folder, tmp_path, one_rank, case)
+
+
+def assert_equals_one_rank(folder: Path, tmp_path: Path, one_rank: Callable, case: tuple, main=train.main) -> None:
+    """Compare the training of a case of many ranks, by `main`, with that of one rank."""
     (model, rows, *flags), world_size, many = case
     flags = [folder / flag if flag == "text.json" else flag for flag in flags]
     one = one_rank(model, rows, *flags)
-    many = run_layout(world_size, layout_argv(folder, model, rows, tmp_path / "many", *flags, *many))
-    assert_same_training(one, many)
+    argv = layout_argv(folder, model, rows, tmp_path / "many", *flags, *many)
+    assert_same_training(one, run_layout(world_size, argv, main))
 
 
 def encode_rows(folder: Path, dataset: str) -> list[data.Sample]:
@@ -311,11 +316,7 @@ def compiled(argv: list[str]) -> None:
     ("moe", "kinds", *AUX): [(4, [*EP2, *CP2, "--compile"])],
 }))
 def test_compile_equals_eager(folder, tmp_path, one_rank, case):
-    (model, rows, *flags), world_size, many = case
-    flags = [folder / flag if flag == "text.json" else flag for flag in flags]
-    one = one_rank(model, rows, *flags)
-    argv = layout_argv(folder, model, rows, tmp_path / "many", *flags, *many)
-    assert_same_training(one, run_layout(world_size, argv, compiled))
+    assert_equals_one_rank(folder, tmp_path, one_rank, case, compiled)
 
 
 def test_torchrun_all_axes(folder, tmp_path, one_rank):

@@ -369,13 +369,11 @@ class Planner:
         always = s.gathered[""] + s.gathered[EMBEDDING] * tied
         # FSDP2 keeps what it all-reduces over the replicas until backward ends. The first gradient is that tensor.
         has_copies = layout.fsdp < self.args.world_size and (accumulates or self.args.cpu_offload)
-        copies = s.gradients if has_copies else Counter()
-        if self.args.cpu_offload:  # gradients leave the device at once
-            static, s = 0, s._replace(gradients=Counter())
+        on_device = not self.args.cpu_offload  # otherwise gradients leave the device at once
         all_gradients = self.total(s.gradients)
         moments = [
-            all_gradients,
-            all_gradients + s.gathered[EMBEDDING] + s.reduced[EMBEDDING] + self.total(copies),
+            all_gradients * on_device,
+            all_gradients * (on_device + has_copies) + s.gathered[EMBEDDING] + s.reduced[EMBEDDING],
         ]
         positions = [(order.index(r.after), r) for r in self.removed]
         for (phase, block), peak in pieces.peaks.items():
@@ -392,16 +390,15 @@ class Planner:
                 buffers += s.outer[previous] * (i > 0)
                 buffers += s.reduced[EMBEDDING if tied and following == order[-1] else following]
             kept = -sum(pieces.inputs[b] for b in order[: max(0, i - 1)]) * layout.offload
-            gradients, kept_copies = (sum(of[b] for b in order[i + 1 :]) if phase == "backward" else 0
-                                      for of in (s.gradients, copies))
+            gradients = sum(s.gradients[b] for b in order[i + 1 :]) if phase == "backward" else 0
             for position, r in positions:
                 if i > position:
                     kept += r.count * pieces.kept[r.like] * (not layout.offload)
                 elif phase == "backward":
                     gradients += r.count * s.gradients[r.like]
-                    kept_copies += r.count * copies[r.like]
-            moments.append(peak + buffers + kept + kept_copies + (all_gradients if accumulates else gradients))
-        return static + max(moments)
+            held = (all_gradients if accumulates else gradients) * on_device + gradients * has_copies
+            moments.append(peak + buffers + kept + held)
+        return static * on_device + max(moments)
 
     def evaluate(self, layout: Layout, exact: bool = False) -> dict:
         """Return a layout's row of plan.json. `exact` measures the layout's own pieces."""
